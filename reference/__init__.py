@@ -1,0 +1,1 @@
+"""How the bundled reference policy was made. The package never imports this."""

@@ -1,0 +1,30 @@
+"""What the reference policy is trained on. Every file of the recipe reads its constants here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TASKS = (
+    "drawer-open",
+    "drawer-close",
+    "window-open",
+    "window-close",
+    "faucet-open",
+    "faucet-close",
+    "door-open",
+    "door-close",
+    "button-press-topdown",
+    "button-press",
+    "coffee-button",
+    "handle-press",
+)
+IMAGE_SIZE = 128
+HORIZON = 8  # control steps (40 Hz) in one action chunk
+
+# Seeds are disjoint on purpose: demonstrations, DAgger rollouts, development checks, reported evaluation.
+DEMO_SEEDS = 0
+DAGGER_SEEDS = 100_000
+DEVELOPMENT_SEEDS = 200_000
+EVALUATION_SEEDS = 1_000_000  # `sqap eval`'s default; nothing was trained or chosen on these
+
+WORK = Path("build/reference")

@@ -1,0 +1,202 @@
+"""Imitation of the scripted experts, resumable at any step.
+
+The loss is CogACT's (noise prediction on eight draws per sample), plus two heads that exist only here:
+one regresses the action chunk directly (it shapes the cognition token early, and answers whether an L1
+head would be better), one regresses the simulator's state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reference.collect import STATE_DIM
+from reference.model import CONFIG, token_ids
+from reference.settings import HORIZON, WORK
+from sqap.environments.metaworld_tasks import INSTRUCTIONS
+from sqap.models import VLA
+
+BATCH = 32
+NOISE_DRAWS = 8
+PEAK_RATE = 1e-3
+WARMUP = 300
+DECAY_SHARE = 0.45  # the last part of training anneals the rate to zero
+EMA_DECAY = 0.997
+LOG_EVERY = 50
+SAVE_EVERY = 200
+
+
+class Trainee(nn.Module):
+    """The policy and its two training-only heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        width = CONFIG.decoder.width
+        self.vla = VLA(CONFIG)
+        self.l1_head = nn.Sequential(
+            nn.Linear(width, 512), nn.GELU(), nn.Linear(512, HORIZON * CONFIG.head.action_dim)
+        )
+        self.state_head = nn.Linear(width, STATE_DIM)
+
+    def features(self, pixels: Tensor, ids: Tensor, last: Tensor) -> Tensor:
+        """Cognition tokens ``(batch, width)`` of right-padded ``ids``; ``last`` is each one's end."""
+        hidden = self.vla.decoder(self.vla.sequence(self.vla.see([pixels]), ids))
+        return hidden[torch.arange(len(ids)), last + CONFIG.visual_tokens]
+
+
+class DataSet:
+    """Memory-mapped shards, drawn from uniformly."""
+
+    def __init__(self, names: list[str]) -> None:
+        shards = sorted(p for name in names for p in (WORK / "data" / name).iterdir() if p.name[0] != ".")
+        self.images = [np.load(p / "images.npy", mmap_mode="r") for p in shards]
+        self.chunks = np.concatenate([np.load(p / "chunks.npy") for p in shards])
+        self.states = np.concatenate([np.load(p / "states.npy") for p in shards])
+        sizes = [len(i) for i in self.images]
+        self.shard = np.repeat(np.arange(len(shards)), sizes)
+        self.offset = np.concatenate([np.arange(n) for n in sizes])
+        ids = [token_ids(INSTRUCTIONS[p.name.rsplit("-", 1)[0]]) for p in shards]
+        self.last = np.array([len(i) - 1 for i in ids])
+        longest = max(map(len, ids))
+        self.ids = np.array([i + [0] * (longest - len(i)) for i in ids])
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def batches(self, statistics: dict[str, list[float]], seed: int) -> Iterator[tuple[Tensor, ...]]:
+        """Endless batches, prepared by a thread while the last one is trained on."""
+        ready: queue.Queue[tuple[Tensor, ...]] = queue.Queue(maxsize=4)
+        low, high = np.array(statistics["q01"]), np.array(statistics["q99"])
+        mean, std = np.array(statistics["state_mean"]), np.array(statistics["state_std"])
+
+        def fill() -> None:
+            rng = np.random.default_rng(seed)
+            while True:
+                rows = rng.integers(len(self), size=BATCH)
+                shard = self.shard[rows]
+                images = np.stack([self.images[s][o] for s, o in zip(shard, self.offset[rows], strict=True)])
+                actions = 2 * (self.chunks[rows] - low) / (high - low) - 1
+                states = (self.states[rows] - mean) / std
+                ready.put(
+                    (
+                        torch.from_numpy(images),
+                        torch.from_numpy(self.ids[shard]),
+                        torch.from_numpy(self.last[shard]),
+                        torch.from_numpy(actions.clip(-1, 1).astype(np.float32)),
+                        torch.from_numpy(states.astype(np.float32)),
+                    )
+                )
+
+        threading.Thread(target=fill, daemon=True).start()
+        while True:
+            yield ready.get()
+
+
+def statistics_of(data: DataSet) -> dict[str, list[float]]:
+    """1st and 99th percentile per action dimension (as OpenVLA's), mean and deviation of the state."""
+    flat = data.chunks.reshape(-1, data.chunks.shape[-1])
+    return {
+        "q01": np.quantile(flat, 0.01, axis=0).tolist(),
+        "q99": np.quantile(flat, 0.99, axis=0).tolist(),
+        "state_mean": data.states.mean(0).tolist(),
+        "state_std": (data.states.std(0) + 1e-3).tolist(),
+    }
+
+
+def learning_rate(step: int, total: int) -> float:
+    """Warm up, hold, and anneal to zero along a cosine."""
+    start = total * (1 - DECAY_SHARE)
+    if step < start:
+        return PEAK_RATE * min(1.0, (step + 1) / WARMUP)
+    return PEAK_RATE * 0.5 * (1 + np.cos(np.pi * (step - start) / (total - start)))
+
+
+def train(names: list[str], until: int, total: int, compile_model: bool) -> None:
+    """Train up to step ``until`` of ``total`` on the data sets ``names``, from where the last run ended."""
+    torch.manual_seed(0)
+    data = DataSet(names)
+    state_path, statistics_path = WORK / "training.pt", WORK / "statistics.json"
+    if not statistics_path.exists():
+        statistics_path.write_text(json.dumps(statistics_of(data)))
+    statistics = json.loads(statistics_path.read_text())
+
+    model = Trainee()
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY)
+    )
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    step, spent = 0, 0.0
+    if state_path.exists():
+        saved = torch.load(state_path, weights_only=True)
+        model.load_state_dict(saved["model"])
+        average.load_state_dict(saved["average"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step, spent = saved["step"], saved["seconds"]
+    print(f"{len(data)} frames, from step {step} to {until} of {total}", flush=True)
+    features = torch.compile(model.features, dynamic=False) if compile_model else model.features
+
+    def save() -> None:
+        temporary = state_path.with_suffix(".tmp")
+        state = {"model": model.state_dict(), "average": average.state_dict(), "step": step}
+        torch.save({**state, "optimizer": optimizer.state_dict(), "seconds": spent}, temporary)
+        temporary.replace(state_path)
+
+    sums, clock = np.zeros(3), time.monotonic()
+    for pixels, ids, last, actions, states in data.batches(statistics, seed=step):
+        if step >= until:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total)
+        with torch.autocast("cpu", torch.bfloat16):
+            z = features(pixels.permute(0, 3, 1, 2) / 127.5 - 1, ids, last)
+            drawn = model.vla.head.loss(actions.repeat(NOISE_DRAWS, 1, 1), z.repeat(NOISE_DRAWS, 1))
+            l1 = F.l1_loss(model.l1_head(z).view_as(actions), actions)
+            state = F.smooth_l1_loss(model.state_head(z), states)
+            loss = drawn + l1 + 0.3 * state
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+        step += 1
+        sums += [drawn.item(), l1.item(), state.item()]
+        if step % LOG_EVERY == 0:
+            now = time.monotonic()
+            spent, seconds, clock = spent + now - clock, now - clock, now
+            means = sums / LOG_EVERY
+            print(
+                f"step {step} diffusion {means[0]:.4f} l1 {means[1]:.4f} state {means[2]:.4f} "
+                f"{LOG_EVERY * BATCH / seconds:.1f} samples/s, {spent / 60:.1f} min",
+                flush=True,
+            )
+            sums[:] = 0
+        if step % SAVE_EVERY == 0:
+            save()
+    save()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", nargs="+", default=["demonstrations"])
+    parser.add_argument("--until", type=int, required=True)
+    parser.add_argument("--total", type=int, required=True)
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
+    Path(WORK).mkdir(parents=True, exist_ok=True)
+    train(args.data, args.until, args.total, args.compile)

@@ -1,0 +1,184 @@
+"""sqap's own directory: ``policy.json``, ``model.safetensors``, ``tokenizer.json``.
+
+``policy.json`` says what the policy is, how it was compressed and the SHA-256 of the other two, so that
+a truncated or altered directory is noticed before anything is believed. Writing goes to a temporary
+directory beside the target, which then takes its place: the old artefact stays until the new is whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+
+from sqap.errors import CheckpointError
+from sqap.models import VLA
+from sqap.models.storage import stored_tensors
+from sqap.policy import Calibration, Policy, PolicyConfig
+from sqap.quantization import check_coverage, prepare_quantized
+from sqap.recipe import Recipe
+from sqap.serialization import from_json, read_json
+
+FORMAT_VERSION = 1
+MANIFEST, WEIGHTS, TOKENIZER = "policy.json", "model.safetensors", "tokenizer.json"
+
+
+def save_policy(policy: Policy, directory: Path) -> None:
+    """Write ``policy`` to ``directory``, replacing an sqap policy that is there.
+
+    Raises:
+        CheckpointError: the place cannot be written, holds something else, or a linear that the recipe
+            wants quantized is not really packed. Whatever was there before is intact.
+    """
+    if policy.recipe.quantization is not None:
+        check_coverage(policy.model, policy.recipe.quantization)
+    if directory.exists() and not (directory / MANIFEST).is_file():
+        if not directory.is_dir() or any(directory.iterdir()):
+            raise CheckpointError(
+                f"{directory} exists and is not an sqap policy; choose another place, nothing was written"
+            )
+    with _replacing(directory) as temporary:
+        save_file(stored_tensors(policy.model), temporary / WEIGHTS)
+        policy.tokenizer.save(str(temporary / TOKENIZER))
+        manifest = {
+            "format": "sqap",
+            "version": FORMAT_VERSION,
+            "policy": dataclasses.asdict(policy.config),
+            "recipe": policy.recipe.to_json(),
+            "calibration": dataclasses.asdict(policy.calibration) if policy.calibration else None,
+            "source": policy.source,
+            "sha256": {name: _sha256(temporary / name) for name in (WEIGHTS, TOKENIZER)},
+        }
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def load_policy(directory: Path) -> Policy:
+    """Read what `save_policy` wrote; the loaded policy gives bit-identical actions.
+
+    Raises:
+        CheckpointError: the directory is foreign, of another version, incomplete, truncated or altered.
+    """
+    manifest = _read_manifest(directory)
+    for name, expected in manifest["sha256"].items():
+        if _sha256(directory / name) != expected:
+            raise CheckpointError(
+                f"{directory / name} is truncated or was altered: its SHA-256 is not the one in {MANIFEST}"
+            )
+    where = str(directory / MANIFEST)
+    config: PolicyConfig = from_json(PolicyConfig, manifest["policy"], f"{where}: policy", CheckpointError)
+    recipe: Recipe = from_json(Recipe, manifest["recipe"], f"{where}: recipe", CheckpointError)
+    calibration = manifest["calibration"]
+    model = VLA(config.model)
+    if recipe.quantization is not None:
+        prepare_quantized(model, recipe.quantization)
+    _fill(model, directory / WEIGHTS)
+    return Policy(
+        model=model,
+        config=config,
+        tokenizer=Tokenizer.from_file(str(directory / TOKENIZER)),
+        recipe=recipe,
+        calibration=calibration
+        and from_json(Calibration, calibration, f"{where}: calibration", CheckpointError),
+        source=manifest["source"],
+        fingerprint=fingerprint(directory),
+    )
+
+
+def fingerprint(directory: Path) -> str:
+    """SHA-256 of ``policy.json``, which itself holds the hashes of all the rest.
+
+    Raises:
+        CheckpointError: there is no sqap policy.
+    """
+    _read_manifest(directory)
+    return _sha256(directory / MANIFEST)
+
+
+def _fill(model: VLA, path: Path) -> None:
+    try:
+        tensors = load_file(path)
+    except SafetensorError as problem:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {problem}") from problem
+    wanted = model.state_dict()
+    problems = [f"{name} is missing" for name in wanted if name not in tensors]
+    problems += [f"{name} is not known" for name in tensors if name not in wanted]
+    problems += [
+        f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in tensors and tensors[name].shape != wanted[name].shape
+    ]
+    if problems:
+        raise CheckpointError(f"{path} does not fit its policy.json: {'; '.join(problems)}")
+    model.load_state_dict(tensors)
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{directory} is not an sqap policy: it has no {MANIFEST}")
+    manifest = read_json(path, CheckpointError)
+    if not isinstance(manifest, dict) or manifest.get("format") != "sqap":
+        raise CheckpointError(f"{path} does not describe an sqap policy")
+    if manifest.get("version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} is of version {manifest.get('version')}; this sqap reads version {FORMAT_VERSION}"
+        )
+    keys = {"format", "version", "policy", "recipe", "calibration", "source", "sha256"}
+    if set(manifest) != keys or not isinstance(manifest["sha256"], dict):
+        raise CheckpointError(f"{path} must have exactly the keys {', '.join(sorted(keys))}")
+    for name in (WEIGHTS, TOKENIZER):
+        if name not in manifest["sha256"] or not (directory / name).is_file():
+            raise CheckpointError(f"{directory} is incomplete: {name} is missing")
+    return manifest
+
+
+@contextmanager
+def _replacing(directory: Path) -> Iterator[Path]:
+    """A temporary directory that becomes ``directory`` if the block succeeds and vanishes if not."""
+    temporary = None
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        yield temporary
+        temporary.chmod(0o755)
+        _swap(temporary, directory)
+    except (OSError, SafetensorError) as problem:
+        full = getattr(problem, "errno", None) == errno.ENOSPC or "No space left" in str(problem)
+        reason = "the disk is full" if full else getattr(problem, "strerror", None) or str(problem)
+        raise CheckpointError(f"cannot write {directory}: {reason}; nothing there was changed") from problem
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(temporary: Path, directory: Path) -> None:
+    old = temporary.with_name(temporary.name + ".old")
+    if directory.exists():
+        os.rename(directory, old)
+    try:
+        os.rename(temporary, directory)
+    except OSError:
+        if old.exists():
+            os.rename(old, directory)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,228 @@
+"""The ``sqap`` command line: thin, over the same functions that the library offers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import sqap
+from sqap import environments
+from sqap.checkpoints import fingerprint, locate
+from sqap.errors import InputError, SqapError
+from sqap.models.storage import stored_bytes
+from sqap.quantization import list_linears
+from sqap.recipe import Recipe
+from sqap.report import tables
+
+app = typer.Typer(
+    help="Make vision-language-action policies small and fast, and show that they still work.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+PRESETS = {"w4a8": Recipe.w4a8, "w4a4": Recipe.w4a4}
+
+JsonOption = Annotated[
+    Optional[Path], typer.Option("--json", metavar="PATH", help="Write the numbers to PATH.", dir_okay=False)
+]
+
+
+@app.callback()
+def _settings() -> None:
+    logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
+
+
+@app.command()
+def compress(
+    source: Annotated[str, typer.Argument(help="Directory of a policy, or 'reference'.")],
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    recipe: Annotated[str, typer.Option(help="w4a8, w4a4, paper, or a recipe file.")] = "w4a8",
+    keep: Annotated[Optional[float], typer.Option(help="Share of visual tokens kept, in (0, 1].")] = None,
+    frames: Annotated[int, typer.Option(help="Calibration frames from the simulator.", min=1)] = 48,
+    env: Annotated[str, typer.Option(help="Simulator that gives the calibration frames.")] = "metaworld",
+    json_path: JsonOption = None,
+) -> None:
+    """Quantize a policy's decoder and prune its visual tokens."""
+    with _user_errors():
+        from sqap.evaluation.frames import collect_frames
+
+        settings = _recipe(recipe, keep)
+        policy = sqap.load(source)
+        with _progress("calibration frames") as advance:
+            observations = collect_frames(policy, env, environments.default_tasks(env), frames, advance)
+        small = sqap.compress(policy, settings, observations)
+        small.save(out)
+        before, after = stored_bytes(policy.model), stored_bytes(small.model)
+        console.print(f"{source} -> {out}: {tables.megabytes(before)} -> {tables.megabytes(after)} of weights")
+        calibration = small.calibration
+        if calibration is not None:
+            console.print(
+                f"The attention ranking is trusted with {calibration.top_k} tokens: there the quantized model "
+                f"agrees with full precision on {tables.percent(calibration.overlap)} of them"
+            )
+        _write_json(
+            json_path,
+            {
+                "source": source,
+                "out": str(out),
+                "recipe": settings.to_json(),
+                "calibration": calibration and dataclasses.asdict(calibration),
+                "weight_bytes": {"before": before, "after": after},
+            },
+        )
+
+
+@app.command("eval")
+def evaluate_command(
+    policy: Annotated[str, typer.Argument(help="Directory of a policy, or 'reference'.")],
+    env: Annotated[str, typer.Option(help="Simulator.")] = "metaworld",
+    tasks: Annotated[Optional[str], typer.Option(help="Comma-separated; default: the env's usual.")] = None,
+    episodes: Annotated[int, typer.Option(help="Episodes per task.", min=1)] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of each task's first episode.", min=0)] = 1_000_000,
+    against: Annotated[Optional[str], typer.Option(help="Policy to compare with, in pairs.")] = None,
+    video: Annotated[Optional[Path], typer.Option(help="Directory for one video per task.")] = None,
+    log: Annotated[Optional[Path], typer.Option(help="Episode log; an interrupted run resumes from it.")] = None,
+    workers: Annotated[int, typer.Option(help="Episodes at a time; read latency at 1.", min=1)] = 1,
+    json_path: JsonOption = None,
+) -> None:
+    """Run a policy in closed loop and report success with intervals, latency and memory."""
+    with _user_errors():
+        from sqap.evaluation.executors import evaluate
+        from sqap.evaluation.summary import summarize
+
+        chosen = tuple(tasks.split(",")) if tasks else environments.default_tasks(env)
+        policies = [policy] if against is None else [policy, against]
+        fingerprints = [fingerprint(locate(p)) for p in policies]
+        log = log or _default_log(fingerprints, env)
+        with _progress("episodes") as advance:
+            runs = evaluate(
+                policies,
+                env,
+                chosen,
+                episodes,
+                seed,
+                fingerprints=fingerprints,
+                log=log,
+                workers=workers,
+                progress=lambda _, done, total: advance(done, total),
+            )
+        summary = summarize(*runs)
+        columns = [(policy, summary)] + ([(against, summary["against"])] if against else [])
+        console.print(tables.success_table(columns), tables.cost_table(columns))
+        if against is not None:
+            console.print(tables.paired_line(summary["against"]))
+        console.print(f"Episodes are in {log}")
+        if video is not None:
+            from sqap.report.comparison import record_comparison
+
+            with _progress("videos") as advance:
+                record_comparison(policies, env, chosen, seed, video, advance)
+        _write_json(json_path, summary)
+
+
+@app.command()
+def inspect(
+    policy: Annotated[str, typer.Argument(help="Directory of a policy, or 'reference'.")],
+    linears: Annotated[bool, typer.Option(help="List every linear.")] = False,
+    json_path: JsonOption = None,
+) -> None:
+    """Show a policy's parts, bytes and bit-widths, and what is quantized and what is not."""
+    with _user_errors():
+        loaded = sqap.load(policy)
+        reports = list_linears(loaded.model)
+        part_bytes = {name: stored_bytes(part) for name, part in loaded.model.named_children()}
+        console.print(tables.parts_table(loaded, reports, part_bytes))
+        if linears:
+            console.print(tables.linears_table(reports))
+        console.print_json(data=loaded.recipe.to_json())
+        _write_json(
+            json_path,
+            {
+                "policy": policy,
+                "family": loaded.config.family,
+                "recipe": loaded.recipe.to_json(),
+                "calibration": loaded.calibration and dataclasses.asdict(loaded.calibration),
+                "visual_tokens": loaded.config.model.visual_tokens,
+                "part_bytes": part_bytes,
+                "linears": [dataclasses.asdict(report) for report in reports],
+            },
+        )
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for the report and the video.")] = Path("demo"),
+    episodes: Annotated[int, typer.Option(help="Episodes per task.", min=1)] = 10,
+    json_path: JsonOption = None,
+) -> None:
+    """Compress the bundled policy, run it beside the original, and show what was gained and lost."""
+    with _user_errors():
+        from sqap.demo import run_demo
+
+        report = run_demo(out, episodes, console, _progress)
+        _write_json(json_path, report)
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """A user's mistake is one sentence and exit code 1; Ctrl-C is 130 and leaves what there is."""
+    try:
+        yield
+    except SqapError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; what was finished is kept, the same command goes on from there")
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Any]:
+    """A progress bar; yields ``advance(done, total)``."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not sys.stdout.isatty()) as progress:
+        bar = progress.add_task(what)
+        yield lambda done, total: progress.update(bar, completed=done, total=total)
+
+
+def _recipe(name: str, keep: float | None) -> Recipe:
+    if name in PRESETS:
+        return PRESETS[name]() if keep is None else PRESETS[name](keep)
+    recipe = Recipe.paper() if name == "paper" else Recipe.read(name)
+    if keep is None:
+        return recipe
+    if recipe.pruning is None:
+        raise InputError(f"--keep {keep} has nothing to set: recipe {name} does not prune")
+    return dataclasses.replace(recipe, pruning=dataclasses.replace(recipe.pruning, keep_ratio=keep))
+
+
+def _default_log(fingerprints: list[str], env: str) -> Path:
+    return Path("runs") / f"{env}-{'-'.join(f[:12] for f in fingerprints)}.jsonl"
+
+
+def _write_json(path: Path | None, data: Any) -> None:
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps(data, indent=2) + "\n")
+        temporary.replace(path)
+    except OSError as problem:
+        raise InputError(f"cannot write {path}: {problem.strerror}") from problem
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,84 @@
+"""The main job from end to end: compress the bundled policy and show that it still does its task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import sqap
+from sqap.checkpoints import fingerprint, locate
+from sqap.evaluation.executors import evaluate
+from sqap.evaluation.frames import collect_frames
+from sqap.evaluation.summary import summarize
+from sqap.models.storage import stored_bytes
+from sqap.policy import Policy
+from sqap.recipe import Recipe
+from sqap.report import tables
+from sqap.report.comparison import record_comparison
+
+SOURCE = "reference"
+ENV = "metaworld"
+# Three pairs that differ only in the instruction.
+TASKS = ("drawer-open", "drawer-close", "window-open", "window-close", "faucet-open", "faucet-close")
+VIDEO_TASKS = ("drawer-open", "faucet-close", "window-open")
+SEED = 1_000_000
+FRAMES = 48
+
+ProgressBar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+
+
+def run_demo(out: Path, episodes: int, console: Console, progress: ProgressBar) -> dict[str, Any]:
+    """Compress, evaluate in pairs, print the table, write ``report.json`` and a video under ``out``.
+
+    An interrupted demo goes on where it was; a finished one starts afresh.
+    """
+    original = sqap.load(SOURCE)
+    recipe = Recipe.w4a8(keep=0.6)
+    with progress("calibration frames") as advance:
+        frames = collect_frames(original, ENV, TASKS, FRAMES, advance)
+    small = sqap.compress(original, recipe, frames)
+    small_dir = out / "policy"
+    small.save(small_dir)
+
+    policies = (str(small_dir), SOURCE)
+    fingerprints = [fingerprint(locate(policy)) for policy in policies]
+    partial = out / f"episodes-{fingerprints[0][:12]}-{episodes}.partial.jsonl"
+    with progress("episodes") as advance:
+        runs = evaluate(
+            policies,
+            ENV,
+            TASKS,
+            episodes,
+            SEED,
+            fingerprints=fingerprints,
+            log=partial,
+            progress=lambda _, done, total: advance(done, total),
+        )
+    report = summarize(*runs)
+    report.update(weight_bytes=stored_bytes(small.model), visual_tokens=_tokens(small), recipe=recipe.to_json())
+    report["against"].update(weight_bytes=stored_bytes(original.model), visual_tokens=_tokens(original))
+
+    columns = (("original", report["against"]), ("W4A8, 60 % of tokens", report))
+    summaries = [summary for _, summary in columns]
+    extra = {
+        "weights as stored": [tables.megabytes(s["weight_bytes"]) for s in summaries],
+        "visual tokens after pruning": [str(s["visual_tokens"]) for s in summaries],
+    }
+    console.print(tables.success_table(columns), tables.cost_table(columns, extra))
+    console.print(tables.paired_line(report["against"]))
+    with progress("video") as advance:
+        video = record_comparison([SOURCE, str(small_dir)], ENV, VIDEO_TASKS, SEED, out, advance)
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    partial.replace(out / "episodes.jsonl")
+    console.print(f"The report is {out / 'report.json'}, the video {', '.join(map(str, video))}")
+    return report
+
+
+def _tokens(policy: Policy) -> int:
+    tokens = policy.config.model.visual_tokens
+    return tokens if policy.recipe.pruning is None else policy.recipe.pruning.budget(tokens)

@@ -1,0 +1,160 @@
+"""Many episodes of one or more policies: paired, interleaved, in separate processes, resumable."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from sqap import environments
+from sqap.errors import InputError
+from sqap.evaluation.log import EpisodeLog, Record, Settings
+from sqap.evaluation.worker import Load, Make, PolicyWorker, WorkerSpec, available_cores, load_policy
+
+Progress = Callable[[Record, int, int], None]
+_Job = tuple[str, int, list[int]]  # task, seed, and the policies that have not run there yet
+
+
+@dataclass(frozen=True)
+class Run:
+    """All episodes of one policy.
+
+    Args:
+        policy: as the caller named it.
+        env: name of the environment.
+        seed: of each task's first episode.
+        records: task by task in the order asked for, seeds ascending.
+    """
+
+    policy: str
+    env: str
+    seed: int
+    records: tuple[Record, ...]
+
+
+def evaluate(
+    policies: Sequence[str | Path],
+    env: str,
+    tasks: Sequence[str],
+    episodes: int,
+    seed: int,
+    *,
+    fingerprints: Sequence[str],
+    execute: int | None = None,
+    log: Path | None = None,
+    workers: int = 1,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    load: Load = load_policy,
+    make: Make = environments.make,
+) -> tuple[Run, ...]:
+    """Run every policy on the same episodes: episode e of each task has seed ``seed + e``.
+
+    The policies take turns on each episode, so that whatever else the machine does hits all of them
+    alike. Each lives in its own process.
+
+    Args:
+        policies: what `sqap.load` takes.
+        env: name of the environment.
+        tasks: of that environment.
+        episodes: per task.
+        seed: not negative.
+        fingerprints: one a policy, changing whenever its files do.
+        execute: actions of each chunk that are executed; None for all.
+        log: file of JSON lines that every finished episode is appended to at once. Episodes that are in
+            it are not run again.
+        workers: episodes run at the same time, each with a process per policy. Successes come faster so,
+            but latencies and memory are those of a busy machine: read them from one worker's runs.
+        threads: torch threads of each process; None shares the cores out among the workers.
+        progress: called with each record, the episodes done and the episodes asked for, all policies'
+            counted, those in the log included.
+        load: builds a policy from its path in the worker process.
+        make: builds an environment there.
+
+    Returns:
+        One run a policy, in their order.
+
+    Raises:
+        InputError: an argument is out of range, names nothing, or does not fit the log.
+        SqapError: whatever a policy or environment refuses, in its own words.
+        KeyboardInterrupt: after the processes are ended; finished episodes are in the log.
+    """
+    environments.check_tasks(env, tasks)
+    _check(policies, fingerprints, episodes, seed, workers, threads)
+    settings = Settings(env, execute, workers, threads or max(1, available_cores() // workers))
+    grid = [(task, seed + e) for task in tasks for e in range(episodes)]
+    specs = [
+        WorkerSpec(str(policy), fingerprint, settings, load, make)
+        for policy, fingerprint in zip(policies, fingerprints, strict=True)
+    ]
+    with EpisodeLog(log, settings, fingerprints) as journal:
+        pending = [(*cell, missing) for cell in grid if (missing := _missing(cell, fingerprints, journal))]
+        total = len(grid) * len(policies)
+        done = total - sum(len(missing) for _, _, missing in pending)
+        with contextlib.closing(_run(specs, pending, workers)) as records:
+            for record in records:
+                journal.add(record)
+                done += 1
+                if progress is not None:
+                    progress(record, done, total)
+        return tuple(
+            Run(str(policy), env, seed, tuple(journal.finished[(fingerprint, *cell)] for cell in grid))
+            for policy, fingerprint in zip(policies, fingerprints, strict=True)
+        )
+
+
+def _missing(cell: tuple[str, int], fingerprints: Sequence[str], journal: EpisodeLog) -> list[int]:
+    """The policies, by number, that have not run the episode ``cell``, a task and a seed."""
+    return [i for i, fingerprint in enumerate(fingerprints) if (fingerprint, *cell) not in journal.finished]
+
+
+def _run(specs: Sequence[WorkerSpec], pending: Sequence[_Job], workers: int) -> Generator[Record, None, None]:
+    """Records in the order they are finished. However this ends, no process is left."""
+    jobs = iter(pending)
+    with contextlib.ExitStack() as stack:
+        lanes = []
+        for _ in range(workers):
+            members = [stack.enter_context(contextlib.closing(PolicyWorker(spec))) for spec in specs]
+            lanes.append(_take_turns(members, jobs))
+        busy = {worker: lane for lane in lanes if (worker := next(lane, None)) is not None}
+        while busy:
+            ready = wait([worker.pipe for worker in busy])
+            for worker in [worker for worker in busy if worker.pipe in ready]:
+                lane = busy.pop(worker)
+                yield worker.receive()
+                if (following := next(lane, None)) is not None:
+                    busy[following] = lane
+
+
+def _take_turns(members: Sequence[PolicyWorker], jobs: Iterator[_Job]) -> Iterator[PolicyWorker]:
+    """Request one episode after another, one at a time; yields the worker that is at it.
+
+    Resume it only when that worker has been heard.
+    """
+    for task, seed, missing in jobs:
+        for index in missing:
+            members[index].request(task, seed)
+            yield members[index]
+
+
+def _check(
+    policies: Sequence[str | Path],
+    fingerprints: Sequence[str],
+    episodes: int,
+    seed: int,
+    workers: int,
+    threads: int | None,
+) -> None:
+    for name, value in (("episodes", episodes), ("workers", workers), ("threads", threads)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    if seed < 0:
+        raise InputError(f"the seed must not be negative, got {seed}")
+    if not policies or len(policies) != len(fingerprints):
+        raise InputError(
+            f"every policy needs a fingerprint: got {len(policies)} policies and {len(fingerprints)} of them"
+        )
+    if len(set(fingerprints)) < len(fingerprints):
+        raise InputError("two of the policies are the same; there is nothing to compare")

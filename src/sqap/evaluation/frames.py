@@ -1,0 +1,54 @@
+"""Calibration frames: what a policy sees while it works, from seeds no evaluation uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from sqap import environments
+from sqap.evaluation.rollout import Actor, noise_seed
+from sqap.observation import Observation
+
+CALIBRATION_SEED = 500_000
+LOOKS_PER_EPISODE = 6
+
+
+def collect_frames(
+    policy: Actor,
+    env: str,
+    tasks: Sequence[str],
+    count: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Observation]:
+    """``count`` observations, spread over ``tasks`` and over the first looks of the policy's episodes.
+
+    Deterministic: the same policy gives the same frames. ``progress`` gets (frames so far, count).
+
+    Raises:
+        InputError: the environment or a task is unknown, or the simulator is not installed.
+    """
+    environments.check_tasks(env, tasks)
+    shares = [len(range(i, count, len(tasks))) for i in range(len(tasks))]
+    frames: list[Observation] = []
+    for task, share in zip(tasks, shares, strict=True):
+        if share:
+            frames += _frames_of_task(policy, environments.make(env, task), share)
+        if progress is not None:
+            progress(len(frames), count)
+    return frames
+
+
+def _frames_of_task(policy: Actor, env: environments.Environment, count: int) -> list[Observation]:
+    frames: list[Observation] = []
+    seed = CALIBRATION_SEED
+    while len(frames) < count:
+        observation = env.reset(seed)
+        for look in range(min(LOOKS_PER_EPISODE, count - len(frames))):
+            frames.append(observation)
+            chunk = policy.step(observation, seed=noise_seed(seed, look)).chunk
+            results = [env.step(action) for action in chunk]
+            if results[-1].success or results[-1].truncated:
+                break
+            observation = env.observe()
+        seed += 1
+    env.close()
+    return frames

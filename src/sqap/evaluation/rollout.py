@@ -1,0 +1,135 @@
+"""One episode in closed loop: the policy looks, its actions are executed, and it looks again."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from sqap.environments import ActionUnits, Environment
+from sqap.errors import InputError
+from sqap.evaluation.statistics import jerk
+from sqap.observation import Observation
+from sqap.serialization import from_json
+
+if TYPE_CHECKING:
+    from sqap.policy import Step
+    from sqap.pruning.selector import Selection
+
+Watch = Callable[[Observation, "Selection | None", int], None]
+
+_RAW_UNITS = ActionUnits()
+
+
+class Actor(Protocol):
+    """What an episode is driven by: `sqap.policy.Policy`, or anything else with this method."""
+
+    def step(self, observation: Observation, *, seed: int | None = None) -> Step: ...
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What one episode came to.
+
+    Args:
+        task: its task.
+        seed: the environment's seed; with `noise_seed` it fixes the diffusion noise too.
+        success: whether the task's success flag was up at any step.
+        steps: control steps executed.
+        jerk: of the executed actions, as `sqap.evaluation.statistics.jerk` defines it.
+        latencies_ms: wall time of the policy's calls, observation in, actions out, in order.
+    """
+
+    task: str
+    seed: int
+    success: bool
+    steps: int
+    jerk: float
+    latencies_ms: tuple[float, ...]
+
+    @classmethod
+    def from_json(cls, data: Any) -> Episode:
+        """The episode that `to_json` wrote.
+
+        Raises:
+            InputError: a key is unknown or missing, or a value has the wrong type.
+        """
+        episode: Episode = from_json(cls, data, "episode", InputError)
+        return episode
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a JSON file."""
+        return dataclasses.asdict(self)
+
+
+def noise_seed(seed: int, call: int) -> int:
+    """Seed of the diffusion noise at the policy's ``call``-th look in the episode with ``seed``.
+
+    It depends on nothing else, so two policies in the same episode draw the same noise and a difference
+    between them is not luck.
+    """
+    return int(np.random.SeedSequence((seed, call)).generate_state(1)[0])
+
+
+def run_episode(
+    policy: Actor,
+    env: Environment,
+    seed: int,
+    *,
+    units: ActionUnits = _RAW_UNITS,
+    execute: int | None = None,
+    watch: Watch | None = None,
+) -> Episode:
+    """Run ``policy`` until the task succeeds or ``env`` says that time is up.
+
+    Args:
+        policy: asked for a chunk of actions at a time.
+        env: reset with ``seed`` first; left open.
+        seed: not negative.
+        units: what the jerk is measured in.
+        execute: actions of each chunk that are executed before the policy looks again; None for all.
+        watch: called with the observation, the policy's latest selection of visual tokens and the number
+            of control steps done, before every control step and after the last. Each call renders.
+
+    Raises:
+        InputError: the chunk does not fit the environment or ``execute``, or an action is not finite.
+    """
+    observation = env.reset(seed)
+    actions: list[np.ndarray] = []
+    latencies: list[float] = []
+    while True:
+        begin = time.perf_counter()
+        step = policy.step(observation, seed=noise_seed(seed, len(latencies)))
+        latencies.append(round(1e3 * (time.perf_counter() - begin), 3))
+        _check_chunk(step.chunk, env, execute)
+        for position, action in enumerate(step.chunk[:execute]):
+            if watch is not None:
+                watch(env.observe() if position else observation, step.selection, len(actions))
+            actions.append(np.clip(action, -units.limit, units.limit))
+            result = env.step(action)
+            if result.success or result.truncated:
+                if watch is not None:
+                    watch(env.observe(), step.selection, len(actions))
+                return Episode(
+                    task=env.task,
+                    seed=seed,
+                    success=result.success,
+                    steps=len(actions),
+                    jerk=jerk(np.stack(actions), units.metres, units.hz),
+                    latencies_ms=tuple(latencies),
+                )
+        observation = env.observe()
+
+
+def _check_chunk(chunk: np.ndarray, env: Environment, execute: int | None) -> None:
+    horizon, width = chunk.shape
+    if width != env.action_dim:
+        raise InputError(f"the policy gives {width} numbers an action, but {env.task} takes {env.action_dim}")
+    if execute is not None and not 1 <= execute <= horizon:
+        raise InputError(f"execute must be from 1 to {horizon}, the actions in a chunk, got {execute}")
+    if not np.isfinite(chunk).all():
+        raise InputError(f"the policy gave an action on {env.task} that is not finite")

@@ -1,0 +1,83 @@
+"""Sizes and variants of the four parts. A supported policy is one `ModelConfig`, never new code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """One ViT encoder.
+
+    ``take_block`` is the block whose output becomes the visual tokens, counted as Python does: -1 the
+    last one, -2 the one before (what OpenVLA and CogACT read). ``mean`` and ``std`` normalise pixels
+    in [0, 1]. ``stem`` is a single patch convolution, or early convolutions for policies trained from
+    scratch (Xiao et al. 2021).
+    """
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    stem: Literal["patch", "convolutions"] = "patch"
+    class_token: bool = False
+    registers: int = 0
+    layer_scale: bool = False
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    norm_eps: float = 1e-6
+    take_block: int = -1
+    final_norm: bool = True
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A Llama-style decoder. ``vocabulary`` counts the rows of the embedding table."""
+
+    vocabulary: int
+    width: int
+    depth: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class DiffusionHeadConfig:
+    """CogACT's action head: a DiT on noisy action chunks, conditioned on the cognition token."""
+
+    action_dim: int
+    horizon: int
+    width: int
+    depth: int
+    heads: int
+    train_steps: int = 100
+    sample_steps: int = 10
+    guidance: float = 1.5
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole policy. ``projector`` lists the output widths of its linears; GELU stands between them."""
+
+    vision: tuple[VisionConfig, ...]
+    projector: tuple[int, ...]
+    decoder: DecoderConfig
+    head: DiffusionHeadConfig
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens per image; several encoders see the same patches and are concatenated."""
+        return self.vision[0].grid ** 2

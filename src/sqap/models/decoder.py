@@ -1,0 +1,208 @@
+"""The decoder: Llama's architecture, with two seams for the method.
+
+Its linears can be replaced by quantized ones, and a `TokenPruner` may shorten the sequence between
+layers. Both are given from outside; nothing here knows how they work.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sqap.models.config import DecoderConfig
+from sqap.models.transformer import attend
+
+
+class TokenPruner(Protocol):
+    """Decides between layers which positions of the sequence go on; its tensors may live on any device."""
+
+    def score_rows(self, layer: int) -> Tensor | None:
+        """Sequence positions ``(rows,)`` whose attention in this layer is wanted as scores, or None."""
+
+    def keep(self, layer: int, received: Tensor) -> Tensor | None:
+        """Positions ``(batch, kept)``, ascending, that go on after this layer, or None for all.
+
+        ``received`` ``(batch, tokens)`` is the attention each position gets, averaged over heads and
+        over the asked-for rows.
+        """
+
+
+class KVCache:
+    """Keys and values per layer; layers after a pruned one hold the kept positions only."""
+
+    def __init__(self, layers: int) -> None:
+        self._entries: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        self.next_position = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append ``(batch, kv_heads, tokens, head_dim)`` and return all that is stored."""
+        entry = self._entries[layer]
+        if entry is not None:
+            k, v = torch.cat([entry[0], k], dim=2), torch.cat([entry[1], v], dim=2)
+        self._entries[layer] = (k, v)
+        return k, v
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation, computed in 32 bits whatever the input's type."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return wide.to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.q_proj = nn.Linear(config.width, config.heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        layer: int,
+        cache: KVCache | None,
+        rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mixed tokens ``(batch, tokens, width)``, and what ``rows`` attend to ``(batch, keys)``."""
+        batch, tokens, _ = x.shape
+        q = self.q_proj(x).view(batch, tokens, self.heads, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x).view(batch, tokens, self.kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(batch, tokens, self.kv_heads, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        past = k.shape[2] - tokens
+        mask = None if past == 0 or tokens == 1 else _causal_mask(tokens, past, x.device)
+        mixed = attend(q, k, v, causal=past == 0 and tokens > 1, mask=mask)
+        received = None if rows is None else attention_received(q, k, rows)
+        return self.o_proj(mixed.transpose(1, 2).reshape(batch, tokens, -1)), received
+
+
+def attention_received(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
+    """Attention that each key gets from a few query rows: one row block, not a second full attention.
+
+    Args:
+        q: ``(batch, heads, tokens, head_dim)`` rotated queries.
+        k: ``(batch, kv_heads, keys, head_dim)`` rotated keys, of which the last ``tokens`` are q's own.
+        rows: ``(rows,)`` indices of the queries that count.
+
+    Returns:
+        ``(batch, keys)`` probabilities averaged over heads and rows; each batch entry sums to one.
+    """
+    past, rows = k.shape[2] - q.shape[2], rows.to(q.device)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores: Tensor = q[:, :, rows].float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
+    future = torch.arange(k.shape[2], device=k.device) > (rows + past)[:, None]
+    return scores.masked_fill(future, -torch.inf).softmax(-1).mean((1, 2))
+
+
+class SwiGLU(nn.Module):
+    """Llama's gated MLP."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then MLP, each behind an RMSNorm and on a residual branch."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = SwiGLU(config.width, config.mlp_width)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        layer: int = 0,
+        cache: KVCache | None = None,
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        mixed, received = self.self_attn(self.input_layernorm(x), rope, layer, cache, rows)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x)), received
+
+
+class Decoder(nn.Module):
+    """Embeddings in, hidden states out."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocabulary, config.width)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.depth))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+
+    def forward(
+        self, x: Tensor, *, cache: KVCache | None = None, pruner: TokenPruner | None = None
+    ) -> Tensor:
+        """Run ``x`` ``(batch, tokens, width)``; with a pruner, fewer tokens come out than went in.
+
+        Positions continue where ``cache`` ended, and a kept token keeps the position it had.
+        """
+        start = cache.next_position if cache is not None else 0
+        if cache is not None:
+            cache.next_position += x.shape[1]
+        positions = torch.arange(start, start + x.shape[1], device=x.device).expand(x.shape[0], -1)
+        rope = rope_angles(positions, self.config, x.dtype)
+        for i, layer in enumerate(self.layers):
+            rows = pruner.score_rows(i) if pruner is not None else None
+            x, received = layer(x, rope, i, cache, rows)
+            if pruner is not None and received is not None:
+                kept = pruner.keep(i, received)
+                if kept is not None:
+                    kept = kept.to(x.device)
+                    x = take_tokens(x, kept)
+                    rope = take_tokens(rope[0], kept), take_tokens(rope[1], kept)
+        out: Tensor = self.norm(x)
+        return out
+
+
+def take_tokens(x: Tensor, kept: Tensor) -> Tensor:
+    """Gather ``kept`` ``(batch, kept)`` from the second dimension of ``x`` ``(batch, tokens, width)``."""
+    return x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def rope_angles(positions: Tensor, config: DecoderConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``(batch, tokens, head_dim)`` of the rotary embedding (Su et al. 2021)."""
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
+    angles = positions[..., None].float() * config.rope_theta ** -(half / config.head_dim)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn ``(batch, heads, tokens, head_dim)`` by its positions; halves are paired, as in Llama."""
+    cos, sin = rope[0][:, None].to(x), rope[1][:, None].to(x)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def _causal_mask(tokens: int, past: int, device: torch.device) -> Tensor:
+    return torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)

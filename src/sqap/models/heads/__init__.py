@@ -1,0 +1,1 @@
+"""Action heads: from the decoder's last hidden state to a normalised action chunk."""

@@ -1,0 +1,23 @@
+"""The projector: visual features into the decoder's residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+class Projector(nn.Module):
+    """Linears ``fc1, fc2, ...`` with GELU between them, as in Prismatic's VLMs."""
+
+    def __init__(self, width: int, outputs: Sequence[int]) -> None:
+        super().__init__()
+        inputs = (width, *outputs[:-1])
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(inputs, outputs, strict=True))
+        self.act = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, tokens, vision width)`` to ``(batch, tokens, decoder width)``."""
+        for i, layer in enumerate(self.layers):
+            x = layer(x if i == 0 else self.act(x))
+        return x

@@ -1,0 +1,71 @@
+"""What the vision encoders and the action head share: biased attention and a two-layer MLP."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention of ``(batch, heads, tokens, head_dim)`` over ``(batch, kv_heads, keys, head_dim)``.
+
+    Query heads are grouped by key/value head in order. ``mask`` ``(tokens, keys)`` is true where a query
+    may look; ``causal`` says that queries and keys are the same tokens and none looks ahead.
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    # torch's fused kernel reaches a third of the speed of two plain products in this one case.
+    batch, heads, tokens, width = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    folded = (q * width**-0.5).reshape(batch * kv_heads, -1, width)
+    scores = torch.bmm(folded, k.reshape(-1, keys, width).transpose(1, 2)).view(batch, heads, tokens, keys)
+    if causal:
+        mask = torch.ones(tokens, keys, dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores + torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1).view(batch * kv_heads, -1, keys)
+    return torch.bmm(weights, v.reshape(-1, keys, width)).view(batch, heads, tokens, width)
+
+
+class SelfAttention(nn.Module):
+    """Full multi-head attention with one fused, biased projection, as in timm's ViTs and DiT."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, tokens, width)`` to the same."""
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mixed = attend(q, k, v)
+        out: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        return out
+
+
+class MLP(nn.Module):
+    """Linear, GELU, linear."""
+
+    def __init__(self, width: int, hidden: int, activation: str) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = nn.GELU(approximate="tanh" if activation == "gelu_tanh" else "none")
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(self.act(self.fc1(x)))
+        return out
+
+
+def sinusoidal_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+    """``(batch,)`` time steps to ``(batch, width)``: cosines, then sines (Vaswani et al. 2017)."""
+    half = width // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = t[:, None].float() * max_period**-exponent
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)

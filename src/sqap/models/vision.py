@@ -1,0 +1,86 @@
+"""The vision encoder: a pre-norm ViT that covers DINOv2 with registers, SigLIP and the small ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sqap.models.config import VisionConfig
+from sqap.models.transformer import MLP, SelfAttention
+
+
+class LayerScale(nn.Module):
+    """A learned gain per channel on a residual branch (DINOv2)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale_factor = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale_factor
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a LayerNorm and on a residual branch."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)
+        self.attn = SelfAttention(width, config.heads)
+        self.ls1 = LayerScale(width) if config.layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
+        self.mlp = MLP(width, config.mlp_width, config.activation)
+        self.ls2 = LayerScale(width) if config.layer_scale else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        x = x + self.ls2(self.mlp(self.norm2(x)))
+        return x
+
+
+class VisionEncoder(nn.Module):
+    """An image to one token per patch, row by row from the top left."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = _stem(config)
+        prefix = int(config.class_token)
+        self.pos_embed = nn.Parameter(torch.randn(prefix + config.grid**2, config.width) * 0.02)
+        self.cls_token = nn.Parameter(torch.zeros(1, config.width)) if config.class_token else None
+        self.reg_token = (
+            nn.Parameter(torch.zeros(config.registers, config.width)) if config.registers else None
+        )
+        # Blocks after the one that is read would be computed for nothing.
+        depth = config.depth + 1 + config.take_block if config.take_block < 0 else config.take_block + 1
+        self.blocks = nn.ModuleList(Block(config) for _ in range(depth))
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.final_norm else nn.Identity()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """``(batch, 3, image_size, image_size)`` normalised to ``(batch, grid * grid, width)``."""
+        x = self.patch_embed(pixels).flatten(2).transpose(1, 2)
+        batch = x.shape[0]
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(batch, -1, -1), x], dim=1)
+        x = x + self.pos_embed
+        if self.reg_token is not None:  # after the class token, and without a position
+            prefix = int(self.config.class_token)
+            registers = self.reg_token.expand(batch, -1, -1)
+            x = torch.cat([x[:, :prefix], registers, x[:, prefix:]], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.norm(x)
+        return out[:, int(self.config.class_token) + self.config.registers :]
+
+
+def _stem(config: VisionConfig) -> nn.Module:
+    if config.stem == "patch":
+        return nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
+    layers: list[nn.Module] = []
+    channels, halvings = 3, config.patch_size.bit_length() - 1
+    for i in range(halvings):
+        wider = config.width >> (halvings - 1 - i)
+        layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1), nn.GELU()]
+        channels = wider
+    return nn.Sequential(*layers, nn.Conv2d(channels, config.width, 1))

@@ -1,0 +1,53 @@
+"""Reading the scores: how much attention visual tokens receive, out of the pass that runs anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sqap.models.vla import VISUAL_START
+from sqap.recipe import Pruning, ScoreQueries
+
+
+def score_layers(settings: Pruning) -> tuple[int, ...]:
+    """The decoder layers, counted from 0, whose attention ranks the tokens; none for the baselines."""
+    if settings.method not in ("sqap", "attention"):
+        return ()
+    return settings.score_layers or (settings.after_layer - 1,)
+
+
+def query_rows(queries: ScoreQueries, tokens: int, length: int) -> Tensor:
+    """Positions ``(rows,)`` whose attention counts, in ``length`` of which ``tokens`` are visual."""
+    first = VISUAL_START + tokens if queries == "text" else length - 1
+    return torch.arange(first, length)
+
+
+class AttentionWatcher:
+    """A `TokenPruner` that prunes nothing and remembers what the visual tokens receive.
+
+    Args:
+        layers: decoder layers to watch, counted from 0.
+        rows: ``(rows,)`` query positions whose attention is averaged.
+        tokens: number of visual tokens.
+    """
+
+    def __init__(self, layers: Collection[int], rows: Tensor, tokens: int) -> None:
+        self._layers, self._rows, self._tokens = layers, rows, tokens
+        self._received: list[Tensor] = []
+
+    def score_rows(self, layer: int) -> Tensor | None:
+        return self._rows if layer in self._layers else None
+
+    def keep(self, layer: int, received: Tensor) -> None:
+        if layer in self._layers:
+            self._received.append(received[:, VISUAL_START : VISUAL_START + self._tokens])
+
+    @property
+    def scores(self) -> Tensor | None:
+        """``(batch, N)``, averaged over the layers, each row with sum one; None before the first layer."""
+        if not self._received:
+            return None
+        return F.normalize(torch.stack(self._received).mean(0), p=1.0, dim=-1)

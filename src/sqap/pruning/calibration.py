@@ -1,0 +1,64 @@
+"""How far the quantized model's attention ranking can be trusted, measured against full precision."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from sqap.models.vla import VLA
+from sqap.pruning.attention import AttentionWatcher, query_rows
+from sqap.pruning.criteria import top_k
+from sqap.recipe import ScoreQueries
+
+
+def overlap_at_k(a: Tensor, b: Tensor, k: int) -> float:
+    """Share of the top ``k`` of scores ``a`` ``(N,)`` that is also in the top ``k`` of ``b`` ``(N,)``."""
+    return float(torch.isin(top_k(a, k), top_k(b, k)).float().mean())
+
+
+def overlap_curve(full: Tensor, quantized: Tensor) -> Tensor:
+    """Mean `overlap_at_k` ``(N,)`` for k = 1 ... N over frames of scores ``(frames, N)``."""
+    frames, tokens = full.shape
+    # A token is in both top k from the k on at which the worse of its two ranks gets in.
+    joins = torch.maximum(_ranks(full), _ranks(quantized))
+    both = torch.bincount(joins.flatten(), minlength=tokens).cumsum(0)
+    return both / (frames * torch.arange(1, tokens + 1))
+
+
+def choose_k(curve: Tensor, threshold: float) -> int:
+    """The largest k whose overlap ``curve[k - 1]`` reaches ``threshold``; 0 if none does.
+
+    Smaller k may fall short: the first few ranks swap among themselves without any harm. By chance
+    alone the overlap is k / N, so the caller cuts the curve at the largest k it would use,
+    ``curve[:limit]``.
+    """
+    trusted = (curve >= threshold).nonzero()
+    return int(trusted[-1]) + 1 if len(trusted) else 0
+
+
+@torch.inference_mode()
+def attention_scores(
+    model: VLA, pixels: Sequence[Tensor], token_ids: Tensor, layers: Collection[int], queries: ScoreQueries
+) -> Tensor:
+    """The scores ``(batch, N)`` that a pruner would see, each row with sum one; nothing is pruned.
+
+    Args:
+        model: full-precision or quantized.
+        pixels: one ``(batch, 3, size, size)`` per vision encoder.
+        token_ids: ``(batch, text tokens)``.
+        layers: decoder layers, counted from 0, whose attention is averaged; at least one.
+        queries: whose attention counts.
+    """
+    tokens = model.config.visual_tokens
+    rows = query_rows(queries, tokens, tokens + token_ids.shape[1])
+    watcher = AttentionWatcher(layers, rows, tokens)
+    model.cognition(model.see(pixels), token_ids, pruner=watcher)
+    scores = watcher.scores
+    assert scores is not None, "no decoder layer was watched"
+    return scores
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    return scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)

@@ -1,0 +1,96 @@
+"""The three criteria of SQAP-VLA (arXiv 2509.09090) and the two baselines they must beat.
+
+Visual tokens lie on a square grid of ``N = grid * grid`` patches, row-major from the top left. Image
+coordinates are shares of the image's sides: (0, 0) is its top left corner, (1, 1) the bottom right.
+Ties go to the lower index everywhere, so the same input always keeps the same tokens.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Indices ``(k,)`` of the largest ``scores`` ``(N,)``, best first."""
+    # torch.topk leaves ties to the implementation; a stable sort does not.
+    return scores.sort(descending=True, stable=True).indices[:k]
+
+
+def distances(grid: int, centre: tuple[float, float]) -> Tensor:
+    """Distance ``(N,)`` from every patch centre to ``centre`` (u, v), which may lie outside the image."""
+    offsets = _patch_centres(grid) - centre
+    return torch.from_numpy(np.hypot(offsets[:, 0], offsets[:, 1]))
+
+
+def ring(grid: int, centre: tuple[float, float], inner: float, outer: float) -> Tensor:
+    """Mask ``(N,)`` of the patches whose centres are between ``inner`` and ``outer`` from ``centre``.
+
+    Both radii count as inside. They are shares of the image's side.
+    """
+    distance = distances(grid, centre)
+    return (inner <= distance) & (distance <= outer)
+
+
+def farthest_points(grid: int, kept: Tensor, count: int) -> Tensor:
+    """Farthest-point sampling (Gonzalez 1985): each next patch is the one farthest from all before it.
+
+    Args:
+        kept: mask ``(N,)`` of the patches to start from; with none, the first pick is the patch nearest
+            the image's centre.
+        count: patches to add, at most those not kept.
+
+    Returns:
+        ``(count,)`` indices in the order they were picked; none of them was kept before.
+    """
+    between = _squared_distances(grid)
+    seeds = kept.nonzero().flatten().tolist()
+    picked = [] if seeds else [(grid - 1) // 2 * (grid + 1)]
+    nearest = between[seeds + picked].min(axis=0)
+    while len(picked) < count:
+        picked.append(int(nearest.argmax()))
+        np.minimum(nearest, between[picked[-1]], out=nearest)
+    return torch.tensor(picked[:count], dtype=torch.long)
+
+
+def random_tokens(tokens: int, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """``count`` of ``tokens`` indices, every subset equally likely."""
+    return torch.randperm(tokens, generator=generator)[:count]
+
+
+def uniform_grid(grid: int, count: int) -> Tensor:
+    """Exactly ``count`` patches ``(count,)``, ascending, spread evenly in both directions.
+
+    Rows share the count as evenly as whole numbers allow. Inside a row the patches are equally spaced,
+    and each row is shifted against the one before by the golden ratio of that space, so that no columns
+    line up.
+    """
+    before = (np.arange(grid + 1) * count + grid // 2) // grid
+    in_row = np.diff(before)
+    indices = []
+    for turn, row in enumerate(np.flatnonzero(in_row)):
+        shift = turn * GOLDEN_RATIO % 1
+        columns = (np.arange(in_row[row]) + shift) * grid / in_row[row]
+        indices.append(row * grid + columns.astype(np.int64))
+    return torch.from_numpy(np.concatenate(indices))
+
+
+@lru_cache
+def _patch_centres(grid: int) -> np.ndarray:
+    """``(N, 2)`` image coordinates (u, v)."""
+    rows, columns = np.divmod(np.arange(grid * grid), grid)
+    centres: np.ndarray = (np.stack([columns, rows], axis=1) + 0.5) / grid
+    return centres
+
+
+@lru_cache
+def _squared_distances(grid: int) -> np.ndarray:
+    """``(N, N)`` squared distances in patches; integers, so that ties are exact."""
+    rows, columns = np.divmod(np.arange(grid * grid, dtype=np.int32), np.int32(grid))
+    squared: np.ndarray = (rows[:, None] - rows) ** 2 + (columns[:, None] - columns) ** 2
+    return squared

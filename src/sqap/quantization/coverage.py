@@ -1,0 +1,126 @@
+"""What is really quantized: every linear of a policy as it is stored, and a check against the recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import nn
+
+from sqap.errors import CheckpointError
+from sqap.models.storage import STORAGE_DTYPE, stored_bytes
+from sqap.models.vla import VLA
+from sqap.quantization.linear import QuantizedLinear, stored_shapes
+from sqap.quantization.rotation import HadamardLinear, is_rotated, largest_block
+from sqap.recipe import Quantization
+
+Part = Literal["vision", "projector", "decoder", "head"]
+SETTINGS = ("weight_bits", "weight_granularity", "group_size", "activation_bits", "activation_granularity")
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """One linear as it is stored.
+
+    Args:
+        name: its path in the model, as ``decoder.layers.0.self_attn.q_proj``.
+        part: which of the policy's four parts it belongs to.
+        in_features: input channels.
+        out_features: output channels.
+        weight_bits: bits per weight, scales not counted.
+        activation_bits: bits of the inputs that are multiplied; those of the weight for floats.
+        granularity: what shares a weight scale: "channel", "group" or "tensor"; None for floats.
+        group_size: input channels per scale, with granularity "group".
+        hadamard_block: size of the Hadamard blocks its input is multiplied by at run time; 0 is none.
+        bytes: of weight, scales and bias as stored.
+        quantized: whether the weight is stored as integers.
+    """
+
+    name: str
+    part: Part
+    in_features: int
+    out_features: int
+    weight_bits: int
+    activation_bits: int
+    granularity: str | None
+    group_size: int | None
+    hadamard_block: int
+    bytes: int
+    quantized: bool
+
+
+def list_linears(model: VLA) -> list[LinearReport]:
+    """Every linear of the model, in the order of its modules; convolutions and tables are none."""
+    return [
+        _report(name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | QuantizedLinear)
+    ]
+
+
+def check_coverage(model: VLA, quantization: Quantization) -> None:
+    """Make sure that the decoder is what the recipe says: each linear packed, on its grid, rotated or not.
+
+    Raises:
+        CheckpointError: it is not; the message names the first linear that differs.
+    """
+    if is_rotated(model) != quantization.rotate:
+        state = "rotated" if is_rotated(model) else "not rotated"
+        raise CheckpointError(f"the recipe says rotate = {quantization.rotate}, but the decoder is {state}")
+    for name, module in model.decoder.named_modules(prefix="decoder"):
+        if isinstance(module, nn.Linear):
+            raise CheckpointError(f"{name} is not quantized, but the recipe quantizes every decoder linear")
+        if isinstance(module, QuantizedLinear):
+            _check_linear(name, module, quantization)
+
+
+def _check_linear(name: str, linear: QuantizedLinear, quantization: Quantization) -> None:
+    for setting in SETTINGS:
+        found, expected = getattr(linear, setting), getattr(quantization, setting)
+        if found != expected:
+            raise CheckpointError(f"{name} has {setting} = {found}, the recipe says {expected}")
+    rotates = quantization.rotate and name.endswith("down_proj")
+    block = largest_block(linear.in_features) if rotates else 0
+    if linear.hadamard_block != block:
+        raise CheckpointError(
+            f"{name} rotates its input in blocks of {linear.hadamard_block}, the recipe needs {block}"
+        )
+    dtype = torch.uint8 if quantization.weight_bits == 4 else torch.int8
+    shapes = stored_shapes(linear.in_features, linear.out_features, quantization)
+    if linear.weight.dtype != dtype or (linear.weight.shape, linear.scale.shape) != shapes:
+        found = f"{linear.weight.dtype} {tuple(linear.weight.shape)}"
+        raise CheckpointError(f"{name} stores its weight as {found}, not packed as {dtype} {shapes[0]}")
+    if linear.scale.dtype != torch.float32 or not linear.scale.isfinite().all():
+        raise CheckpointError(f"{name} must have finite float32 scales")
+
+
+def _report(name: str, linear: nn.Linear | QuantizedLinear) -> LinearReport:
+    part = cast(Part, name.partition(".")[0])
+    shape = linear.in_features, linear.out_features
+    if isinstance(linear, QuantizedLinear):
+        return LinearReport(
+            name,
+            part,
+            *shape,
+            weight_bits=linear.weight_bits,
+            activation_bits=linear.activation_bits,
+            granularity=linear.weight_granularity,
+            group_size=linear.group_size,
+            hadamard_block=linear.hadamard_block,
+            bytes=stored_bytes(linear),
+            quantized=True,
+        )
+    bits = 8 * STORAGE_DTYPE.itemsize
+    return LinearReport(
+        name,
+        part,
+        *shape,
+        weight_bits=bits,
+        activation_bits=bits,
+        granularity=None,
+        group_size=None,
+        hadamard_block=linear.block if isinstance(linear, HadamardLinear) else 0,
+        bytes=stored_bytes(linear),
+        quantized=False,
+    )

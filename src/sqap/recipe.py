@@ -1,0 +1,186 @@
+"""A recipe: everything that decides how a policy is compressed, as a frozen value and as JSON.
+
+Unknown keys and settings that contradict each other are refused with the reason, so that a recipe
+either does what it says or does not exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sqap.errors import InputError
+from sqap.serialization import from_json, read_json
+
+RECIPE_VERSION = 1
+
+WeightGranularity = Literal["channel", "group", "tensor"]
+ActivationGranularity = Literal["token", "tensor"]
+PruningMethod = Literal["sqap", "attention", "random", "uniform"]
+ScoreQueries = Literal["text", "last"]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the decoder's linears are quantized: symmetric uniform grids, rounded to nearest.
+
+    Args:
+        weight_bits: 4 or 8.
+        activation_bits: 4 or 8; quantized at run time.
+        weight_granularity: one scale per output channel, per group of input channels, or per tensor.
+        group_size: input channels per scale; only with ``weight_granularity="group"``.
+        activation_granularity: one scale per token or per tensor.
+        rotate: Hadamard-rotate the residual stream, the values and the MLP's inner activations first.
+    """
+
+    weight_bits: int = 4
+    activation_bits: int = 8
+    weight_granularity: WeightGranularity = "channel"
+    group_size: int | None = None
+    activation_granularity: ActivationGranularity = "token"
+    rotate: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits"):
+            if getattr(self, name) not in (4, 8):
+                raise InputError(f"{name} must be 4 or 8, got {getattr(self, name)}")
+        if (self.weight_bits, self.activation_bits) == (8, 4):
+            raise InputError("W8A4 is not supported: 4-bit activations need 4-bit weights")
+        if (self.weight_granularity == "group") != (self.group_size is not None):
+            raise InputError(
+                f"group_size={self.group_size} contradicts weight_granularity={self.weight_granularity!r}; "
+                "a group size goes with granularity 'group' and with no other"
+            )
+        if self.group_size is not None and (self.group_size < 2 or self.group_size % 2):
+            raise InputError(f"group_size must be a positive even number, got {self.group_size}")
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Which visual tokens go on after decoder layer ``after_layer``.
+
+    The budget is exactly ``round(keep_ratio * N)``. Method ``"sqap"`` fills it with the three criteria of
+    the paper: the top tokens by attention of the quantized model, the ring around the end effector, and
+    farthest-point sampling for the rest. ``"attention"`` (FastV), ``"random"`` and ``"uniform"`` are the
+    baselines.
+
+    Args:
+        keep_ratio: share of visual tokens kept, in (0, 1].
+        after_layer: number of decoder layers that still see every token; at least 1.
+        method: the criterion.
+        score_queries: whose attention counts: every token after the image ("text"), or the last alone.
+        score_layers: the decoder layers (counted from 0, each below ``after_layer``) whose attention is
+            averaged into the scores; None is the last layer that sees every token.
+        top_share: largest share of the budget the attention ranking may take; calibration may lower it.
+        overlap: the ranking is trusted up to the largest k at which quantized and full-precision top k
+            overlap at least this much on the calibration frames.
+        ring: inner and outer radius around the projected end effector, as shares of the image's side.
+        ring_share: largest share of the budget the ring may take.
+    """
+
+    keep_ratio: float = 0.6
+    after_layer: int = 2
+    method: PruningMethod = "sqap"
+    score_queries: ScoreQueries = "text"
+    score_layers: tuple[int, ...] | None = None
+    top_share: float = 0.5
+    overlap: float = 0.8
+    ring: tuple[float, float] = (0.05, 0.2)
+    ring_share: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep_ratio <= 1:
+            raise InputError(f"keep_ratio must be in (0, 1], got {self.keep_ratio}")
+        if self.after_layer < 1:
+            raise InputError(f"after_layer must be at least 1, got {self.after_layer}")
+        if self.score_layers is not None:
+            outside = [layer for layer in self.score_layers if not 0 <= layer < self.after_layer]
+            if outside or not self.score_layers:
+                raise InputError(
+                    f"score_layers {list(self.score_layers)} must name layers from 0 to {self.after_layer - 1}, "
+                    f"those that see every token when after_layer is {self.after_layer}"
+                )
+        for name in ("top_share", "overlap", "ring_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.top_share + self.ring_share > 1:
+            raise InputError(
+                f"top_share {self.top_share} and ring_share {self.ring_share} add up to more than the budget"
+            )
+        if not 0 <= self.ring[0] < self.ring[1]:
+            raise InputError(f"ring must be (inner, outer) with 0 <= inner < outer, got {self.ring}")
+
+    def budget(self, tokens: int) -> int:
+        """Exactly how many of ``tokens`` visual tokens are kept.
+
+        Raises:
+            InputError: the ratio is so small that none would be.
+        """
+        kept = round(self.keep_ratio * tokens)
+        if kept < 1:
+            raise InputError(
+                f"keep_ratio {self.keep_ratio} keeps none of {tokens} visual tokens; "
+                f"at least {0.5 / tokens:.4f} keeps one"
+            )
+        return kept
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Quantization, pruning, or both. ``Recipe()`` leaves a policy as it is.
+
+    Raises:
+        InputError: a setting is out of range or contradicts another.
+    """
+
+    quantization: Quantization | None = field(default=None)
+    pruning: Pruning | None = field(default=None)
+    version: int = RECIPE_VERSION
+
+    def __post_init__(self) -> None:
+        if self.version != RECIPE_VERSION:
+            raise InputError(f"this sqap reads recipe version {RECIPE_VERSION}, the recipe is {self.version}")
+
+    @classmethod
+    def w4a8(cls, keep: float = 0.6) -> Recipe:
+        """4-bit weights, 8-bit activations, rotated; fast on CPUs."""
+        return cls(Quantization(4, 8), _pruning(keep))
+
+    @classmethod
+    def w4a4(cls, keep: float = 0.6) -> Recipe:
+        """4-bit weights and activations, rotated."""
+        return cls(Quantization(4, 4), _pruning(keep))
+
+    @classmethod
+    def paper(cls) -> Recipe:
+        """The paper's own setting: W4A4, 60 % of the tokens kept after layer 2."""
+        return cls(Quantization(4, 4), Pruning(keep_ratio=0.6, after_layer=2))
+
+    @classmethod
+    def read(cls, path: str | Path) -> Recipe:
+        """Read a recipe from a JSON file.
+
+        Raises:
+            InputError: the file is missing, is not JSON, or is not a valid recipe.
+        """
+        return cls.from_json(read_json(Path(path), InputError))
+
+    @classmethod
+    def from_json(cls, data: Any) -> Recipe:
+        """The recipe that `to_json` wrote.
+
+        Raises:
+            InputError: a key is unknown or missing, or a value is not allowed.
+        """
+        recipe: Recipe = from_json(cls, data, "recipe", InputError)
+        return recipe
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a JSON file."""
+        return dataclasses.asdict(self)
+
+
+def _pruning(keep: float) -> Pruning | None:
+    return None if keep == 1 else Pruning(keep_ratio=keep)

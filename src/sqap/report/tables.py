@@ -1,0 +1,111 @@
+"""Results as Rich tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from sqap.policy import Policy
+from sqap.quantization import LinearReport
+
+Column = tuple[str, Mapping[str, Any]]  # label, and a summary as `sqap.evaluation.summary` makes it
+
+
+def percent(share: float) -> str:
+    """0.123 as 12.3 %."""
+    return f"{100 * share:.1f} %"
+
+
+def megabytes(count: float) -> str:
+    """Bytes in units of 10^6."""
+    return f"{count / 1e6:.2f} MB"
+
+
+def success_table(columns: Sequence[Column]) -> Table:
+    """One row per task, and the totals with their 95 % intervals."""
+    table = Table(title="Closed-loop success", title_justify="left")
+    table.add_column("task")
+    for label, _ in columns:
+        table.add_column(label, justify="right")
+    for task in columns[0][1]["tasks"]:
+        counts = [summary["tasks"][task] for _, summary in columns]
+        table.add_row(task, *(f"{c['successes']}/{c['episodes']}" for c in counts))
+    table.add_section()
+    table.add_row("success", *(percent(s["success"]) for _, s in columns), style="bold")
+    table.add_row("95 % interval", *(_interval(s["success_ci95"]) for _, s in columns))
+    return table
+
+
+def cost_table(columns: Sequence[Column], extra: Mapping[str, Sequence[str]] | None = None) -> Table:
+    """Time, smoothness and memory; ``extra`` adds rows, name -> one cell per column."""
+    table = Table(title="Cost", title_justify="left")
+    table.add_column("")
+    for label, _ in columns:
+        table.add_column(label, justify="right")
+    for name, cells in (extra or {}).items():
+        table.add_row(name, *cells)
+    for q in ("p50", "p95", "p99"):
+        table.add_row(f"step latency {q}", *(_number(s["step_latency_ms"][q], "ms") for _, s in columns))
+    table.add_row("peak memory of the process", *(megabytes(s["peak_rss_bytes"]) for _, s in columns))
+    table.add_row("steps to completion", *(_number(s["completion_steps"]) for _, s in columns))
+    table.add_row("jerk", *(_number(s["jerk"], "m/s³") for _, s in columns))
+    return table
+
+
+def paired_line(against: Mapping[str, Any]) -> str:
+    """The paired difference in one sentence."""
+    low, high = against["difference_ci95"]
+    return (
+        f"Paired difference {100 * against['difference']:+.1f} points "
+        f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}), McNemar's exact p = {against['mcnemar_p']:.3f}"
+    )
+
+
+def parts_table(policy: Policy, linears: Sequence[LinearReport], part_bytes: Mapping[str, int]) -> Table:
+    """The four parts: parameters, bytes as stored, and the bit-widths of their linears."""
+    table = Table(title="Parts", title_justify="left")
+    for column in ("part", "linears", "quantized", "weights in linears", "bits", "bytes stored"):
+        table.add_column(column, justify="left" if column in ("part", "bits") else "right")
+    for part, size in part_bytes.items():
+        mine = [linear for linear in linears if linear.part == part]
+        bits = sorted({f"W{x.weight_bits}A{x.activation_bits}" for x in mine})
+        table.add_row(
+            part,
+            str(len(mine)),
+            str(sum(x.quantized for x in mine)),
+            f"{sum(x.in_features * x.out_features for x in mine) / 1e6:.2f} M",
+            ", ".join(bits),
+            megabytes(size),
+        )
+    table.add_section()
+    table.add_row("all", str(len(linears)), str(sum(x.quantized for x in linears)), "", "", megabytes(sum(part_bytes.values())))
+    return table
+
+
+def linears_table(linears: Sequence[LinearReport]) -> Table:
+    """Every linear as it is stored."""
+    table = Table(title="Linears", title_justify="left")
+    for column in ("name", "shape", "weights", "activations", "scale per", "Hadamard", "bytes"):
+        table.add_column(column, no_wrap=True)
+    for x in linears:
+        per = f"{x.granularity} of {x.group_size}" if x.group_size else x.granularity or "-"
+        table.add_row(
+            x.name,
+            f"{x.out_features} x {x.in_features}",
+            f"{x.weight_bits} bit" + ("" if x.quantized else " float"),
+            f"{x.activation_bits} bit" + ("" if x.quantized else " float"),
+            per,
+            str(x.hadamard_block or "-"),
+            str(x.bytes),
+        )
+    return table
+
+
+def _interval(bounds: Sequence[float]) -> str:
+    return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f}"
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.1f} {unit}".rstrip()

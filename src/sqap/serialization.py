@@ -1,0 +1,74 @@
+"""Frozen dataclasses from JSON, strictly: an unknown key is an error that names the known ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from sqap.errors import SqapError
+
+
+def read_json(path: Path, error: type[SqapError]) -> Any:
+    """Parse a JSON file, or raise ``error`` with one sentence."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as problem:
+        raise error(f"cannot read {path}: {problem.strerror}") from problem
+    except ValueError as problem:
+        raise error(f"{path} is not valid JSON: {problem}") from problem
+
+
+def from_json(cls: type, data: Any, where: str, error: type[SqapError]) -> Any:
+    """Build dataclass ``cls`` from plain ``data``, checking keys, types and allowed values.
+
+    ``where`` names the place in messages, as ``recipe.pruning``.
+    """
+    if not isinstance(data, dict):
+        raise error(f"{where} must be an object, got {type(data).__name__}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(data) - set(fields))
+    if unknown:
+        raise error(f"{where} has no setting {unknown[0]!r}; it has {', '.join(fields)}")
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in data:
+            raise error(f"{where} lacks {name!r}")
+    values = {name: _convert(hints[name], value, f"{where}.{name}", error) for name, value in data.items()}
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, where: str, error: type[SqapError]) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (hint,) = (a for a in arguments if a is not type(None))
+        return _convert(hint, value, where, error)
+    if origin is Literal:
+        if value not in arguments:
+            raise error(f"{where} must be one of {', '.join(map(repr, arguments))}, got {value!r}")
+        return value
+    if origin is tuple:
+        return _tuple(arguments, value, where, error)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_json(hint, value, where, error)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise error(f"{where} must be {hint.__name__}, got {value!r}")
+    return value
+
+
+def _tuple(arguments: tuple[Any, ...], value: Any, where: str, error: type[SqapError]) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise error(f"{where} must be a list, got {value!r}")
+    if arguments[-1] is ...:
+        arguments = (arguments[0],) * len(value)
+    if len(arguments) != len(value):
+        raise error(f"{where} must have {len(arguments)} entries, got {len(value)}")
+    return tuple(_convert(a, v, f"{where}[{i}]", error) for i, (a, v) in enumerate(zip(arguments, value, strict=True)))

@@ -1,0 +1,219 @@
+"""Worker processes take a second or two each to start, so tests share what they run."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import evaluation_fakes as fakes
+import pytest
+
+from sqap.errors import CheckpointError, InputError, SqapError
+from sqap.evaluation import evaluate
+from sqap.evaluation.rollout import run_episode
+from sqap.evaluation.worker import WARMUP_CALLS, peak_rss_bytes
+
+TASKS = ["door-open", "door-close"]
+
+
+def run(policies, log=None, progress=None, **options):
+    settings = {"tasks": TASKS, "episodes": 2, "seed": 10, "load": fakes.load, "make": fakes.make}
+    settings |= options
+    names = [f"fingerprint of {policy}" for policy in policies]
+    return evaluate(policies, "metaworld", fingerprints=names, log=log, progress=progress, **settings)
+
+
+def outcomes(result):
+    return [
+        (r.episode.task, r.episode.seed, r.episode.success, r.episode.steps, r.episode.jerk)
+        for r in result.records
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Two policies that act alike, one of them large: their runs, their log, and the progress calls."""
+    log = tmp_path_factory.mktemp("evaluation") / "log.jsonl"
+    calls = []
+    runs = run(["walker", "hungry"], log, lambda record, done, total: calls.append((record, done, total)))
+    return runs, log, calls
+
+
+def test_every_episode_runs_with_its_seed(finished):
+    (walker, _), _, _ = finished
+    assert (walker.policy, walker.env, walker.seed) == ("walker", "metaworld", 10)
+    assert [o[:2] for o in outcomes(walker)] == [(task, seed) for task in TASKS for seed in (10, 11)]
+
+
+def test_processes_run_what_run_episode_runs(finished):
+    (walker, _), _, _ = finished
+    here = run_episode(fakes.Walker(), fakes.Corridor("door-open"), 11)
+    there = walker.records[1].episode
+    assert (there.success, there.steps) == (here.success, here.steps)
+
+
+def test_policies_that_act_alike_have_identical_episodes(finished):
+    (walker, hungry), _, _ = finished
+    assert outcomes(walker) == outcomes(hungry)
+
+
+def test_policies_take_turns(finished):
+    _, _, calls = finished
+    order = [(record.episode.task, record.episode.seed, record.policy) for record, _, _ in calls]
+    policies = ["fingerprint of walker", "fingerprint of hungry"]
+    assert order == [(task, seed, p) for task in TASKS for seed in (10, 11) for p in policies]
+    assert [(done, total) for _, done, total in calls] == [(i, 8) for i in range(1, 9)]
+
+
+def test_each_policy_has_its_own_memory(finished):
+    (walker, hungry), _, _ = finished
+    peaks = [max(r.peak_rss_bytes for r in result.records) for result in (walker, hungry)]
+    assert peaks[1] - peaks[0] > 200 * fakes.MEBIBYTE
+
+
+def test_a_processs_first_calls_are_no_latencies(finished):
+    (walker, _), _, _ = finished
+    looks = [-(-r.episode.steps // fakes.HORIZON) for r in walker.records]
+    measured = [len(r.episode.latencies_ms) for r in walker.records]
+    assert measured == [looks[0] - WARMUP_CALLS, *looks[1:]]
+
+
+def test_a_finished_log_starts_no_process(finished):
+    runs, log, _ = finished
+    assert run(["walker", "hungry"], log, load=None) == runs
+
+
+def test_a_crashed_evaluation_resumes(finished, tmp_path):
+    runs, log, _ = finished
+    lines = log.read_bytes().splitlines(keepends=True)
+    # Three episodes and a half: the third is the first policy's on the second seed.
+    partial = tmp_path / "log.jsonl"
+    partial.write_bytes(b"".join(lines[:3]) + lines[3][:50])
+    calls = []
+    resumed = run(["walker", "hungry"], partial, lambda record, *count: calls.append((record.key, *count)))
+    assert [outcomes(result) for result in resumed] == [outcomes(result) for result in runs]
+    assert calls[0] == (("fingerprint of hungry", "door-open", 11), 4, 8)
+    assert len(calls) == 5
+    keys = [
+        (data["policy"], data["episode"]["task"], data["episode"]["seed"])
+        for data in map(json.loads, partial.read_text().splitlines())
+    ]
+    assert len(keys) == len(set(keys)) == 8
+
+
+def test_more_episodes_extend_a_log_and_fewer_read_a_part_of_it(finished):
+    runs, log, _ = finished
+    (fewer,) = run(["walker"], None, episodes=1, tasks=TASKS[1:])
+    assert outcomes(fewer) == outcomes(runs[0])[2:3]
+    part = run(["walker", "hungry"], log, episodes=1, tasks=TASKS[1:], load=None)
+    assert [outcomes(result) for result in part] == [outcomes(result)[2:3] for result in runs]
+
+
+def test_parallel_workers_do_the_same_episodes(finished):
+    runs, _, _ = finished
+    (walker,) = run(["walker"], workers=2)
+    assert outcomes(walker) == outcomes(runs[0])
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "kind", "message"),
+    [
+        ("missing", {}, CheckpointError, r"^there is no policy at 'missing'$"),
+        ("threads", {"threads": 3}, InputError, r"^running with 3 threads$"),
+        ("buggy", {}, RuntimeError, r"ZeroDivisionError"),
+        ("dying", {}, SqapError, r"dying ended with exit code 3 "),
+    ],
+)
+def test_what_goes_wrong_in_a_process_is_said_here(policy, options, kind, message):
+    with pytest.raises(kind, match=message):
+        run([policy], **options)
+    assert multiprocessing.active_children() == []
+
+
+def test_an_exception_in_the_parent_leaves_no_process(tmp_path):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    log = tmp_path / "log.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(["walker"], log, stop)
+    assert multiprocessing.active_children() == []
+    assert len(log.read_text().splitlines()) == 1
+
+
+SCRIPT = """
+import multiprocessing, sys
+sys.path.insert(0, {here!r})
+import evaluation_fakes as fakes
+from sqap.evaluation import evaluate
+
+if __name__ == "__main__":
+    try:
+        evaluate(["slow"], "metaworld", ["door-open"], 1, 0, fingerprints=["x"],
+                 load=fakes.load, make=fakes.make)
+    except KeyboardInterrupt:
+        print("interrupted", multiprocessing.active_children())
+"""
+
+
+def test_ctrl_c_ends_everything_without_a_trace(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(here=str(Path(__file__).parent)))
+    process = subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "loading\n"
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    out, err = process.communicate(timeout=30)
+    assert out == "interrupted []\n"
+    assert err == ""
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"episodes": 0}, "episodes must be at least 1, got 0"),
+        ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"seed": -1}, "must not be negative, got -1"),
+        ({"tasks": ["fly"]}, "unknown metaworld task 'fly'"),
+        ({"tasks": []}, "no tasks are named"),
+    ],
+)
+def test_impossible_requests_are_refused_before_anything_starts(changed, message):
+    with pytest.raises(InputError, match=message):
+        run(["walker"], load=None, **changed)
+
+
+def test_a_policy_against_itself_is_refused():
+    with pytest.raises(InputError, match="nothing to compare"):
+        run(["walker", "walker"], load=None)
+
+
+def test_every_policy_needs_a_fingerprint():
+    with pytest.raises(InputError, match="2 policies and 1"):
+        evaluate(["a", "b"], "metaworld", TASKS, 1, 0, fingerprints=["a"])
+
+
+def test_peak_memory_grows_with_what_is_used_and_never_shrinks():
+    before = peak_rss_bytes()
+    held = bytearray(os.urandom(1 << 20)) * (before // (1 << 20) + 64)
+    grown = peak_rss_bytes()
+    assert grown - before >= 60 << 20
+    del held
+    assert peak_rss_bytes() >= grown
+
+
+def test_records_are_frozen(finished):
+    (walker, _), _, _ = finished
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        walker.records[0].policy = "other"

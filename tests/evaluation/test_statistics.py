@@ -1,0 +1,129 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from sqap.errors import InputError
+from sqap.evaluation.statistics import jerk, mcnemar_exact, mean, paired_difference, percentile, wilson
+
+counts = st.integers(1, 200).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+outcomes = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
+
+
+def paired(both, only_a, only_b, neither):
+    table = [(True, True)] * both + [(True, False)] * only_a
+    table += [(False, True)] * only_b + [(False, False)] * neither
+    return [a for a, _ in table], [b for _, b in table]
+
+
+class TestWilson:
+    @pytest.mark.parametrize(
+        ("successes", "n", "low", "high"),
+        [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662)],
+    )
+    def test_published_values(self, successes, n, low, high):
+        # 81 of 263: Newcombe (1998), table I, method 3.
+        assert wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
+
+    @given(counts, st.sampled_from([0.8, 0.95, 0.99]))
+    def test_equals_scipy(self, count, confidence):
+        interval = binomtest(*count).proportion_ci(confidence, method="wilson")
+        assert wilson(*count, confidence) == pytest.approx((interval.low, interval.high), abs=1e-9)
+
+    @given(counts)
+    def test_contains_the_estimate_and_stays_within_bounds(self, count):
+        successes, n = count
+        low, high = wilson(successes, n)
+        assert 0 <= low <= successes / n <= high <= 1
+
+    @pytest.mark.parametrize(("successes", "n"), [(0, 0), (5, 4), (-1, 4)])
+    def test_impossible_counts_are_refused(self, successes, n):
+        with pytest.raises(InputError, match=f"got {successes} of {n}"):
+            wilson(successes, n)
+
+    def test_impossible_confidence_is_refused(self):
+        with pytest.raises(InputError, match=r"got 95"):
+            wilson(8, 10, confidence=95)
+
+
+class TestMcNemar:
+    @given(st.integers(0, 80), st.integers(0, 80))
+    def test_equals_scipy(self, wins, losses):
+        expected = binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
+        assert mcnemar_exact(wins, losses) == pytest.approx(expected, rel=1e-9)
+
+    def test_no_discordant_pairs_prove_nothing(self):
+        assert mcnemar_exact(0, 0) == 1.0
+
+    def test_hundreds_of_pairs_do_not_overflow(self):
+        assert 0 < mcnemar_exact(1200, 1000) < 1e-4
+
+
+class TestPairedDifference:
+    def test_published_value(self):
+        # Bentur et al. (2009) as analysed by Fagerland, Lydersen and Laake (2014): -0.508 to -0.013.
+        difference, low, high = paired_difference(*paired(1, 1, 7, 12))
+        assert difference == pytest.approx(-6 / 21)
+        assert (low, high) == pytest.approx((-0.508, -0.013), abs=5e-4)
+
+    @given(outcomes)
+    def test_bounds_and_antisymmetry(self, table):
+        a, b = [x for x, _ in table], [y for _, y in table]
+        difference, low, high = paired_difference(a, b)
+        assert difference == pytest.approx(np.mean(a) - np.mean(b))
+        assert -1 <= low < high <= 1
+        assert paired_difference(b, a) == pytest.approx((-difference, -high, -low))
+
+    def test_covers_the_truth_as_often_as_it_says(self):
+        # 30 pairs, 20 % wins and 10 % losses; exact coverage summed over the multinomial.
+        n, win, loss = 30, 0.2, 0.1
+        covered = 0.0
+        for w in range(n + 1):
+            for k in range(n + 1 - w):
+                _, low, high = paired_difference(*paired(0, w, k, n - w - k))
+                if low <= win - loss <= high:
+                    ways = math.comb(n, w) * math.comb(n - w, k)
+                    covered += ways * win**w * loss**k * (1 - win - loss) ** (n - w - k)
+        assert 0.93 < covered < 0.98
+
+    @pytest.mark.parametrize(("a", "b"), [([], []), ([True], [True, False])])
+    def test_unpaired_lists_are_refused(self, a, b):
+        with pytest.raises(InputError, match=f"got {len(a)} and {len(b)}"):
+            paired_difference(a, b)
+
+
+class TestPercentileAndMean:
+    def test_interpolates(self):
+        assert percentile([4.0, 1.0, 2.0, 3.0], 50) == 2.5
+        assert mean([1, 2, 6]) == 3.0
+
+    def test_nothing_has_neither(self):
+        assert percentile([], 50) is None
+        assert mean([]) is None
+
+
+class TestJerk:
+    def test_cubic_motion_has_its_constant_jerk(self):
+        # x = c t^3 along a unit vector has jerk 6 c everywhere; differences of a cubic are exact.
+        hz, c, metres = 40.0, 0.7, 0.02
+        t = np.arange(20) / hz
+        position = c * t[:, None] ** 3 * np.array([2 / 3, -1 / 3, 2 / 3])
+        actions = np.diff(position, axis=0) / metres
+        assert jerk(actions, metres, hz) == pytest.approx(6 * c)
+
+    def test_constant_acceleration_has_none(self):
+        assert jerk(np.outer(np.arange(10.0), np.ones(4))) == pytest.approx(0)
+
+    def test_fingers_do_not_count(self):
+        actions = np.zeros((10, 4))
+        actions[::2, 3] = 1
+        assert jerk(actions) == 0
+
+    def test_alternating_is_four_units_per_step_cubed(self):
+        assert jerk(np.array([[1.0, 0, 0], [-1, 0, 0]] * 3)) == pytest.approx(4)
+
+    def test_two_actions_have_none(self):
+        assert jerk(np.array([[1.0, 0, 0], [-1, 0, 0]])) == 0.0

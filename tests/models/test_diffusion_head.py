@@ -1,0 +1,135 @@
+"""The action head: guidance, the loss, and what the norms and tokens of a DiT must do."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from sqap.models import DiffusionHeadConfig
+from sqap.models.heads.ddim import ddim_sample
+from sqap.models.heads.diffusion import CONDITION_DROPOUT, DiffusionHead
+
+CONFIG = DiffusionHeadConfig(action_dim=4, horizon=6, width=32, depth=2, heads=2)
+CONDITION_WIDTH = 20
+
+
+def build(**changes: float) -> DiffusionHead:
+    torch.manual_seed(0)
+    return DiffusionHead(dataclasses.replace(CONFIG, **changes), CONDITION_WIDTH).eval()
+
+
+@pytest.fixture
+def condition() -> Tensor:
+    return torch.randn(3, CONDITION_WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def noise() -> Tensor:
+    return torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("guidance", [1.5, 4.0])
+@torch.no_grad()
+def test_guidance_is_two_passes(guidance: float, condition: Tensor, noise: Tensor) -> None:
+    head = build(guidance=guidance)
+
+    def two_passes(x: Tensor, t: Tensor) -> Tensor:
+        given = head.predict_noise(x, t, condition)
+        free = head.predict_noise(x, t, head.uncondition.repeat(len(x), 1))
+        return free + guidance * (given - free)
+
+    expected = ddim_sample(two_passes, noise, head.alpha_bar, CONFIG.sample_steps)
+    torch.testing.assert_close(head(condition, noise), expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_guidance_of_one_never_asks_without_the_condition(condition: Tensor, noise: Tensor) -> None:
+    head = build(guidance=1.0)
+    expected = ddim_sample(
+        lambda x, t: head.predict_noise(x, t, condition), noise, head.alpha_bar, CONFIG.sample_steps
+    )
+
+    head.uncondition.fill_(torch.nan)
+
+    torch.testing.assert_close(head(condition, noise), expected)
+
+
+@torch.no_grad()
+def test_condition_and_time_matter(condition: Tensor, noise: Tensor) -> None:
+    head, t = build(), torch.full((3,), 50)
+    base = head.predict_noise(noise, t, condition)
+
+    assert base.shape == noise.shape
+    assert not torch.allclose(base, head.predict_noise(noise, t, condition + 1))
+    assert not torch.allclose(base, head.predict_noise(noise, t + 10, condition))
+
+
+@torch.no_grad()
+def test_samples_of_a_batch_do_not_mix(condition: Tensor, noise: Tensor) -> None:
+    head = build()
+    alone = torch.cat([head(condition[i : i + 1], noise[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(head(condition, noise), alone, atol=1e-4, rtol=1e-4)
+
+
+def test_loss_reaches_every_parameter() -> None:
+    head = build().train()
+    generator = torch.Generator().manual_seed(3)
+    actions = torch.randn(256, 6, 4, generator=generator)
+    condition = torch.randn(256, CONDITION_WIDTH, generator=generator, requires_grad=True)
+
+    loss = head.loss(actions, condition)
+    loss.backward()
+
+    assert loss.isfinite()
+    assert condition.grad is not None
+    assert condition.grad.abs().sum() > 0
+    without = [
+        name
+        for name, p in head.named_parameters()
+        if p.grad is None or not p.grad.isfinite().all() or p.grad.norm() == 0
+    ]
+    assert without == []
+
+
+@torch.no_grad()
+def test_loss_of_predicting_nothing_is_the_noises_variance() -> None:
+    head = build()
+    head.final_layer.weight.zero_()
+    assert head.final_layer.bias is not None
+    head.final_layer.bias.zero_()
+
+    loss = head.loss(torch.zeros(2000, 6, 4), torch.zeros(2000, CONDITION_WIDTH))
+
+    assert loss.item() == pytest.approx(1.0, abs=0.03)
+
+
+@torch.no_grad()
+def test_training_drops_some_conditions(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = build()
+    seen: list[Tensor] = []
+
+    def spy(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        seen.append(condition)
+        return torch.zeros_like(x)
+
+    monkeypatch.setattr(head, "predict_noise", spy)
+    head.loss(torch.zeros(4000, 6, 4), torch.full((4000, CONDITION_WIDTH), 7.0))
+
+    dropped = (seen[0] == head.uncondition).all(1)
+    assert dropped.float().mean().item() == pytest.approx(CONDITION_DROPOUT, abs=0.03)
+    assert (seen[0][~dropped] == 7).all()
+
+
+@torch.no_grad()
+def test_bfloat16_keeps_the_schedule_exact(condition: Tensor, noise: Tensor) -> None:
+    head = build()
+    exact, schedule = head(condition, noise), head.alpha_bar.clone()
+
+    rough = head.bfloat16()(condition.bfloat16(), noise.bfloat16())
+
+    assert rough.dtype == torch.bfloat16
+    assert torch.equal(head.alpha_bar, schedule)
+    assert (rough.float() - exact).norm() / exact.norm() < 0.2

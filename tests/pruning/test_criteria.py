@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sqap.pruning import criteria
+
+grids = st.integers(1, 9)
+coordinates = st.floats(-1.5, 2.5)
+
+
+def patch_centre(index: int, grid: int) -> tuple[float, float]:
+    return (index % grid + 0.5) / grid, (index // grid + 0.5) / grid
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.data())
+def test_top_k_is_a_sort_with_ties_to_the_lower_index(values: list[int], data: st.DataObject) -> None:
+    k = data.draw(st.integers(0, len(values)))
+    expected = sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]
+    assert criteria.top_k(torch.tensor(values, dtype=torch.float32), k).tolist() == expected
+
+
+@given(grids, st.tuples(coordinates, coordinates), st.floats(0, 1), st.floats(0, 1))
+def test_ring_holds_the_patches_between_its_radii(
+    grid: int, centre: tuple[float, float], inner: float, width: float
+) -> None:
+    mask = criteria.ring(grid, centre, inner, inner + width)
+    assert mask.shape == (grid * grid,)
+    for i, inside in enumerate(mask.tolist()):
+        distance = math.dist(patch_centre(i, grid), centre)
+        if min(abs(distance - inner), abs(distance - inner - width)) > 1e-9:
+            assert inside == (inner < distance < inner + width)
+
+
+def test_ring_counts_u_from_the_left_and_v_from_the_top() -> None:
+    # The top right patch of four by four: column 3, row 0.
+    assert criteria.ring(4, (0.875, 0.125), 0.0, 0.01).nonzero().tolist() == [[3]]
+
+
+def test_ring_leaves_out_the_middle_and_includes_both_radii() -> None:
+    mask = criteria.ring(4, (0.375, 0.375), 0.25, 0.5).view(4, 4)
+    expected = [[1, 1, 1, 0], [1, 0, 1, 1], [1, 1, 1, 0], [0, 1, 0, 0]]
+    assert mask.int().tolist() == expected
+
+
+@st.composite
+def partly_kept(draw: st.DrawFn) -> tuple[int, torch.Tensor, int]:
+    grid = draw(st.integers(1, 6))
+    kept = torch.tensor(draw(st.lists(st.booleans(), min_size=grid**2, max_size=grid**2)))
+    return grid, kept, draw(st.integers(0, int((~kept).sum())))
+
+
+def greedy(grid: int, kept: torch.Tensor, count: int) -> list[int]:
+    """Farthest-point sampling by the definition, in whole numbers."""
+    chosen = kept.nonzero().flatten().tolist()
+    picked: list[int] = []
+
+    def squared(i: int, j: int) -> int:
+        return (i // grid - j // grid) ** 2 + (i % grid - j % grid) ** 2
+
+    def from_middle(i: int) -> int:
+        return (2 * (i // grid) - grid + 1) ** 2 + (2 * (i % grid) - grid + 1) ** 2
+
+    while len(picked) < count:
+        best, best_gap = -1, -math.inf
+        for i in range(grid * grid):
+            gap = min((squared(i, j) for j in chosen), default=-from_middle(i))
+            if i not in chosen and gap > best_gap:
+                best, best_gap = i, gap
+        picked.append(best)
+        chosen.append(best)
+    return picked
+
+
+@given(partly_kept())
+def test_farthest_points_equal_the_greedy_definition(case: tuple[int, torch.Tensor, int]) -> None:
+    grid, kept, count = case
+    assert criteria.farthest_points(grid, kept, count).tolist() == greedy(grid, kept, count)
+
+
+def test_farthest_points_leave_what_they_are_given_alone() -> None:
+    kept = torch.zeros(16, dtype=torch.bool)
+    kept[5] = True
+    first = criteria.farthest_points(4, kept, 6)
+    assert kept.nonzero().tolist() == [[5]]
+    assert torch.equal(first, criteria.farthest_points(4, kept, 6))
+
+
+def test_random_tokens_follow_their_generator() -> None:
+    def draw(seed: int) -> list[int]:
+        return criteria.random_tokens(64, 20, torch.Generator().manual_seed(seed)).tolist()
+
+    assert draw(3) == draw(3) != draw(4)
+    assert len(set(draw(3))) == 20
+
+
+@given(st.integers(1, 20).flatmap(lambda g: st.tuples(st.just(g), st.integers(1, g * g))))
+def test_uniform_grid_is_exact_and_shares_rows_evenly(case: tuple[int, int]) -> None:
+    grid, count = case
+    indices = criteria.uniform_grid(grid, count)
+    assert len(indices) == count
+    assert (indices.diff() > 0).all()
+    per_row = torch.bincount(indices // grid, minlength=grid)
+    assert per_row.max() - per_row.min() <= 1
+    assert len(per_row) == grid
+
+
+@pytest.mark.parametrize("count", [16, 37, 64, 102, 154])
+def test_uniform_grid_leaves_no_large_hole(count: int) -> None:
+    kept = criteria.uniform_grid(16, count).tolist()
+    hole = max(min(math.dist(divmod(i, 16), divmod(j, 16)) for j in kept) for i in range(256))
+    # A perfect lattice leaves 0.71 of the spacing sqrt(256 / count), random tokens more than 1.4.
+    assert hole < 1.3 * math.sqrt(256 / count)

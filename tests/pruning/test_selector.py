@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from sqap.errors import InputError
+from sqap.pruning import Selection, Selector, criteria
+from sqap.recipe import Pruning
+
+METHODS = ("sqap", "attention", "random", "uniform")
+
+
+@st.composite
+def selections(draw: st.DrawFn) -> tuple[Selector, torch.Tensor, Selection]:
+    grid = draw(st.integers(1, 10))
+    tokens = grid * grid
+    keep = draw(st.floats(0.01, 1))
+    assume(round(keep * tokens) >= 1)
+    top_share = draw(st.floats(0, 1))
+    settings = Pruning(
+        keep_ratio=keep,
+        method=draw(st.sampled_from(METHODS)),
+        top_share=top_share,
+        ring_share=draw(st.floats(0, 1).filter(lambda share: top_share + share <= 1)),
+        ring=draw(st.sampled_from([(0.0, 0.1), (0.05, 0.2), (0.3, 2.0)])),
+    )
+    selector = Selector(settings, grid, draw(st.none() | st.integers(0, tokens)))
+    # Few distinct values make ties, as a quantized map does.
+    values = st.lists(st.sampled_from([0.0, 1e-30, 0.25, 1.0]), min_size=tokens, max_size=tokens)
+    scores = torch.tensor(draw(values))
+    target = draw(st.none() | st.tuples(st.floats(-2, 3), st.floats(-2, 3)))
+    return selector, scores, selector.select(scores, target, torch.Generator().manual_seed(0))
+
+
+@given(selections())
+def test_the_budget_is_exact_and_every_token_has_one_reason(
+    case: tuple[Selector, torch.Tensor, Selection],
+) -> None:
+    selector, _, selection = case
+    assert len(selection.kept) == selector.settings.budget(selector.tokens)
+    assert (selection.kept.diff() > 0).all()
+    reasons = selection.top.int() + selection.ring.int() + selection.sampled.int()
+    assert reasons.max() == 1
+    assert torch.equal(reasons.nonzero().flatten(), selection.kept)
+
+
+@given(selections())
+def test_sqap_takes_no_more_than_its_shares(case: tuple[Selector, torch.Tensor, Selection]) -> None:
+    selector, scores, selection = case
+    settings = selector.settings
+    assume(settings.method == "sqap")
+    top = round(settings.top_share * selector.budget)
+    top = top if selector.top_k is None else min(top, selector.top_k)
+    assert set(selection.top.nonzero().flatten().tolist()) == set(criteria.top_k(scores, top).tolist())
+    assert selection.ring.sum() <= round(settings.ring_share * selector.budget)
+    if selection.target is None:
+        assert not selection.ring.any()
+    else:
+        assert not (selection.ring & ~criteria.ring(selector.grid, selection.target, *settings.ring)).any()
+
+
+def test_a_full_ring_keeps_the_tokens_nearest_to_the_end_effector() -> None:
+    settings = Pruning(keep_ratio=0.1, top_share=0, ring=(0.1, 0.5), ring_share=0.25)
+    selection = Selector(settings, 10).select(torch.zeros(100), (0.45, 0.45))
+    # Patch (4, 4) is within the inner radius; of its eight neighbors two of the nearest four fit.
+    assert selection.ring.nonzero().flatten().tolist() == [34, 43]
+    assert len(selection.kept) == 10
+
+
+def test_two_shares_rounded_up_do_not_overrun_the_budget() -> None:
+    # Half of three rounds to two, twice.
+    settings = Pruning(keep_ratio=0.75, top_share=0.5, ring=(0.0, 2.0), ring_share=0.5)
+    selection = Selector(settings, 2).select(torch.zeros(4), (0.5, 0.5))
+    assert (int(selection.top.sum()), int(selection.ring.sum()), len(selection.kept)) == (2, 1, 3)
+
+
+def test_ring_tokens_already_in_the_top_do_not_use_up_the_ring() -> None:
+    scores = torch.zeros(100)
+    scores[[34, 43]] = 1.0
+    settings = Pruning(keep_ratio=0.1, top_share=0.2, ring=(0.1, 0.5), ring_share=0.2)
+    selection = Selector(settings, 10).select(scores, (0.45, 0.45))
+    assert selection.top.nonzero().flatten().tolist() == [34, 43]
+    assert selection.ring.nonzero().flatten().tolist() == [45, 54]
+
+
+def test_attention_keeps_the_best_and_the_baselines_do_not_look() -> None:
+    def kept(method: str, scores: torch.Tensor | None) -> list[int]:
+        settings = Pruning(keep_ratio=0.25, method=method)  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(5)
+        return Selector(settings, 4).select(scores, None, generator).kept.tolist()
+
+    scores = torch.arange(16.0)
+    assert kept("attention", scores) == [12, 13, 14, 15]
+    for method in ("random", "uniform"):
+        assert kept(method, scores) == kept(method, None)
+
+
+@pytest.mark.parametrize("method", ["sqap", "attention"])
+def test_ranking_without_scores_is_refused(method: str) -> None:
+    selector = Selector(Pruning(method=method), 4)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=f"'{method}' ranks tokens by attention, but got no scores"):
+        selector.select(None)
+
+
+def test_a_missing_target_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    selector = Selector(Pruning(), 4)
+    with caplog.at_level(logging.WARNING, logger="sqap"):
+        for _ in range(3):
+            selector.select(torch.zeros(16))
+    assert [(r.name, r.levelname) for r in caplog.records] == [("sqap", "WARNING")]
+    assert "end effector" in caplog.text
+
+
+@pytest.mark.parametrize("settings", [Pruning(method="uniform"), Pruning(ring_share=0), Pruning()])
+def test_no_warning_where_no_ring_is_missed(settings: Pruning, caplog: pytest.LogCaptureFixture) -> None:
+    target = (0.5, 0.5) if settings == Pruning() else None
+    Selector(settings, 4).select(torch.zeros(16), target)
+    assert not caplog.records

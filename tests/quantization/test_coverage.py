@@ -1,0 +1,139 @@
+"""Coverage: what is reported is what is stored, and a decoder that breaks its recipe is found out."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from sqap.errors import CheckpointError
+from sqap.models import VLA
+from sqap.quantization import check_coverage, list_linears, quantize_decoder, rotate_decoder, weight_bytes
+from sqap.quantization.linear import QuantizedLinear
+from sqap.recipe import Quantization
+
+MakeModel = Callable[..., VLA]
+RECIPE = Quantization(4, 8)
+DOWN = "decoder.layers.1.mlp.down_proj"
+
+
+@pytest.fixture
+def quantized(make_model: MakeModel) -> VLA:
+    model = make_model()
+    quantize_decoder(model, RECIPE)
+    return model
+
+
+def replace(model: VLA, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
+
+
+def linear_at(model: VLA, name: str) -> QuantizedLinear:
+    module = model.get_submodule(name)
+    assert isinstance(module, QuantizedLinear)
+    return module
+
+
+def test_all_linears_of_all_parts_are_listed(make_model: MakeModel, quantized: VLA) -> None:
+    names = [name for name, module in make_model().named_modules() if isinstance(module, nn.Linear)]
+    reports = list_linears(quantized)
+    assert [report.name for report in reports] == names
+    assert {report.part for report in reports} == {"vision", "projector", "decoder", "head"}
+    for report in reports:
+        assert report.quantized == (report.part == "decoder")
+        assert report.weight_bits == (4 if report.quantized else 32)
+
+
+def test_a_report_tells_how_a_linear_is_stored(quantized: VLA) -> None:
+    (report,) = [report for report in list_linears(quantized) if report.name == DOWN]
+    assert (report.in_features, report.out_features) == (640, 128)
+    assert (report.weight_bits, report.activation_bits) == (4, 8)
+    assert (report.granularity, report.group_size, report.hadamard_block) == ("channel", None, 128)
+    assert report.bytes == 640 * 128 // 2 + 128 * 4
+
+
+def test_a_rotated_linear_in_floats_reports_its_transform(make_model: MakeModel) -> None:
+    model = make_model().bfloat16()
+    rotate_decoder(model)
+    blocks = {report.name: report.hadamard_block for report in list_linears(model) if report.hadamard_block}
+    assert blocks == {f"decoder.layers.{i}.mlp.down_proj": 128 for i in range(2)}
+    assert {report.weight_bits for report in list_linears(model)} == {16}
+
+
+def test_weight_bytes_counts_everything_that_is_stored(make_model: MakeModel) -> None:
+    model = make_model()
+    assert weight_bytes(model) == 4 * sum(p.numel() for p in model.parameters())
+    linears = sum(p.numel() for name, p in model.decoder.layers.named_parameters() if "proj" in name)
+    channels = sum(len(p) for name, p in model.decoder.layers.named_parameters() if "proj" in name)
+    before = weight_bytes(model)
+    quantize_decoder(model, RECIPE)
+    assert weight_bytes(model) == before - 4 * linears + linears // 2 + 4 * channels
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        RECIPE,
+        Quantization(8, 8, rotate=False),
+        Quantization(4, 4, "group", 16),
+        Quantization(4, 4, "tensor", activation_granularity="tensor"),
+    ],
+)
+def test_a_quantized_decoder_is_covered_even_after_a_cast(
+    make_model: MakeModel, recipe: Quantization
+) -> None:
+    model = make_model()
+    quantize_decoder(model, recipe)
+    check_coverage(model, recipe)
+    check_coverage(model.bfloat16(), recipe)
+
+
+def test_a_forgotten_linear_is_found(quantized: VLA) -> None:
+    replace(quantized, "decoder.layers.1.self_attn.k_proj", nn.Linear(128, 64))
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.k_proj is not quantized"):
+        check_coverage(quantized, RECIPE)
+
+
+def test_integers_kept_in_floats_are_found(quantized: VLA) -> None:
+    down = linear_at(quantized, DOWN)
+    down.weight = down.levels().float()
+    with pytest.raises(CheckpointError, match=r"down_proj stores its weight as torch\.float32"):
+        check_coverage(quantized, RECIPE)
+
+
+def test_scales_that_were_rounded_or_lost_are_found(quantized: VLA) -> None:
+    down = linear_at(quantized, DOWN)
+    for scale in (down.scale.half(), torch.full_like(down.scale, float("nan"))):
+        down.scale = scale
+        with pytest.raises(CheckpointError, match="finite float32 scales"):
+            check_coverage(quantized, RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (Quantization(8, 8), "weight_bits = 4, the recipe says 8"),
+        (Quantization(4, 4), "activation_bits = 8, the recipe says 4"),
+        (Quantization(4, 8, "group", 16), "weight_granularity = channel, the recipe says group"),
+        (Quantization(4, 8, activation_granularity="tensor"), "activation_granularity = token"),
+        (Quantization(4, 8, rotate=False), "the decoder is rotated"),
+    ],
+)
+def test_another_recipe_is_found(quantized: VLA, recipe: Quantization, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        check_coverage(quantized, recipe)
+
+
+def test_a_missing_transform_is_found(quantized: VLA) -> None:
+    linear_at(quantized, DOWN).hadamard_block = 0
+    with pytest.raises(CheckpointError, match=r"blocks of 0, the recipe needs 128"):
+        check_coverage(quantized, RECIPE)
+
+
+def test_a_decoder_left_in_floats_is_found(make_model: MakeModel) -> None:
+    model = make_model()
+    with pytest.raises(CheckpointError, match="not rotated"):
+        check_coverage(model, RECIPE)
+    with pytest.raises(CheckpointError, match="is not quantized"):
+        check_coverage(model, Quantization(rotate=False))

@@ -1,0 +1,189 @@
+"""Recipes: presets, the JSON form, and every setting that is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sqap.errors import InputError
+from sqap.recipe import RECIPE_VERSION, Pruning, Quantization, Recipe
+
+
+@st.composite
+def quantizations(draw: st.DrawFn) -> Quantization:
+    weight_bits, activation_bits = draw(st.sampled_from([(4, 4), (4, 8), (8, 8)]))
+    granularity = draw(st.sampled_from(["channel", "group", "tensor"]))
+    return Quantization(
+        weight_bits,
+        activation_bits,
+        weight_granularity=granularity,
+        group_size=draw(st.sampled_from([2, 32, 128])) if granularity == "group" else None,
+        activation_granularity=draw(st.sampled_from(["token", "tensor"])),
+        rotate=draw(st.booleans()),
+    )
+
+
+@st.composite
+def prunings(draw: st.DrawFn) -> Pruning:
+    after_layer = draw(st.integers(1, 32))
+    layers = st.lists(st.integers(0, after_layer - 1), min_size=1, max_size=4, unique=True).map(tuple)
+    top_share = draw(st.floats(0, 1))
+    inner = draw(st.floats(0, 0.5))
+    return Pruning(
+        keep_ratio=draw(st.floats(0, 1, exclude_min=True)),
+        after_layer=after_layer,
+        method=draw(st.sampled_from(["sqap", "attention", "random", "uniform"])),
+        score_queries=draw(st.sampled_from(["text", "last"])),
+        score_layers=draw(st.none() | layers),
+        top_share=top_share,
+        overlap=draw(st.floats(0, 1)),
+        ring=(inner, inner + draw(st.floats(0.01, 0.5))),
+        ring_share=(1 - top_share) / 2,
+    )
+
+
+recipes = st.builds(Recipe, st.none() | quantizations(), st.none() | prunings())
+
+
+def one_sentence(error: BaseException) -> bool:
+    text = str(error)
+    return bool(text) and "\n" not in text and not text.endswith(".")
+
+
+@given(recipes)
+def test_survives_json(recipe: Recipe) -> None:
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+
+
+def test_is_read_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(Recipe.w4a4(keep=0.4).to_json()))
+    assert Recipe.read(path) == Recipe.w4a4(keep=0.4)
+    assert Recipe.read(str(path)) == Recipe.w4a4(keep=0.4)
+
+
+def test_a_short_file_means_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text('{"pruning": {"keep_ratio": 0.5}}')
+    assert Recipe.read(path) == Recipe(None, Pruning(keep_ratio=0.5))
+
+
+def test_the_empty_recipe_does_nothing() -> None:
+    assert Recipe() == Recipe(quantization=None, pruning=None, version=RECIPE_VERSION)
+    assert Recipe.from_json({}) == Recipe()
+
+
+@pytest.mark.parametrize(("preset", "bits"), [(Recipe.w4a8, (4, 8)), (Recipe.w4a4, (4, 4))])
+def test_presets(preset: Any, bits: tuple[int, int]) -> None:
+    recipe = preset(keep=0.25)
+    assert (recipe.quantization.weight_bits, recipe.quantization.activation_bits) == bits
+    assert recipe.quantization.rotate
+    assert recipe.pruning.keep_ratio == 0.25
+    assert preset(keep=1).pruning is None
+    with pytest.raises(InputError, match=r"keep_ratio must be in \(0, 1\]"):
+        preset(keep=0)
+
+
+def test_the_papers_preset_does_not_follow_our_defaults() -> None:
+    recipe = Recipe.paper()
+    assert recipe.quantization == Quantization(4, 4, rotate=True)
+    assert recipe.pruning is not None
+    assert (recipe.pruning.keep_ratio, recipe.pruning.after_layer, recipe.pruning.method) == (0.6, 2, "sqap")
+    assert recipe.pruning.score_layers is None
+
+
+def test_is_frozen() -> None:
+    with pytest.raises(AttributeError):
+        Recipe().version = 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_bits": 3}, "weight_bits must be 4 or 8, got 3"),
+        ({"activation_bits": 16}, "activation_bits must be 4 or 8, got 16"),
+        ({"weight_bits": 8, "activation_bits": 4}, "W8A4"),
+        ({"group_size": 32}, "contradicts weight_granularity='channel'"),
+        ({"weight_granularity": "group"}, "group_size=None contradicts"),
+        ({"weight_granularity": "tensor", "group_size": 32}, "contradicts weight_granularity='tensor'"),
+        ({"weight_granularity": "group", "group_size": 0}, "positive even number, got 0"),
+        ({"weight_granularity": "group", "group_size": -32}, "positive even number, got -32"),
+        ({"weight_granularity": "group", "group_size": 31}, "positive even number, got 31"),
+    ],
+)
+def test_quantization_refuses(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        Quantization(**settings)
+    assert one_sentence(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep_ratio": 0.0}, r"keep_ratio must be in \(0, 1\], got 0.0"),
+        ({"keep_ratio": -0.5}, "got -0.5"),
+        ({"keep_ratio": 1.01}, "got 1.01"),
+        ({"keep_ratio": float("nan")}, "got nan"),
+        ({"after_layer": 0}, "after_layer must be at least 1, got 0"),
+        ({"score_layers": (2,)}, r"score_layers \[2\] must name layers from 0 to 1"),
+        ({"score_layers": (-1, 0)}, "must name layers from 0 to 1"),
+        ({"score_layers": ()}, r"score_layers \[\] must name layers"),
+        ({"top_share": 1.5}, r"top_share must be in \[0, 1\]"),
+        ({"overlap": -0.1}, r"overlap must be in \[0, 1\]"),
+        ({"ring_share": float("nan")}, r"ring_share must be in \[0, 1\]"),
+        ({"top_share": 0.8, "ring_share": 0.3}, "add up to more than the budget"),
+        ({"ring": (0.2, 0.1)}, "inner < outer"),
+        ({"ring": (-0.1, 0.1)}, "0 <= inner"),
+        ({"ring": (0.1, 0.1)}, "inner < outer"),
+        ({"ring": (0.1, float("nan"))}, "inner < outer"),
+    ],
+)
+def test_pruning_refuses(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        Pruning(**settings)
+    assert one_sentence(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "recipe must be an object"),
+        ({"prunning": {}}, "recipe has no setting 'prunning'; it has quantization, pruning, version"),
+        ({"pruning": {"keep": 0.5}}, "recipe.pruning has no setting 'keep'; it has keep_ratio"),
+        ({"quantization": {"weight_bits": "4"}}, "recipe.quantization.weight_bits must be int"),
+        ({"quantization": {"rotate": 1}}, "recipe.quantization.rotate must be bool"),
+        ({"pruning": {"method": "fastv"}}, "'sqap', 'attention', 'random', 'uniform', got 'fastv'"),
+        ({"pruning": {"ring": [0.1]}}, "recipe.pruning.ring must have 2 entries, got 1"),
+        ({"pruning": {"score_layers": [0, "1"]}}, r"recipe.pruning.score_layers\[1\] must be int"),
+        ({"pruning": {"keep_ratio": 2}}, r"keep_ratio must be in \(0, 1\]"),
+        ({"version": RECIPE_VERSION + 1}, "reads recipe version 1, the recipe is 2"),
+    ],
+)
+def test_json_refuses(data: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        Recipe.from_json(data)
+    assert one_sentence(caught.value)
+
+
+@given(st.floats(0.01, 1), st.integers(100, 1024))
+def test_budget_is_the_rounded_share(keep: float, tokens: int) -> None:
+    budget = Pruning(keep_ratio=keep).budget(tokens)
+    assert 1 <= budget <= tokens
+    assert abs(budget - keep * tokens) <= 0.5
+
+
+@pytest.mark.parametrize(("keep", "expected"), [(1, 256), (0.6, 154), (0.4, 102), (0.25, 64), (0.002, 1)])
+def test_budget_of_the_reference_grid(keep: float, expected: int) -> None:
+    assert Pruning(keep_ratio=keep).budget(256) == expected
+
+
+@pytest.mark.parametrize("tokens", [16, 256])
+def test_a_budget_of_nothing_is_refused(tokens: int) -> None:
+    with pytest.raises(InputError, match=f"keeps none of {tokens} visual tokens") as caught:
+        Pruning(keep_ratio=0.001).budget(tokens)
+    assert one_sentence(caught.value)
