@@ -32,9 +32,7 @@ CONFIG = ModelConfig(
         head_dim=64,
         mlp_width=512,
     ),
-    head=DiffusionHeadConfig(
-        action_dim=MetaWorld.action_dim, horizon=HORIZON, width=128, depth=4, heads=2
-    ),
+    head=DiffusionHeadConfig(action_dim=MetaWorld.action_dim, horizon=HORIZON, width=128, depth=4, heads=2),
 )
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -35,7 +35,7 @@ console = Console()
 PRESETS = {"w4a8": Recipe.w4a8, "w4a4": Recipe.w4a4}
 
 JsonOption = Annotated[
-    Optional[Path], typer.Option("--json", metavar="PATH", help="Write the numbers to PATH.", dir_okay=False)
+    Path | None, typer.Option("--json", metavar="PATH", help="Write the numbers to PATH.", dir_okay=False)
 ]
 
 
@@ -49,7 +49,7 @@ def compress(
     source: Annotated[str, typer.Argument(help="Directory of a policy, or 'reference'.")],
     out: Annotated[Path, typer.Option(help="Directory to write.")],
     recipe: Annotated[str, typer.Option(help="w4a8, w4a4, paper, or a recipe file.")] = "w4a8",
-    keep: Annotated[Optional[float], typer.Option(help="Share of visual tokens kept, in (0, 1].")] = None,
+    keep: Annotated[float | None, typer.Option(help="Share of visual tokens kept, in (0, 1].")] = None,
     frames: Annotated[int, typer.Option(help="Calibration frames from the simulator.", min=1)] = 48,
     env: Annotated[str, typer.Option(help="Simulator that gives the calibration frames.")] = "metaworld",
     json_path: JsonOption = None,
@@ -65,12 +65,12 @@ def compress(
         small = sqap.compress(policy, settings, observations)
         small.save(out)
         before, after = stored_bytes(policy.model), stored_bytes(small.model)
-        console.print(f"{source} -> {out}: {tables.megabytes(before)} -> {tables.megabytes(after)} of weights")
+        console.print(f"Weights: {tables.megabytes(before)} in {source}, {tables.megabytes(after)} in {out}")
         calibration = small.calibration
         if calibration is not None:
             console.print(
-                f"The attention ranking is trusted with {calibration.top_k} tokens: there the quantized model "
-                f"agrees with full precision on {tables.percent(calibration.overlap)} of them"
+                f"The attention ranking is trusted with {calibration.top_k} tokens: "
+                f"quantized and full precision agree on {tables.percent(calibration.overlap)} of them"
             )
         _write_json(
             json_path,
@@ -88,12 +88,12 @@ def compress(
 def evaluate_command(
     policy: Annotated[str, typer.Argument(help="Directory of a policy, or 'reference'.")],
     env: Annotated[str, typer.Option(help="Simulator.")] = "metaworld",
-    tasks: Annotated[Optional[str], typer.Option(help="Comma-separated; default: the env's usual.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Comma-separated; default: the env's usual.")] = None,
     episodes: Annotated[int, typer.Option(help="Episodes per task.", min=1)] = 20,
     seed: Annotated[int, typer.Option(help="Seed of each task's first episode.", min=0)] = 1_000_000,
-    against: Annotated[Optional[str], typer.Option(help="Policy to compare with, in pairs.")] = None,
-    video: Annotated[Optional[Path], typer.Option(help="Directory for one video per task.")] = None,
-    log: Annotated[Optional[Path], typer.Option(help="Episode log; an interrupted run resumes from it.")] = None,
+    against: Annotated[str | None, typer.Option(help="Policy to compare with, in pairs.")] = None,
+    video: Annotated[Path | None, typer.Option(help="Directory for one video per task.")] = None,
+    log: Annotated[Path | None, typer.Option(help="Episode log; an interrupted run resumes from it.")] = None,
     workers: Annotated[int, typer.Option(help="Episodes at a time; read latency at 1.", min=1)] = 1,
     json_path: JsonOption = None,
 ) -> None:
@@ -184,7 +184,7 @@ def _user_errors() -> Iterator[None]:
         Console(stderr=True).print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; what was finished is kept, the same command goes on from there")
+        Console(stderr=True).print("interrupted; the same command goes on from what is finished")
         raise typer.Exit(130) from None
 
 

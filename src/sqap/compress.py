@@ -47,7 +47,9 @@ def compress(policy: Policy, recipe: Recipe, frames: Sequence[Observation] = ())
     return Policy(model, policy.config, policy.tokenizer, recipe, calibration, policy.fingerprint)
 
 
-def _calibrate(policy: Policy, quantized: VLA, pruning: Pruning, frames: Sequence[Observation]) -> Calibration:
+def _calibrate(
+    policy: Policy, quantized: VLA, pruning: Pruning, frames: Sequence[Observation]
+) -> Calibration:
     """Find the largest k whose quantized top k still agrees with full precision."""
     if not frames:
         raise InputError("pruning method 'sqap' calibrates its attention ranking; give at least one frame")

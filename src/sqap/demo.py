@@ -60,8 +60,10 @@ def run_demo(out: Path, episodes: int, console: Console, progress: ProgressBar) 
             progress=lambda _, done, total: advance(done, total),
         )
     report = summarize(*runs)
-    report.update(weight_bytes=stored_bytes(small.model), visual_tokens=_tokens(small), recipe=recipe.to_json())
-    report["against"].update(weight_bytes=stored_bytes(original.model), visual_tokens=_tokens(original))
+    report["recipe"] = recipe.to_json()
+    for summary, policy in ((report, small), (report["against"], original)):
+        summary["weight_bytes"] = stored_bytes(policy.model)
+        summary["visual_tokens"] = _tokens(policy)
 
     columns = (("original", report["against"]), ("W4A8, 60 % of tokens", report))
     summaries = [summary for _, summary in columns]

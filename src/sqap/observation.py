@@ -71,9 +71,7 @@ class Observation:
         if self.state is not None:
             object.__setattr__(self, "state", _finite_vector("state", self.state, None))
         if self.end_effector is not None:
-            object.__setattr__(
-                self, "end_effector", _finite_vector("end_effector", self.end_effector, 3)
-            )
+            object.__setattr__(self, "end_effector", _finite_vector("end_effector", self.end_effector, 3))
 
 
 def _check_image(name: str, image: object) -> None:

@@ -38,7 +38,7 @@ def unnormalize(actions: np.ndarray, statistics: ActionStatistics) -> np.ndarray
 
 
 def pixel_values(image: np.ndarray, config: VisionConfig) -> Tensor:
-    """A uint8 ``(H, W, 3)`` image to ``(1, 3, image_size, image_size)``: bicubic resize, then mean and std."""
+    """A uint8 ``(H, W, 3)`` image to ``(1, 3, image_size, image_size)``: resized, then normalised."""
     size = (config.image_size, config.image_size)
     if image.shape[:2] != size:
         image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))

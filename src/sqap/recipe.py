@@ -99,8 +99,8 @@ class Pruning:
             outside = [layer for layer in self.score_layers if not 0 <= layer < self.after_layer]
             if outside or not self.score_layers:
                 raise InputError(
-                    f"score_layers {list(self.score_layers)} must name layers from 0 to {self.after_layer - 1}, "
-                    f"those that see every token when after_layer is {self.after_layer}"
+                    f"score_layers {list(self.score_layers)} must name layers from 0 to "
+                    f"{self.after_layer - 1}: those that see every token, with after_layer {self.after_layer}"
                 )
         for name in ("top_share", "overlap", "ring_share"):
             if not 0 <= getattr(self, name) <= 1:

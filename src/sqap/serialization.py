@@ -71,4 +71,5 @@ def _tuple(arguments: tuple[Any, ...], value: Any, where: str, error: type[SqapE
         arguments = (arguments[0],) * len(value)
     if len(arguments) != len(value):
         raise error(f"{where} must have {len(arguments)} entries, got {len(value)}")
-    return tuple(_convert(a, v, f"{where}[{i}]", error) for i, (a, v) in enumerate(zip(arguments, value, strict=True)))
+    pairs = enumerate(zip(arguments, value, strict=True))
+    return tuple(_convert(argument, item, f"{where}[{i}]", error) for i, (argument, item) in pairs)

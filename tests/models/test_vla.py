@@ -150,9 +150,10 @@ def test_built_on_meta_and_filled_it_is_the_same_model(
 @torch.no_grad()
 def test_gpu_equals_cpu(model: VLA, inputs: Inputs) -> None:
     pixels, token_ids, noise = inputs
-    on_cpu = model(pixels, token_ids, noise)
+    pruner = KeepFirst(16, 4, 21)
+    on_cpu = model(pixels, token_ids, noise, pruner)
 
-    on_gpu = model.cuda()([p.cuda() for p in pixels], token_ids.cuda(), noise.cuda())
+    on_gpu = model.cuda()([p.cuda() for p in pixels], token_ids.cuda(), noise.cuda(), pruner)
 
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=1e-2, rtol=1e-2)
 

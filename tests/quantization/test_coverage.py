@@ -8,7 +8,8 @@ from torch import nn
 
 from sqap.errors import CheckpointError
 from sqap.models import VLA
-from sqap.quantization import check_coverage, list_linears, quantize_decoder, rotate_decoder, weight_bytes
+from sqap.models.storage import stored_bytes
+from sqap.quantization import check_coverage, list_linears, quantize_decoder, rotate_decoder
 from sqap.quantization.linear import QuantizedLinear
 from sqap.recipe import Quantization
 
@@ -42,7 +43,7 @@ def test_all_linears_of_all_parts_are_listed(make_model: MakeModel, quantized: V
     assert {report.part for report in reports} == {"vision", "projector", "decoder", "head"}
     for report in reports:
         assert report.quantized == (report.part == "decoder")
-        assert report.weight_bits == (4 if report.quantized else 32)
+        assert report.weight_bits == (4 if report.quantized else 16)
 
 
 def test_a_report_tells_how_a_linear_is_stored(quantized: VLA) -> None:
@@ -54,21 +55,21 @@ def test_a_report_tells_how_a_linear_is_stored(quantized: VLA) -> None:
 
 
 def test_a_rotated_linear_in_floats_reports_its_transform(make_model: MakeModel) -> None:
-    model = make_model().bfloat16()
+    model = make_model()
     rotate_decoder(model)
     blocks = {report.name: report.hadamard_block for report in list_linears(model) if report.hadamard_block}
     assert blocks == {f"decoder.layers.{i}.mlp.down_proj": 128 for i in range(2)}
     assert {report.weight_bits for report in list_linears(model)} == {16}
 
 
-def test_weight_bytes_counts_everything_that_is_stored(make_model: MakeModel) -> None:
+def test_quantizing_saves_the_bytes_it_should(make_model: MakeModel) -> None:
     model = make_model()
-    assert weight_bytes(model) == 4 * sum(p.numel() for p in model.parameters())
-    linears = sum(p.numel() for name, p in model.decoder.layers.named_parameters() if "proj" in name)
-    channels = sum(len(p) for name, p in model.decoder.layers.named_parameters() if "proj" in name)
-    before = weight_bytes(model)
+    reports = [report for report in list_linears(model) if report.part == "decoder"]
+    weights = sum(report.in_features * report.out_features for report in reports)
+    channels = sum(report.out_features for report in reports)
+    before = stored_bytes(model)
     quantize_decoder(model, RECIPE)
-    assert weight_bytes(model) == before - 4 * linears + linears // 2 + 4 * channels
+    assert stored_bytes(model) == before - 2 * weights + weights // 2 + 4 * channels
 
 
 @pytest.mark.parametrize(

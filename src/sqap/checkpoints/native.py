@@ -44,11 +44,8 @@ def save_policy(policy: Policy, directory: Path) -> None:
     """
     if policy.recipe.quantization is not None:
         check_coverage(policy.model, policy.recipe.quantization)
-    if directory.exists() and not (directory / MANIFEST).is_file():
-        if not directory.is_dir() or any(directory.iterdir()):
-            raise CheckpointError(
-                f"{directory} exists and is not an sqap policy; choose another place, nothing was written"
-            )
+    if _is_foreign(directory):
+        raise CheckpointError(f"{directory} exists and is not an sqap policy; choose another place")
     with _replacing(directory) as temporary:
         save_file(stored_tensors(policy.model), temporary / WEIGHTS)
         policy.tokenizer.save(str(temporary / TOKENIZER))
@@ -122,6 +119,12 @@ def _fill(model: VLA, path: Path) -> None:
     if problems:
         raise CheckpointError(f"{path} does not fit its policy.json: {'; '.join(problems)}")
     model.load_state_dict(tensors)
+
+
+def _is_foreign(directory: Path) -> bool:
+    if not directory.is_dir():
+        return directory.exists()
+    return not (directory / MANIFEST).is_file() and any(directory.iterdir())
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:

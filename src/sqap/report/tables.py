@@ -59,7 +59,8 @@ def paired_line(against: Mapping[str, Any]) -> str:
     low, high = against["difference_ci95"]
     return (
         f"Paired difference {100 * against['difference']:+.1f} points "
-        f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}), McNemar's exact p = {against['mcnemar_p']:.3f}"
+        f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}), "
+        f"McNemar's exact p = {against['mcnemar_p']:.3f}"
     )
 
 
@@ -80,7 +81,8 @@ def parts_table(policy: Policy, linears: Sequence[LinearReport], part_bytes: Map
             megabytes(size),
         )
     table.add_section()
-    table.add_row("all", str(len(linears)), str(sum(x.quantized for x in linears)), "", "", megabytes(sum(part_bytes.values())))
+    quantized = sum(x.quantized for x in linears)
+    table.add_row("all", str(len(linears)), str(quantized), "", "", megabytes(sum(part_bytes.values())))
     return table
 
 

@@ -1,0 +1,1 @@
+"""What a person looks at: rollout videos that show which visual tokens a policy keeps."""

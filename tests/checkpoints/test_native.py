@@ -1,0 +1,180 @@
+"""sqap's own directory: bit-identical after a round trip, and suspicious of everything else."""
+
+import errno
+import json
+import os
+import resource
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+import sqap
+from sqap import Recipe
+from sqap.checkpoints import native
+from sqap.errors import CheckpointError
+from sqap.recipe import Pruning, Quantization
+
+GROUPS = Recipe(
+    Quantization(weight_granularity="group", group_size=8, activation_granularity="tensor", rotate=False)
+)
+RECIPES = {
+    "empty": Recipe(),
+    "w4a8": Recipe.w4a8(),
+    "paper": Recipe.paper(),
+    "w8a8": Recipe(Quantization(8, 8)),
+    "groups": GROUPS,
+    "pruned": Recipe(pruning=Pruning(method="random")),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_loaded_policy_gives_bit_identical_actions(policy, observe, tmp_path, name):
+    small = sqap.compress(policy, RECIPES[name], [observe(0)])
+    small.save(tmp_path / "small")
+    loaded = sqap.load(tmp_path / "small")
+    assert loaded.recipe == RECIPES[name]
+    assert loaded.calibration == small.calibration
+    for seed in range(3):
+        assert np.array_equal(loaded.act(observe(seed), seed=seed), small.act(observe(seed), seed=seed))
+
+
+def test_a_compressed_policy_remembers_what_it_was_made_from(saved, observe, tmp_path):
+    small = sqap.compress(sqap.load(saved), Recipe.w4a8(), [observe()])
+    small.save(tmp_path / "small")
+    assert sqap.load(tmp_path / "small").source == native.fingerprint(saved)
+
+
+def test_four_bits_are_half_a_byte_on_disk(policy, observe, tmp_path):
+    sqap.compress(policy, Recipe.w4a8(), [observe()]).save(tmp_path / "small")
+    tensors = load_file(tmp_path / "small" / "model.safetensors")
+    weight = tensors["decoder.layers.0.mlp.down_proj.weight"]
+    assert weight.shape == (32, 64 // 2)
+    assert weight.element_size() == 1
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_truncated_file_is_refused(saved, name):
+    content = (saved / name).read_bytes()
+    (saved / name).write_bytes(content[:-7])
+    with pytest.raises(CheckpointError, match=rf"{name} is truncated or was altered"):
+        sqap.load(saved)
+
+
+def test_an_altered_byte_is_refused(saved):
+    content = bytearray((saved / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (saved / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="altered"):
+        sqap.load(saved)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_missing_file_is_named(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"incomplete: {name} is missing"):
+        sqap.load(saved)
+
+
+def test_foreign_directories_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="no policy at"):
+        sqap.load(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match=r"not an sqap policy: it has no policy\.json"):
+        sqap.load(tmp_path)
+    (tmp_path / "policy.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="does not describe an sqap policy"):
+        sqap.load(tmp_path)
+    (tmp_path / "policy.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        sqap.load(tmp_path)
+
+
+def edit(directory: Path, **changes: object) -> None:
+    manifest = json.loads((directory / "policy.json").read_text())
+    (directory / "policy.json").write_text(json.dumps(manifest | changes))
+
+
+def test_another_file_version_is_refused(saved):
+    edit(saved, version=2)
+    with pytest.raises(CheckpointError, match="version 2; this sqap reads version 1"):
+        sqap.load(saved)
+
+
+def test_settings_nobody_knows_are_refused(saved):
+    edit(saved, recipe={"pruning": {"keep_ration": 0.5}})
+    with pytest.raises(CheckpointError, match="no setting 'keep_ration'"):
+        sqap.load(saved)
+
+
+def test_weights_of_another_policy_are_refused_all_at_once(saved):
+    weights = saved / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["extra"] = tensors.pop("decoder.norm.weight")
+    tensors["decoder.embed_tokens.weight"] = tensors["decoder.embed_tokens.weight"][:4].clone()
+    save_file(tensors, weights)
+    hashes = json.loads((saved / "policy.json").read_text())["sha256"]
+    edit(saved, sha256=hashes | {"model.safetensors": native._sha256(weights)})
+    with pytest.raises(CheckpointError) as error:
+        sqap.load(saved)
+    for part in ("decoder.norm.weight is missing", "extra is not known", "shape (4, 32), not (8, 32)"):
+        assert part in str(error.value)
+
+
+def test_saving_replaces_a_policy_and_leaves_nothing_behind(policy, observe, saved):
+    sqap.compress(policy, Recipe.w4a8(), [observe()]).save(saved)
+    assert sqap.load(saved).recipe == Recipe.w4a8()
+    assert os.listdir(saved.parent) == ["policy"]
+
+
+def test_saving_over_something_else_is_refused(policy, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match="is not an sqap policy"):
+        policy.save(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_full_disk_leaves_the_old_policy_intact(policy, observe, saved, monkeypatch):
+    before = sqap.load(saved).act(observe(), seed=0)
+
+    def write_half(tensors, path):
+        Path(path).write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(native, "save_file", write_half)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        sqap.compress(policy, Recipe.w4a8(), [observe()]).save(saved)
+    assert np.array_equal(sqap.load(saved).act(observe(), seed=0), before)
+    assert os.listdir(saved.parent) == ["policy"]
+
+
+def test_a_write_that_the_kernel_refuses_leaves_the_old_policy_intact(policy, observe, saved):
+    """No monkeypatch: files may not grow beyond a few kilobytes, as when a quota is used up."""
+    before = sqap.load(saved).act(observe(), seed=0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="cannot write"):
+            policy.save(saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert np.array_equal(sqap.load(saved).act(observe(), seed=0), before)
+    assert os.listdir(saved.parent) == ["policy"]
+
+
+def test_an_unwritable_place_is_reported(policy, tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        policy.save(blocker / "policy")
+
+
+def test_a_linear_that_was_not_quantized_cannot_be_saved(policy, observe, tmp_path):
+    small = sqap.compress(policy, Recipe.w4a8(), [observe()])
+    small.model.decoder.layers[1].mlp.up_proj = policy.model.decoder.layers[1].mlp.up_proj
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj is not quantized"):
+        small.save(tmp_path / "small")
+    assert not (tmp_path / "small").exists()

@@ -1,0 +1,65 @@
+"""A whole policy in small, with random weights, and observations it can act on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from sqap import Camera, Observation, Policy
+from sqap.models import VLA, DecoderConfig, DiffusionHeadConfig, ModelConfig, VisionConfig
+from sqap.policy import PolicyConfig
+from sqap.processing import ActionStatistics
+
+CAMERA = "corner2"
+MakeObservation = Callable[..., Observation]
+
+
+@pytest.fixture
+def policy() -> Policy:
+    """16 visual tokens, two decoder layers, random weights; acts on Meta-World's camera."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vision=(VisionConfig(image_size=32, patch_size=8, width=16, depth=1, heads=2, mlp_width=32),),
+        projector=(32, 32),
+        decoder=DecoderConfig(
+            vocabulary=8, width=32, depth=3, heads=2, kv_heads=1, head_dim=16, mlp_width=64
+        ),
+        head=DiffusionHeadConfig(action_dim=4, horizon=8, width=16, depth=1, heads=2),
+    )
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "open": 3, "close": 4, "the": 5, "drawer": 6}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    actions = ActionStatistics(q01=(-0.5,) * 4, q99=(0.5, 1.0, 2.0, 1.0), mask=(True, True, True, False))
+    return Policy(VLA(config), PolicyConfig("cogact", config, (CAMERA,), actions), tokenizer)
+
+
+@pytest.fixture
+def observe() -> MakeObservation:
+    """``observe(seed=0, calibrated=True)``: a noise image, with or without camera and pose."""
+
+    def make(seed: int = 0, *, calibrated: bool = True, instruction: str = "open the drawer") -> Observation:
+        image = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        camera = Camera(np.array([[32.0, 0, 16], [0, 32, 16], [0, 0, 1]]), np.eye(4))
+        return Observation(
+            images={CAMERA: image},
+            instruction=instruction,
+            cameras={CAMERA: camera} if calibrated else {},
+            end_effector=np.array([0.1, 0.0, 1.0]) if calibrated else None,
+        )
+
+    return make
+
+
+@pytest.fixture
+def saved(policy: Policy, tmp_path: Path) -> Path:
+    """The policy on disk."""
+    policy.save(tmp_path / "policy")
+    return tmp_path / "policy"

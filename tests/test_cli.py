@@ -1,0 +1,83 @@
+"""The commands, as a user meets them."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import sqap
+from sqap.cli import app
+
+runner = CliRunner()
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    result = runner.invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    return " ".join(result.output.split())
+
+
+def test_compress_inspect_and_eval(saved, tmp_path):
+    """The line of the README on a tiny policy: simulator, artefact, pairs, JSON."""
+    pytest.importorskip("metaworld")
+    small, log = tmp_path / "small", tmp_path / "log.jsonl"
+    run("compress", saved, "--out", small, "--recipe", "w4a8", "--keep", 0.5, "--frames", 2,
+        "--json", tmp_path / "c.json")  # fmt: skip
+    made = json.loads((tmp_path / "c.json").read_text())
+    assert made["recipe"]["pruning"]["keep_ratio"] == 0.5
+    assert made["weight_bytes"]["after"] < made["weight_bytes"]["before"]
+    assert made["calibration"]["frames"] == 2
+
+    out = run("inspect", small, "--linears", "--json", tmp_path / "i.json")
+    assert "W4A8" in out
+    seen = json.loads((tmp_path / "i.json").read_text())
+    assert {x["weight_bits"] for x in seen["linears"] if x["part"] == "decoder"} == {4}
+    assert sum(seen["part_bytes"].values()) == made["weight_bytes"]["after"]
+
+    arguments = ["eval", small, "--against", saved, "--tasks", "drawer-open", "--episodes", 1, "--seed", 5]
+    run(*arguments, "--log", log, "--json", tmp_path / "e.json")
+    report = json.loads((tmp_path / "e.json").read_text())
+    assert report["tasks"] == {"drawer-open": {"successes": 0, "episodes": 1}}
+    assert report["against"]["mcnemar_p"] == 1.0
+    assert report["step_latency_ms"]["p50"] > 0
+    assert report["peak_rss_bytes"] > 1e7
+    lines = log.read_text()
+    run(*arguments, "--log", log)
+    assert log.read_text() == lines, "a finished evaluation is not run again"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["inspect", "nowhere"], "no policy at nowhere"),
+        (["compress", "POLICY", "--out", "OUT", "--keep", 0], "keep_ratio must be in (0, 1], got 0"),
+        (["compress", "POLICY", "--out", "OUT", "--keep", 1.5], "keep_ratio must be in (0, 1], got 1.5"),
+        (["compress", "POLICY", "--out", "OUT", "--recipe", "w3"], "cannot read w3"),
+        (["eval", "POLICY", "--tasks", "make-coffee"], "unknown metaworld task 'make-coffee'"),
+        (["eval", "POLICY", "--env", "mars"], "unknown environment 'mars'"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_one(saved, tmp_path, arguments, sentence):
+    given = [{"POLICY": saved, "OUT": tmp_path / "out"}.get(a, a) for a in arguments]
+    result = runner.invoke(app, [str(a) for a in given])
+    assert result.exit_code == 1
+    assert sentence in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+
+
+def test_keep_without_pruning_is_a_contradiction(saved, tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps({"quantization": {"weight_bits": 8}}))
+    out = run("compress", saved, "--out", tmp_path / "x", "--recipe", tmp_path / "recipe.json",
+              "--keep", 0.5, code=1)  # fmt: skip
+    assert "does not prune" in out
+
+
+def test_a_failed_compress_leaves_no_directory(saved, tmp_path):
+    run("compress", saved, "--out", tmp_path / "out", "--keep", 0.001, code=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_version_is_the_packages():
+    from importlib.metadata import version
+
+    assert sqap.__version__ == version("sqap")

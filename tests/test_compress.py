@@ -1,0 +1,113 @@
+"""compress(): quantized, pruned, calibrated; the original untouched."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import sqap
+from sqap import Recipe
+from sqap.errors import InputError
+from sqap.quantization import QuantizedLinear, list_linears
+from sqap.recipe import Pruning, Quantization
+
+
+@pytest.fixture
+def frames(observe):
+    return [observe(seed) for seed in range(3)]
+
+
+def test_every_decoder_linear_is_packed_and_nothing_else(policy, frames):
+    small = sqap.compress(policy, Recipe.w4a8(), frames)
+    reports = list_linears(small.model)
+    assert {r.part for r in reports if r.quantized} == {"decoder"}
+    assert all(r.quantized for r in reports if r.part == "decoder")
+    assert small.model.decoder.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+
+
+def test_the_original_is_left_alone(policy, frames, observe):
+    before = {k: v.clone() for k, v in policy.model.state_dict().items()}
+    action = policy.act(observe(), seed=0)
+    sqap.compress(policy, Recipe.paper(), frames)
+    assert all(torch.equal(before[k], v) for k, v in policy.model.state_dict().items())
+    assert np.array_equal(policy.act(observe(), seed=0), action)
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.6, 0.9])
+@pytest.mark.parametrize("method", ["sqap", "attention", "random", "uniform"])
+def test_exactly_the_budget_is_kept(policy, frames, observe, keep, method):
+    small = sqap.compress(policy, Recipe(pruning=Pruning(keep_ratio=keep, method=method)), frames)
+    assert len(small.step(observe(7), seed=1).selection.kept) == round(keep * 16)
+
+
+def test_eight_bits_stay_closer_than_four(policy, frames, observe):
+    """Each fewer bit costs; all stay near the original."""
+    full = policy.act(observe(5), seed=0)
+
+    def error(quantization):
+        small = sqap.compress(policy, Recipe(quantization), frames)
+        return np.abs(small.act(observe(5), seed=0) - full).max()
+
+    assert error(Quantization(8, 8)) < error(Quantization(4, 8)) < 0.5
+
+
+def test_calibration_says_how_far_attention_is_trusted(policy, frames):
+    calibration = sqap.compress(policy, Recipe.w4a4(keep=0.5), frames).calibration
+    assert calibration.frames == 3
+    assert 0 <= calibration.top_k <= round(0.5 * Pruning().top_share * 16)
+    assert calibration.overlap >= Pruning().overlap or calibration.top_k == 0
+
+
+def test_unquantized_attention_is_trusted_with_its_whole_share(policy, frames):
+    rounded = copy.deepcopy(policy)
+    for p in rounded.model.parameters():
+        p.data = p.data.bfloat16().float()
+    pruning = Pruning(keep_ratio=0.5)
+    calibration = sqap.compress(rounded, Recipe(pruning=pruning), frames).calibration
+    assert (calibration.top_k, calibration.overlap) == (round(pruning.top_share * 8), 1.0)
+
+
+def test_the_frames_are_hashed(policy, observe):
+    one = sqap.compress(policy, Recipe.w4a8(), [observe(0)]).calibration.frames_hash
+    same = sqap.compress(policy, Recipe.w4a8(), [observe(0)]).calibration.frames_hash
+    other = sqap.compress(policy, Recipe.w4a8(), [observe(1)]).calibration.frames_hash
+    assert one == same != other
+
+
+def test_without_camera_the_ring_is_skipped_with_one_warning(policy, frames, observe, caplog):
+    small = sqap.compress(policy, Recipe.w4a8(), frames)
+    for seed in range(3):
+        selection = small.step(observe(seed, calibrated=False), seed=0).selection
+        assert not selection.ring.any()
+        assert len(selection.kept) == 10
+    assert len(caplog.records) == 1
+
+
+def test_the_sqap_method_needs_frames(policy):
+    with pytest.raises(InputError, match="give at least one frame"):
+        sqap.compress(policy, Recipe.w4a8())
+
+
+def test_compressing_twice_is_refused(policy, frames):
+    small = sqap.compress(policy, Recipe.w4a8(), frames)
+    with pytest.raises(InputError, match="compressed already"):
+        sqap.compress(small, Recipe.w4a8(), frames)
+
+
+def test_a_group_size_that_does_not_divide_names_the_linear(policy, frames):
+    recipe = Recipe(Quantization(weight_granularity="group", group_size=24))
+    with pytest.raises(InputError, match=r"q_proj.*24"):
+        sqap.compress(policy, recipe, frames)
+
+
+def test_a_keep_ratio_that_keeps_nothing_is_refused(policy, frames):
+    with pytest.raises(InputError, match="keeps none of 16"):
+        sqap.compress(policy, Recipe(pruning=Pruning(keep_ratio=0.01)), frames)
+
+
+def test_pruning_after_the_last_layer_is_refused(policy, frames):
+    recipe = dataclasses.replace(Recipe.w4a8(), pruning=Pruning(after_layer=3))
+    with pytest.raises(InputError, match="the decoder has 3 layers"):
+        sqap.compress(policy, recipe, frames)

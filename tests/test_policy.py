@@ -1,0 +1,69 @@
+"""The public face: an observation in, a chunk of actions in robot units out."""
+
+import numpy as np
+import pytest
+import torch
+
+from sqap import Observation, Policy
+from sqap.errors import InputError
+from sqap.processing import ActionStatistics, pixel_values, unnormalize
+
+
+def test_act_gives_a_chunk_in_robot_units(policy, observe):
+    chunk = policy.act(observe(), seed=0)
+    assert chunk.shape == (8, 4)
+    assert chunk.dtype == np.float32
+    low, high = np.array([-0.5, -0.5, -0.5, -1]), np.array([0.5, 1, 2, 1])
+    assert (chunk >= low).all()
+    assert (chunk <= high).all()
+
+
+def test_the_seed_decides_the_noise_and_nothing_else_does(policy, observe):
+    first = policy.act(observe(), seed=3)
+    torch.manual_seed(99)
+    assert np.array_equal(policy.act(observe(), seed=3), first)
+    assert not np.array_equal(policy.act(observe(), seed=4), first)
+    assert not np.array_equal(policy.act(observe()), policy.act(observe()))
+
+
+def test_the_instruction_and_the_image_matter(policy, observe):
+    base = policy.act(observe(), seed=0)
+    assert not np.array_equal(policy.act(observe(instruction="close the drawer"), seed=0), base)
+    assert not np.array_equal(policy.act(observe(1), seed=0), base)
+
+
+def test_case_and_spaces_around_an_instruction_do_not_matter(policy, observe):
+    base = policy.act(observe(), seed=0)
+    assert np.array_equal(policy.act(observe(instruction="  Open the DRAWER "), seed=0), base)
+
+
+def test_a_missing_camera_is_named(policy, observe):
+    image = observe().images["corner2"]
+    with pytest.raises(InputError, match=r"reads camera 'corner2'.*\['wrist'\]"):
+        policy.act(Observation({"wrist": image}, "open the drawer"))
+
+
+def test_an_uncompressed_policy_keeps_every_token(policy, observe):
+    assert policy.step(observe(), seed=0).selection is None
+
+
+def test_unnormalize_follows_cogact():
+    """0.5 (a + 1)(q99 - q01) + q01 after clipping; the gripper is decided before; unmasked is as it is."""
+    statistics = ActionStatistics((-2.0, 0.0, 0.0), (4.0, 1.0, 1.0), (True, True, False), binarize=(2,))
+    actions = np.array([[-1.0, 0.0, 0.49], [3.0, -0.5, 0.5]])
+    expected = np.array([[-2.0, 0.5, 0.0], [4.0, 0.25, 1.0]])
+    np.testing.assert_allclose(unnormalize(actions, statistics), expected)
+
+
+def test_pixels_are_normalized_per_channel(policy: Policy):
+    vision = policy.config.model.vision[0]
+    image = np.zeros((32, 32, 3), np.uint8)
+    image[..., 1] = 255
+    pixels = pixel_values(image, vision)
+    assert pixels.shape == (1, 3, 32, 32)
+    assert torch.equal(pixels[0, :, 5, 5], torch.tensor([-1.0, 1.0, -1.0]))
+
+
+def test_other_image_sizes_are_resized(policy: Policy, observe):
+    big = np.kron(observe().images["corner2"], np.ones((3, 3, 1), np.uint8))
+    assert pixel_values(big, policy.config.model.vision[0]).shape == (1, 3, 32, 32)
