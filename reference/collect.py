@@ -10,7 +10,7 @@ One shard is one task x one block of seeds, written whole or not at all, so an i
 
 from __future__ import annotations
 
-import argparse
+import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -196,17 +196,8 @@ def collect(name: str, episodes: int, workers: int, policy_dir: str | None = Non
             path = root / f"{task}-{block:03d}"
             if not path.exists():
                 jobs.append((task, base + block * EPISODES_PER_SHARD, path, policy_dir))
-    with ProcessPoolExecutor(workers) as pool:
+    # Spawned, because a process forked from one that has trained inherits torch's threads dead.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for line in pool.map(write_shard, *zip(*jobs, strict=True)) if jobs else ():
             print(line, flush=True)
     return root
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", help="data set name, e.g. demonstrations")
-    parser.add_argument("--episodes", type=int, default=200, help="per task")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--policy", help="directory of the policy that drives (DAgger)")
-    args = parser.parse_args()
-    collect(args.name, args.episodes, args.workers, args.policy)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -45,9 +44,3 @@ def export(directory: Path) -> int:
     config = PolicyConfig(family="cogact", model=CONFIG, cameras=(CAMERA,), actions=actions)
     Policy(model, config, make_tokenizer()).save(directory)
     return int(saved["step"])
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path)
-    print("exported step", export(parser.parse_args().directory))

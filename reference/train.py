@@ -7,13 +7,11 @@ head would be better), one regresses the simulator's state.
 
 from __future__ import annotations
 
-import argparse
 import json
 import queue
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -189,14 +187,3 @@ def train(names: list[str], until: int, total: int, compile_model: bool) -> None
         if step % SAVE_EVERY == 0:
             save()
     save()
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", nargs="+", default=["demonstrations"])
-    parser.add_argument("--until", type=int, required=True)
-    parser.add_argument("--total", type=int, required=True)
-    parser.add_argument("--compile", action="store_true")
-    args = parser.parse_args()
-    Path(WORK).mkdir(parents=True, exist_ok=True)
-    train(args.data, args.until, args.total, args.compile)

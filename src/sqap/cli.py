@@ -119,16 +119,20 @@ def evaluate_command(
                 progress=lambda _, done, total: advance(done, total),
             )
         summary = summarize(*runs)
-        columns = [(policy, summary)] + ([(against, summary["against"])] if against else [])
-        console.print(tables.success_table(columns), tables.cost_table(columns))
+        shown = [(policy, summary)] + ([(against, summary["against"])] if against else [])
+        console.print(tables.success_table(shown), tables.cost_table(shown))
         if against is not None:
             console.print(tables.paired_line(summary["against"]))
         console.print(f"Episodes are in {log}")
         if video is not None:
             from sqap.report.comparison import record_comparison
+            from sqap.report.video import write_video
 
             with _progress("videos") as advance:
-                record_comparison(policies, env, chosen, seed, video, advance)
+                columns = record_comparison([sqap.load(p) for p in policies], env, chosen, seed, advance)
+            for i, task in enumerate(chosen):
+                write_video(video / f"{task}.mp4", [[clips[i]] for clips in columns])
+            console.print(f"Videos are in {video}")
         _write_json(json_path, summary)
 
 

@@ -19,7 +19,8 @@ from sqap.models.storage import stored_bytes
 from sqap.policy import Policy
 from sqap.recipe import Recipe
 from sqap.report import tables
-from sqap.report.comparison import record_comparison
+from sqap.report.comparison import label, record_comparison
+from sqap.report.video import compose, write_picture, write_video
 
 SOURCE = "reference"
 ENV = "metaworld"
@@ -28,6 +29,7 @@ TASKS = ("drawer-open", "drawer-close", "window-open", "window-close", "faucet-o
 VIDEO_TASKS = ("drawer-open", "faucet-close", "window-open")
 SEED = 1_000_000
 FRAMES = 48
+PICTURE_SECONDS = 0.6  # into the first episode
 
 ProgressBar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
@@ -65,7 +67,7 @@ def run_demo(out: Path, episodes: int, console: Console, progress: ProgressBar) 
         summary["weight_bytes"] = stored_bytes(policy.model)
         summary["visual_tokens"] = _tokens(policy)
 
-    columns = (("original", report["against"]), ("W4A8, 60 % of tokens", report))
+    columns = ((label(original), report["against"]), (label(small), report))
     summaries = [summary for _, summary in columns]
     extra = {
         "weights as stored": [tables.megabytes(s["weight_bytes"]) for s in summaries],
@@ -73,11 +75,14 @@ def run_demo(out: Path, episodes: int, console: Console, progress: ProgressBar) 
     }
     console.print(tables.success_table(columns), tables.cost_table(columns, extra))
     console.print(tables.paired_line(report["against"]))
+    video = out / "comparison.mp4"
     with progress("video") as advance:
-        video = record_comparison([SOURCE, str(small_dir)], ENV, VIDEO_TASKS, SEED, out, advance)
+        clips = record_comparison([original, small], ENV, VIDEO_TASKS, SEED, advance)
+        write_video(video, clips)
+    write_picture(out / "comparison.png", compose([column[0] for column in clips], PICTURE_SECONDS))
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     partial.replace(out / "episodes.jsonl")
-    console.print(f"The report is {out / 'report.json'}, the video {', '.join(map(str, video))}")
+    console.print(f"The report is {out / 'report.json'}, the video {video}")
     return report
 
 

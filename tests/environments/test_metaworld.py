@@ -39,18 +39,25 @@ def project(camera, point):
     return np.array([u, v]) / w
 
 
-def silhouette(env, geom):
-    """Centroid (u, v) of the pixels that ``geom`` covers, from a segmentation of our own."""
-    scale = 3
-    model = env.simulator.model
-    renderer = mujoco.Renderer(model, SIZE * scale, SIZE * scale)
-    renderer.enable_segmentation_rendering()
+def render(env, scale=1, segmentation=False):
+    """The camera's picture from a renderer of our own, as MuJoCo gives it: upside down."""
+    size = SIZE * scale
+    renderer = mujoco.Renderer(env.simulator.model, size, size)
+    if segmentation:
+        renderer.enable_segmentation_rendering()
     renderer.update_scene(env.simulator.data, CAMERA)
-    labels = np.flip(renderer.render(), (0, 1))
+    picture = renderer.render()
     renderer._gl_context.make_current()
     renderer.close()
+    return picture
+
+
+def silhouette(env, geom):
+    """Centroid (u, v) of the pixels that ``geom`` covers in the upright picture."""
+    scale = 3
+    labels = np.flip(render(env, scale, segmentation=True), (0, 1))
     rows, columns = np.nonzero(
-        (labels[..., 0] == model.geom(geom).id) & (labels[..., 1] == mujoco.mjtObj.mjOBJ_GEOM)
+        (labels[..., 0] == env.simulator.model.geom(geom).id) & (labels[..., 1] == mujoco.mjtObj.mjOBJ_GEOM)
     )
     assert rows.size, f"{geom} is not in the picture"
     return np.array([columns.mean() + 0.5, rows.mean() + 0.5]) / scale
@@ -66,6 +73,12 @@ class TestObservation:
         assert list(observation.cameras) == [CAMERA]
         assert observation.end_effector.shape == (3,)
 
+    def test_the_picture_is_turned_upright(self, env):
+        image = first_frame(env, 0).astype(float)
+        upside_down = render(env).astype(float)
+        # Ours has no shadows, so the two are alike but not equal.
+        assert abs(image - np.flip(upside_down, (0, 1))).mean() < 10 < abs(image - upside_down).mean()
+
 
 class TestSeeds:
     def test_the_same_seed_gives_the_same_first_frame_after_other_episodes(self, env):
@@ -75,10 +88,10 @@ class TestSeeds:
         np.testing.assert_array_equal(first_frame(env, 5), before)
 
     def test_the_same_seed_gives_the_same_first_frame_in_a_fresh_environment(self, env):
-        before = first_frame(env, 5)
         other = MetaWorld("window-open", SIZE)
         first_frame(other, 5)
-        other.close()
+        before = first_frame(env, 5)
+        other.close()  # while another environment's OpenGL context is current
         np.testing.assert_array_equal(first_frame(env, 5), before)
         fresh = MetaWorld("drawer-close", SIZE)
         np.testing.assert_array_equal(first_frame(fresh, 5), before)

@@ -95,7 +95,7 @@ def load(path: str) -> object:
         raise InputError(f"running with {torch.get_num_threads()} threads")
     if path == "slow":
         print("loading", flush=True)
-        time.sleep(60)
+        time.sleep(600)
     kinds = {
         "walker": Walker,
         "hungry": Hungry,

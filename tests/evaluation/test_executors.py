@@ -1,6 +1,5 @@
 """Worker processes take a second or two each to start, so tests share what they run."""
 
-import dataclasses
 import json
 import multiprocessing
 import os
@@ -163,16 +162,11 @@ if __name__ == "__main__":
 def test_ctrl_c_ends_everything_without_a_trace(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(here=str(Path(__file__).parent)))
-    process = subprocess.Popen(
-        [sys.executable, script],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, script], text=True, start_new_session=True, **pipes)
     assert process.stdout.readline() == "loading\n"
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert out == "interrupted []\n"
     assert err == ""
     assert process.returncode == 0
@@ -211,9 +205,3 @@ def test_peak_memory_grows_with_what_is_used_and_never_shrinks():
     assert grown - before >= 60 << 20
     del held
     assert peak_rss_bytes() >= grown
-
-
-def test_records_are_frozen(finished):
-    (walker, _), _, _ = finished
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        walker.records[0].policy = "other"

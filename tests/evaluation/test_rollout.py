@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from evaluation_fakes import HORIZON, Corridor, Walker
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sqap.environments import ActionUnits
@@ -64,6 +64,7 @@ class TestNoise:
     def test_noise_changes_with_the_call_and_with_the_episode(self):
         assert len({noise_seed(seed, call) for seed in range(30) for call in range(30)}) == 900
 
+    @settings(deadline=None)
     @given(st.integers(0, 2**40), st.integers(0, 10_000))
     def test_noise_seeds_are_fixed_and_valid(self, seed, call):
         assert noise_seed(seed, call) == noise_seed(seed, call)

@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
@@ -28,11 +28,13 @@ class TestWilson:
         # 81 of 263: Newcombe (1998), table I, method 3.
         assert wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
 
+    @settings(deadline=None)
     @given(counts, st.sampled_from([0.8, 0.95, 0.99]))
     def test_equals_scipy(self, count, confidence):
         interval = binomtest(*count).proportion_ci(confidence, method="wilson")
         assert wilson(*count, confidence) == pytest.approx((interval.low, interval.high), abs=1e-9)
 
+    @settings(deadline=None)
     @given(counts)
     def test_contains_the_estimate_and_stays_within_bounds(self, count):
         successes, n = count
@@ -50,6 +52,7 @@ class TestWilson:
 
 
 class TestMcNemar:
+    @settings(deadline=None)
     @given(st.integers(0, 80), st.integers(0, 80))
     def test_equals_scipy(self, wins, losses):
         expected = binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
@@ -69,6 +72,7 @@ class TestPairedDifference:
         assert difference == pytest.approx(-6 / 21)
         assert (low, high) == pytest.approx((-0.508, -0.013), abs=5e-4)
 
+    @settings(deadline=None)
     @given(outcomes)
     def test_bounds_and_antisymmetry(self, table):
         a, b = [x for x, _ in table], [y for _, y in table]

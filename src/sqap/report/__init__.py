@@ -1,1 +1,1 @@
-"""What a person looks at: rollout videos that show which visual tokens a policy keeps."""
+"""What people look at: tables, and rollout videos that show which visual tokens a policy keeps."""

@@ -1,8 +1,6 @@
-"""Rollout videos, policies side by side, in which one sees what the pruner does.
+"""Rollout videos, policies side by side, in which one sees what the pruner does (`sqap.report.overlay`).
 
-Pruned patches are dark. Kept ones are left as they are, and an outline says by which criterion: orange
-for the attention they receive, blue for being around the gripper, white for sampled. Everything is drawn
-when it is written, so a recorded episode is no larger than its camera images.
+Everything is drawn when it is written, so that a recorded episode is no larger than its camera images.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -24,24 +22,22 @@ from sqap.errors import InputError
 from sqap.evaluation.rollout import Actor, Episode, run_episode
 from sqap.observation import Observation
 from sqap.pruning.selector import Selection
+from sqap.report.overlay import AROUND, ATTENDED, SAMPLED, annotate
 
 FPS = 20
 PANE = 512  # pixels along a side of the camera image as it is shown
 HOLD_SECONDS = 0.7  # how long the end of an episode stays in the picture
 
-Color = tuple[int, int, int]
-Font = ImageFont.FreeTypeFont
-
-# Okabe and Ito's palette, whose colors color-blind people tell apart; the darker badges carry white text.
-ATTENDED, AROUND, SAMPLED = (230, 159, 0), (86, 180, 233), (245, 245, 245)
-SUCCESS, FAILURE = (0, 124, 90), (190, 78, 0)
 BACKGROUND, INK, FAINT_INK = (19, 22, 27), (242, 244, 247), (160, 168, 180)
+SUCCESS, FAILURE = (0, 124, 90), (190, 78, 0)  # dark enough for white text
+LEGEND = (
+    ("most attended", "top", ATTENDED),
+    ("near gripper", "ring", AROUND),
+    ("sampled", "sampled", SAMPLED),
+)
 PRUNED_SWATCH = (58, 63, 71)
 
-PRUNED_BRIGHTNESS = 0.28
-PRUNED_SATURATION = 0.3
-OUTLINE_OPACITY = 0.7
-_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+Font = ImageFont.FreeTypeFont
 
 
 class Frame(NamedTuple):
@@ -116,43 +112,6 @@ def record_episode(
     return Clip(label, ring, units.hz, tuple(frames), episode)
 
 
-def annotate(
-    image: np.ndarray,
-    selection: Selection | None,
-    grid: int,
-    size: int,
-    ring: tuple[float, float] | None,
-) -> np.ndarray:
-    """The camera image, enlarged, with what was pruned in the dark.
-
-    Args:
-        image: ``(H, W, 3)`` uint8.
-        selection: of ``grid * grid`` visual tokens; None leaves the image as it is.
-        grid: patches along a side.
-        size: pixels along a side of the result.
-        ring: inner and outer radius as shares of the image's side, drawn around the selection's target if
-            that is known.
-
-    Returns:
-        ``(size, size, 3)`` uint8.
-    """
-    enlarged = Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS)
-    if selection is None:
-        return np.array(enlarged)
-    pixels = np.array(enlarged, dtype=np.float32)
-    reason = _reasons(selection, grid, size)
-    dark = PRUNED_BRIGHTNESS * (
-        PRUNED_SATURATION * pixels + (1 - PRUNED_SATURATION) * (pixels @ _LUMA)[..., None]
-    )
-    pixels = np.where((reason == 0)[..., None], dark, pixels)
-    outline = _outline(reason, width=max(1, size // 256))
-    colors = np.array((BACKGROUND, ATTENDED, AROUND, SAMPLED))[reason]
-    pixels = _blend(pixels, colors, OUTLINE_OPACITY * (outline & (reason > 0)))
-    if ring is not None and selection.target is not None:
-        pixels = _draw_ring(pixels, selection.target, ring)
-    return pixels.round().astype(np.uint8)
-
-
 def compose(clips: Sequence[Clip], seconds: float, pane: int = PANE) -> np.ndarray:
     """One picture of several episodes side by side, ``seconds`` of simulated time after their start.
 
@@ -164,7 +123,7 @@ def compose(clips: Sequence[Clip], seconds: float, pane: int = PANE) -> np.ndarr
     Returns:
         ``(height, width, 3)`` uint8, both sides even, as video encoders want.
     """
-    margin = pane // 32
+    margin = pane // 20
     panes = [_draw_pane(clip, seconds, pane) for clip in clips]
     width, height = (2 * ceil(side / 2) for side in (margin + len(panes) * (pane + margin), panes[0].height))
     canvas = Image.new("RGB", (width, height), BACKGROUND)
@@ -193,8 +152,7 @@ def write_video(
     imageio, imageio_ffmpeg = _import_imageio()
     rows = list(zip(*columns, strict=True))
     with _whole(path) as temporary:
-        written = 0
-        with imageio.get_writer(
+        writer = imageio.get_writer(
             temporary,
             format="FFMPEG",
             fps=fps,
@@ -204,7 +162,10 @@ def write_video(
             macro_block_size=2,
             # The index goes first, so that a browser can start before it has the whole file.
             output_params=["-crf", "20", "-movflags", "+faststart"],
-        ) as writer:
+        )
+        written = 0
+        # imageio's own context manager leaves ffmpeg running after an error.
+        with closing(writer):
             for row in rows:
                 for seconds in _times(row, fps):
                     writer.append_data(compose(row, seconds, pane))
@@ -224,73 +185,62 @@ def write_picture(path: str | Path, frame: np.ndarray) -> None:
         Image.fromarray(frame).save(temporary, format="PNG", optimize=True)
 
 
-def _reasons(selection: Selection, grid: int, size: int) -> np.ndarray:
-    """``(size, size)`` int: why each pixel's patch was kept (1 attention, 2 ring, 3 sampled), 0 if not."""
-    masks = (selection.top, selection.ring, selection.sampled)
-    patches = sum(code * mask.numpy().astype(np.int64) for code, mask in enumerate(masks, start=1))
-    patch_of = np.arange(size) * grid // size
-    reasons: np.ndarray = np.reshape(patches, (grid, grid))[patch_of[:, None], patch_of]
-    return reasons
-
-
-def _outline(reason: np.ndarray, width: int) -> np.ndarray:
-    """``(size, size)`` bool: pixels within ``width`` of a patch with another reason, or of the border."""
-    size = len(reason)
-    padded = np.pad(reason, width, constant_values=-1)
-    outline = np.zeros(reason.shape, dtype=bool)
-    for down in (0, width, 2 * width):
-        for right in (0, width, 2 * width):
-            outline |= padded[down : down + size, right : right + size] != reason
-    return outline
-
-
-def _draw_ring(pixels: np.ndarray, target: tuple[float, float], ring: tuple[float, float]) -> np.ndarray:
-    """Both circles and a dot on the target, each with a dark rim that sets it off from any background."""
-    size = len(pixels)
-    stroke = size / 220
-    centres = np.arange(size) + 0.5
-    distance = np.hypot(centres - target[0] * size, (centres - target[1] * size)[:, None])
-    from_line = np.minimum.reduce([abs(distance - radius * size) for radius in (0, *ring)])
-    for color, width in ((BACKGROUND, 2 * stroke), (AROUND, stroke)):
-        # How much of a pixel a line of this width covers: smooth edges without drawing at a larger size.
-        pixels = _blend(pixels, np.array(color), np.clip(width / 2 + 0.5 - from_line, 0, 1))
-    return pixels
-
-
-def _blend(pixels: np.ndarray, color: np.ndarray, opacity: np.ndarray) -> np.ndarray:
-    blended: np.ndarray = pixels + np.float32(opacity)[..., None] * (np.float32(color) - pixels)
-    return blended
-
-
 def _draw_pane(clip: Clip, seconds: float, size: int) -> Image.Image:
     """One clip's camera image between a header and a legend."""
     frame = clip.at(seconds)
-    grid = 1 if frame.selection is None else round(frame.selection.mask.numel() ** 0.5)
     header, footer = size * 84 // 512, size * 48 // 512
+    image = next(iter(frame.observation.images.values()))
+    grid = 1 if frame.selection is None else round(frame.selection.mask.numel() ** 0.5)
     canvas = Image.new("RGB", (size, header + size + footer), BACKGROUND)
-    camera_image = next(iter(frame.observation.images.values()))
-    image = annotate(camera_image, frame.selection, grid, size, clip.ring)
-    canvas.paste(Image.fromarray(image), (0, header))
+    canvas.paste(Image.fromarray(annotate(image, frame.selection, grid, size, clip.ring)), (0, header))
     draw = ImageDraw.Draw(canvas)
-    large, small = _font(size * 26 / 512), _font(size * 19 / 512)
-    first, second = header * 0.33, header * 0.74
-    # The space for what stands on the right is kept free all the time, so that nothing moves.
-    draw.text((0, first), _fit(clip.label, large, 0.62 * size), INK, large, anchor="lm")
-    draw.text(
-        (0, second), _fit(frame.observation.instruction, small, 0.66 * size), FAINT_INK, small, anchor="lm"
-    )
-    time = f"step {frame.step}  ·  {frame.step / clip.hz:.2f} s"
-    draw.text((size, second), time, FAINT_INK, small, anchor="rm")
-    if frame is clip.frames[-1]:
-        _draw_badge(draw, clip, (size, first), small)
-    _draw_legend(draw, frame.selection, (0, header + size + footer / 2), small)
+    _draw_header(draw, clip, frame, size, header)
+    _draw_legend(draw, frame.selection, header + size + footer / 2, _font(size * 18 / 512))
     return canvas
+
+
+def _draw_header(draw: ImageDraw.ImageDraw, clip: Clip, frame: Frame, width: int, height: int) -> None:
+    large, small = _font(width * 26 / 512), _font(width * 19 / 512)
+    first, second = height * 0.33, height * 0.74
+    # What stands on the right comes and grows: the left keeps clear of it from the start, and never moves.
+    label = _fit(clip.label, large, 0.62 * width)
+    instruction = _fit(frame.observation.instruction, small, 0.66 * width)
+    draw.text((0, first), label, INK, large, anchor="lm")
+    draw.text((0, second), instruction, FAINT_INK, small, anchor="lm")
+    counter = f"step {frame.step}  ·  {frame.step / clip.hz:.2f} s"
+    draw.text((width, second), counter, FAINT_INK, small, anchor="rm")
+    if frame is clip.frames[-1]:
+        _draw_badge(draw, clip, width, first, small)
+
+
+def _draw_badge(draw: ImageDraw.ImageDraw, clip: Clip, right: float, y: float, font: Font) -> None:
+    """How the episode ended."""
+    success = clip.episode.success
+    text = f"success after {clip.seconds:.1f} s" if success else "failed"
+    half = 0.8 * font.size
+    left = right - font.getlength(text) - 2 * half
+    box = (left, y - half, right - 1, y + half)
+    draw.rounded_rectangle(box, radius=half / 2, fill=SUCCESS if success else FAILURE)
+    draw.text(((left + right) / 2, y), text, INK, font, anchor="mm")
+
+
+def _draw_legend(draw: ImageDraw.ImageDraw, selection: Selection | None, y: float, font: Font) -> None:
+    """What the outlines mean that are in the picture."""
+    if selection is None:
+        draw.text((0, y), "all visual tokens used", FAINT_INK, font, anchor="lm")
+        return
+    x, side = 0.0, 0.8 * font.size
+    present = [(name, color) for name, reason, color in LEGEND if getattr(selection, reason).any()]
+    for name, color in (*present, ("pruned", None)):
+        box = (x, y - side / 2, x + side, y + side / 2)
+        draw.rectangle(box, fill=None if color else PRUNED_SWATCH, outline=color, width=2)
+        draw.text((x + 1.5 * side, y), name, FAINT_INK, font, anchor="lm")
+        x += 1.5 * side + font.getlength(name) + font.size
 
 
 def _font(pixels: float) -> Font:
     font = ImageFont.load_default(pixels)
-    # Only a font asked for without a size can be the bitmap one, which older drawings relied on.
-    assert isinstance(font, Font)
+    assert isinstance(font, Font)  # the bitmap font is only for those who name no size
     return font
 
 
@@ -299,43 +249,8 @@ def _fit(text: str, font: Font, width: float) -> str:
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text
-    length = bisect_right(range(len(text)), width, key=lambda end: font.getlength(text[:end] + "…"))
-    return text[: max(length - 1, 0)].rstrip() + "…"
-
-
-def _draw_badge(draw: ImageDraw.ImageDraw, clip: Clip, right: tuple[float, float], font: Font) -> None:
-    """How the episode ended, in a box that ends at ``right`` (x, y of its middle)."""
-    text = f"success after {clip.seconds:.1f} s" if clip.episode.success else "failed"
-    x, y = right
-    half = font.size * 0.8
-    left = x - font.getlength(text) - 2 * half
-    color = SUCCESS if clip.episode.success else FAILURE
-    draw.rounded_rectangle((left, y - half, x - 1, y + half), radius=half / 2, fill=color)
-    draw.text(((left + x) / 2, y), text, INK, font, anchor="mm")
-
-
-def _draw_legend(
-    draw: ImageDraw.ImageDraw, selection: Selection | None, left: tuple[float, float], font: Font
-) -> None:
-    """What the outlines in this picture mean, starting at ``left`` (x, y of its middle)."""
-    x, y = left
-    if selection is None:
-        draw.text((x, y), "every visual token is used", FAINT_INK, font, anchor="lm")
-        return
-    named = (
-        ("most attended", ATTENDED, selection.top),
-        ("near gripper", AROUND, selection.ring),
-        ("sampled", SAMPLED, selection.sampled),
-        ("pruned", None, ~selection.mask),
-    )
-    side = font.size * 0.75
-    for name, color, tokens in named:
-        if not tokens.any():
-            continue
-        box = (x, y - side / 2, x + side, y + side / 2)
-        draw.rectangle(box, fill=None if color else PRUNED_SWATCH, outline=color, width=2)
-        draw.text((x + 1.5 * side, y), name, FAINT_INK, font, anchor="lm")
-        x += 1.5 * side + font.getlength(name) + 1.1 * font.size
+    fitting = bisect_right(range(len(text)), width, key=lambda end: font.getlength(text[:end] + "…"))
+    return text[: max(fitting - 1, 0)].rstrip() + "…"
 
 
 def _times(row: Sequence[Clip], fps: float) -> Iterator[float]:
@@ -357,7 +272,8 @@ def _whole(path: Path) -> Iterator[Path]:
         reason = error.strerror or str(error).partition("\n")[0]
         raise InputError(f"cannot write {path}: {reason}; nothing there was changed") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # usually it has moved; without its directory it never was
+            temporary.unlink()
 
 
 def _import_imageio() -> tuple[Any, Any]:

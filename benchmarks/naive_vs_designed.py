@@ -1,0 +1,107 @@
+"""Naive against designed, in closed loop: python benchmarks/naive_vs_designed.py --json results.json
+
+Full precision; quantization alone; pruning alone by attention ranking, at random and on a uniform grid;
+the naive combination of the two; and the method. Every variant runs the same seeds with the same
+diffusion noise, so any two are compared in pairs. Interrupted, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from variants import compare, describe, run_variants
+
+from sqap.evaluation.executors import Run
+from sqap.recipe import Pruning, PruningMethod, Quantization, Recipe
+
+SEED = 1_000_000
+BASELINES: tuple[PruningMethod, ...] = ("attention", "random", "uniform")
+KEEPS = (0.6, 0.4, 0.25)
+NAIVE_W4A4 = Quantization(4, 4, rotate=False)
+MAIN = ("full", "w4a4-rtn", "w4a8", "w4a4", "method-w4a8-0.6", "method-w4a8-0.4", "w4a8-random-0.4", "paper")
+
+
+def recipes() -> dict[str, Recipe]:
+    """Name -> recipe, in the order of the table."""
+    table = {
+        "full": Recipe(),
+        "w4a4-rtn": Recipe(NAIVE_W4A4),
+        "w4a4": Recipe(Quantization(4, 4)),
+        "w4a8": Recipe(Quantization(4, 8)),
+    }
+    for method in BASELINES:
+        for keep in KEEPS:
+            table[f"{method}-{keep}"] = Recipe(pruning=Pruning(keep_ratio=keep, method=method))
+    for keep in KEEPS:
+        table[f"w4a4-rtn-attention-{keep}"] = Recipe(NAIVE_W4A4, Pruning(keep_ratio=keep, method="attention"))
+    for keep in KEEPS:
+        table[f"method-w4a8-{keep}"] = Recipe.w4a8(keep)
+        table[f"method-w4a4-{keep}"] = Recipe.w4a4(keep)
+    table["w4a8-random-0.4"] = Recipe(Quantization(4, 8), Pruning(keep_ratio=0.4, method="random"))
+    table["paper"] = Recipe.paper()
+    return table
+
+
+def report(runs: dict[str, Run]) -> dict[str, Any]:
+    """Success of each variant, and its paired difference from full precision and, pruned, from random."""
+    result: dict[str, Any] = {}
+    for name, run in runs.items():
+        result[name] = describe(run)
+        if name != "full":
+            result[name]["against_full"] = compare(run, runs["full"])
+    for name, rival in (("method-w4a8-0.4", "w4a8-random-0.4"), ("method-w4a8-0.6", "random-0.6")):
+        result[name]["against_random"] = compare(runs[name], runs[rival])
+    return result
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The report for people."""
+    shown = Table(
+        "variant", "episodes", "success", "95 % interval", "minus full", "95 % interval", "wins:losses"
+    )
+    for name, row in result.items():
+        against = row.get("against_full")
+        shown.add_row(
+            name,
+            str(row["episodes"]),
+            f"{100 * row['success']:.1f} %",
+            _points(row["success_ci95"]),
+            f"{100 * against['difference']:+.1f}" if against else "",
+            _points(against["difference_ci95"]) if against else "",
+            f"{against['wins']}:{against['losses']}" if against else "",
+        )
+    return shown
+
+
+def _points(bounds: list[float]) -> str:
+    return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--policy", default="reference")
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--out", type=Path, default=Path("runs/naive_vs_designed"), help="logs and policies")
+    parser.add_argument("--episodes", type=int, default=25, help="per task, for the main variants")
+    parser.add_argument("--few", type=int, default=10, help="per task, for the others")
+    parser.add_argument("--workers", type=int, default=2, help="episodes at a time")
+    args = parser.parse_args()
+    console = Console()
+    chosen = recipes()
+    episodes = {name: args.episodes if name in MAIN else args.few for name in chosen}
+    runs = run_variants(
+        args.policy, chosen, episodes=episodes, seed=SEED, out=args.out, workers=args.workers, console=console
+    )
+    result = report(runs)
+    console.print(table(result))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What the pruner did, drawn over the camera image.
+
+Pruned patches are dark. Kept ones are left as they are, and an outline says by which criterion: orange
+for the attention they receive, blue for being near the gripper, white for sampled.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from sqap.pruning.selector import Selection
+
+# From Okabe and Ito's palette, whose colors color-blind people tell apart.
+ATTENDED, AROUND, SAMPLED = (230, 159, 0), (86, 180, 233), (245, 245, 245)
+RIM = (19, 22, 27)
+_COLORS = np.array((RIM, ATTENDED, AROUND, SAMPLED), dtype=np.float32)
+
+PRUNED_BRIGHTNESS = 0.28
+PRUNED_SATURATION = 0.3
+OUTLINE_OPACITY = 0.7
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+
+
+def annotate(
+    image: np.ndarray,
+    selection: Selection | None,
+    grid: int,
+    size: int,
+    ring: tuple[float, float] | None,
+) -> np.ndarray:
+    """The camera image, enlarged, with what was pruned in the dark.
+
+    Args:
+        image: ``(H, W, 3)`` uint8, RGB.
+        selection: of ``grid * grid`` visual tokens; None leaves the image as it is.
+        grid: patches along a side.
+        size: pixels along a side of the result.
+        ring: inner and outer radius as shares of the image's side, drawn around the selection's target if
+            that is known.
+
+    Returns:
+        ``(size, size, 3)`` uint8.
+    """
+    enlarged = Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS)
+    if selection is None:
+        return np.array(enlarged)
+    pixels = np.array(enlarged, dtype=np.float32)
+    reason = _reasons(selection, grid, size)
+    gray = (pixels @ _LUMA)[..., None]
+    dark = PRUNED_BRIGHTNESS * (gray + PRUNED_SATURATION * (pixels - gray))
+    pixels = np.where((reason == 0)[..., None], dark, pixels)
+    outline = _outline(reason, width=max(1, size // 256)) & (reason > 0)
+    pixels = _blend(pixels, _COLORS[reason], OUTLINE_OPACITY * outline)
+    if ring is not None and selection.target is not None:
+        pixels = _draw_ring(pixels, selection.target, ring)
+    return pixels.round().astype(np.uint8)
+
+
+def _reasons(selection: Selection, grid: int, size: int) -> np.ndarray:
+    """``(size, size)`` int: why each pixel's patch was kept (1 attention, 2 ring, 3 sampled), 0 if not."""
+    masks = (selection.top, selection.ring, selection.sampled)
+    patches = sum(code * mask.numpy().astype(np.int64) for code, mask in enumerate(masks, start=1))
+    patch_of = np.arange(size) * grid // size
+    reasons: np.ndarray = np.reshape(patches, (grid, grid))[patch_of[:, None], patch_of]
+    return reasons
+
+
+def _outline(reason: np.ndarray, width: int) -> np.ndarray:
+    """``(size, size)`` bool: pixels within ``width`` of a patch with another reason, or of the border."""
+    size = len(reason)
+    padded = np.pad(reason, width, constant_values=-1)
+    outline = np.zeros(reason.shape, dtype=bool)
+    for down in (0, width, 2 * width):
+        for right in (0, width, 2 * width):
+            outline |= padded[down : down + size, right : right + size] != reason
+    return outline
+
+
+def _draw_ring(pixels: np.ndarray, target: tuple[float, float], ring: tuple[float, float]) -> np.ndarray:
+    """Both circles and a dot on the target, each with a dark rim that sets it off from any background."""
+    size = len(pixels)
+    stroke = size / 220
+    centres = np.arange(size) + 0.5
+    distance = np.hypot(centres - target[0] * size, (centres - target[1] * size)[:, None])
+    from_line = np.minimum.reduce([abs(distance - radius * size) for radius in (0, *ring)])
+    for color, width in ((RIM, 2 * stroke), (AROUND, stroke)):
+        # How much of a pixel a line of this width covers: smooth edges without drawing at a larger size.
+        pixels = _blend(pixels, np.array(color, dtype=np.float32), np.clip(width / 2 + 0.5 - from_line, 0, 1))
+    return pixels
+
+
+def _blend(pixels: np.ndarray, color: np.ndarray, opacity: np.ndarray) -> np.ndarray:
+    """``pixels`` ``(size, size, 3)`` under ``color``, which covers the share ``opacity`` of each."""
+    blended: np.ndarray = pixels + opacity.astype(np.float32)[..., None] * (color - pixels)
+    return blended

@@ -1,0 +1,321 @@
+"""Pictures are checked at single pixels whose value the drawing rules decide."""
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sqap.environments import ActionUnits, StepResult
+from sqap.errors import InputError
+from sqap.evaluation.rollout import Episode
+from sqap.observation import Observation
+from sqap.pruning.selector import Selection
+from sqap.report.overlay import AROUND, ATTENDED, PRUNED_BRIGHTNESS, SAMPLED, annotate
+from sqap.report.video import (
+    BACKGROUND,
+    FAILURE,
+    FPS,
+    HOLD_SECONDS,
+    SUCCESS,
+    Clip,
+    Frame,
+    compose,
+    record_episode,
+    write_picture,
+    write_video,
+)
+
+GRID, SIZE, PANE = 4, 256, 64
+PATCH = SIZE // GRID
+RING = (0.1, 0.3)
+
+
+def mask(*tokens):
+    chosen = torch.zeros(GRID**2, dtype=torch.bool)
+    chosen[list(tokens)] = True
+    return chosen
+
+
+def selection(target=None):
+    """Patches 0 and 1 for attention, 6 for the ring, 15 sampled; the other twelve are pruned."""
+    return Selection(mask(0, 1), mask(6), mask(15), target)
+
+
+def middle(picture, patch):
+    row, column = divmod(patch, GRID)
+    return picture[row * PATCH + PATCH // 2, column * PATCH + PATCH // 2].astype(int)
+
+
+def clip(steps=6, success=True, label="full precision", instruction="open the drawer", tokens=None):
+    """An episode at 40 Hz whose picture brightens by one a control step."""
+    frames = tuple(
+        Frame(Observation({"camera": np.full((16, 16, 3), 100 + step, np.uint8)}, instruction), tokens, step)
+        for step in range(0, steps + 1, 2)
+    )
+    return Clip(label, RING, 40.0, frames, Episode("drawer-open", 0, success, steps, 0.0, ()))
+
+
+def has_color(picture, color):
+    return bool((np.abs(picture.astype(int) - color).max(-1) <= 8).any())
+
+
+class TestAnnotate:
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+
+    def test_without_a_selection_the_image_is_only_enlarged(self):
+        picture = annotate(self.image, None, GRID, SIZE, RING)
+        assert picture.shape == (SIZE, SIZE, 3)
+        assert picture.dtype == np.uint8
+        assert np.array_equal(picture, Image.fromarray(self.image).resize((SIZE, SIZE), Image.LANCZOS))
+
+    def test_pruned_patches_are_dark_and_kept_ones_as_they_were(self):
+        plain = annotate(self.image, None, GRID, SIZE, None)
+        shown = annotate(self.image, selection(), GRID, SIZE, None)
+        for patch in range(GRID**2):
+            row, column = divmod(patch, GRID)
+            inside = np.s_[
+                row * PATCH + 2 : (row + 1) * PATCH - 2, column * PATCH + 2 : (column + 1) * PATCH - 2
+            ]
+            if patch in (0, 1, 6, 15):
+                assert np.array_equal(shown[inside], plain[inside])
+            else:
+                share = shown[inside].mean() / plain[inside].mean()
+                assert share == pytest.approx(PRUNED_BRIGHTNESS, rel=0.2)
+
+    def test_pruned_patches_lose_color(self):
+        red = np.full((8, 8, 3), (250, 0, 0), np.uint8)
+        shown = middle(annotate(red, selection(), GRID, SIZE, None), 5)
+        assert shown[0] - shown[1] < 0.5 * PRUNED_BRIGHTNESS * 250
+
+    @pytest.mark.parametrize(("patch", "color"), [(0, ATTENDED), (6, AROUND), (15, SAMPLED)])
+    def test_the_outline_tells_the_criterion(self, patch, color):
+        gray = np.full((8, 8, 3), 128, np.uint8)
+        shown = annotate(gray, selection(), GRID, SIZE, None).astype(int)
+        row, column = divmod(patch, GRID)
+        edge = shown[row * PATCH + PATCH // 2, column * PATCH]
+        towards = np.array(color) - 128
+        assert np.allclose(edge - 128, 0.7 * towards, atol=1)
+
+    def test_patches_kept_for_the_same_reason_share_one_outline(self):
+        gray = np.full((8, 8, 3), 128, np.uint8)
+        shown = annotate(gray, selection(), GRID, SIZE, None)
+        assert (shown[PATCH // 2, PATCH - 3 : PATCH + 3] == 128).all()
+
+    def test_the_ring_is_two_circles_around_the_target(self):
+        target = (0.5, 0.25)
+        black = np.zeros((8, 8, 3), np.uint8)
+        shown = annotate(black, selection(target), GRID, SIZE, RING).astype(int)
+        for radius in RING:
+            for right, down in ((radius, 0), (-radius, 0), (0, radius)):
+                y, x = int((target[1] + down) * SIZE), int((target[0] + right) * SIZE)
+                near = shown[y - 2 : y + 3, x - 2 : x + 3].reshape(-1, 3)
+                assert np.abs(near - AROUND).sum(1).min() < 120
+        between = shown[int((target[1] + 0.14) * SIZE), int((target[0] + 0.14) * SIZE)]
+        assert between.max() <= 5
+
+    @pytest.mark.parametrize(("target", "ring"), [(None, RING), ((0.5, 0.5), None)])
+    def test_no_ring_without_a_target_or_radii(self, target, ring):
+        picture = annotate(self.image, selection(target), GRID, SIZE, ring)
+        assert np.array_equal(picture, annotate(self.image, selection(), GRID, SIZE, None))
+
+    def test_a_target_outside_the_image_leaves_it_whole(self):
+        picture = annotate(self.image, selection((3.0, -2.0)), GRID, SIZE, RING)
+        assert np.array_equal(picture, annotate(self.image, selection(), GRID, SIZE, None))
+
+    def test_a_grid_that_does_not_divide_the_picture(self):
+        everything = Selection(torch.ones(9, dtype=torch.bool), *[torch.zeros(9, dtype=torch.bool)] * 2)
+        assert annotate(self.image, everything, 3, 100, None).shape == (100, 100, 3)
+
+
+class TestRecord:
+    class Walk:
+        task, action_dim, max_steps = "walk", 1, 7
+
+        def reset(self, seed):
+            self.steps = 0
+            return self.observe()
+
+        def step(self, action):
+            self.steps += 1
+            return StepResult(success=self.steps == 7, truncated=False)
+
+        def observe(self):
+            return Observation({"camera": np.full((4, 4, 3), self.steps, np.uint8)}, "walk")
+
+        def close(self):
+            pass
+
+    class Looks:
+        """Three actions a look, each look with a selection of its own."""
+
+        def __init__(self):
+            self.selections = []
+
+        def step(self, observation, *, seed=None):
+            self.selections.append(selection())
+            return SimpleNamespace(chunk=np.zeros((3, 1)), selection=self.selections[-1])
+
+    def record(self, hz):
+        policy = self.Looks()
+        units = ActionUnits(hz=hz)
+        return policy, record_episode(policy, self.Walk(), 0, label="x", ring=RING, units=units)
+
+    def test_keeps_twenty_frames_a_second_and_the_last(self):
+        _, recorded = self.record(hz=40)
+        assert [frame.step for frame in recorded.frames] == [0, 2, 4, 6, 7]
+        assert [frame.observation.images["camera"][0, 0, 0] for frame in recorded.frames] == [0, 2, 4, 6, 7]
+
+    def test_slow_control_keeps_every_step(self):
+        _, recorded = self.record(hz=5)
+        assert [frame.step for frame in recorded.frames] == list(range(8))
+
+    def test_frames_hold_the_selection_that_was_in_use(self):
+        policy, recorded = self.record(hz=40)
+        first, second, third = policy.selections
+        assert [frame.selection for frame in recorded.frames] == [first, first, second, third, third]
+
+    def test_tells_how_it_went(self):
+        _, recorded = self.record(hz=40)
+        assert (recorded.episode.success, recorded.episode.steps) == (True, 7)
+        assert recorded.seconds == pytest.approx(7 / 40)
+
+    @pytest.mark.parametrize(
+        ("seconds", "step"), [(0, 0), (0.04, 0), (0.05, 2), (0.15, 6), (0.17, 6), (9, 7)]
+    )
+    def test_shows_the_latest_frame(self, seconds, step):
+        assert self.record(hz=40)[1].at(seconds).step == step
+
+
+class TestCompose:
+    def test_sides_are_even_and_columns_equal(self):
+        for columns in (1, 2, 3):
+            for pane in (63, 64, 101):
+                height, width, _ = compose([clip()] * columns, 0, pane).shape
+                assert width % 2 == height % 2 == 0
+                assert width >= columns * pane
+
+    def test_the_badge_comes_at_the_end_and_not_before(self):
+        won, lost = clip(steps=6), clip(steps=6, success=False)
+        before, after = compose([won, lost], 0.1), compose([won, lost], 0.15)
+        assert not has_color(before, SUCCESS)
+        assert not has_color(before, FAILURE)
+        half = after.shape[1] // 2
+        assert has_color(after[:, :half], SUCCESS)
+        assert not has_color(after[:, :half], FAILURE)
+        assert has_color(after[:, half:], FAILURE)
+
+    def test_an_episode_that_is_over_shows_its_end(self):
+        assert np.array_equal(compose([clip()], 0.15), compose([clip()], 3))
+
+    def test_the_legend_names_what_is_in_the_picture(self):
+        footer = np.s_[-40:]
+        every = compose([clip(tokens=selection())], 0)[footer]
+        assert all(has_color(every, color) for color in (ATTENDED, AROUND, SAMPLED))
+        none = mask()
+        random = compose([clip(tokens=Selection(none, none, mask(3, 4)))], 0)[footer]
+        assert has_color(random, SAMPLED)
+        assert not has_color(random, ATTENDED)
+        assert not has_color(random, AROUND)
+
+    @pytest.mark.parametrize("pane", [200, 300, 512, 640])
+    def test_the_legend_fits(self, pane):
+        picture = compose([clip(tokens=selection())], 0, pane)
+        assert (picture[-pane // 20 :, -pane // 20 - 3 :] == BACKGROUND).all()
+
+    @pytest.mark.parametrize(
+        "text", ["word " * 300, "x" * 2000, "two\nlines\tand a tab", "引き出しを開ける", " "]
+    )
+    @pytest.mark.parametrize("pane", [40, 512])
+    def test_any_text_fits(self, text, pane):
+        shown = clip(label=text, instruction=text or "?") if text.strip() else clip(label=text)
+        picture = compose([shown], 9, pane)
+        assert picture.shape == compose([clip()], 9, pane).shape
+        if pane == 512:
+            # The strip of background between the cut label and the badge.
+            assert (picture[:40, 25 + 319 : 25 + 323] == BACKGROUND).all()
+
+
+@pytest.fixture
+def imageio():
+    pytest.importorskip("imageio_ffmpeg")
+    return pytest.importorskip("imageio.v2")
+
+
+class TestWriteVideo:
+    def test_is_read_back_with_the_right_frames(self, imageio, tmp_path):
+        path = tmp_path / "new" / "rollout.mp4"
+        short, long = clip(steps=4), clip(steps=20, success=False)
+        write_video(path, [[short, long], [long, long]], pane=PANE)
+        with imageio.get_reader(path) as reader:
+            meta = reader.get_meta_data()
+            frames = [np.asarray(frame) for frame in reader]
+        expected = compose([short, long], 0, PANE)
+        assert (meta["fps"], meta["codec"], meta["pix_fmt"][:7]) == (FPS, "h264", "yuv420p")
+        # Both rows last as long as their longer episode, half a second, and then hold.
+        assert len(frames) == 2 * (10 + 1 + round(HOLD_SECONDS * FPS))
+        assert frames[0].shape == expected.shape
+        assert np.abs(frames[0].astype(int) - expected).mean() < 4
+        assert [path.name for path in path.parent.iterdir()] == ["rollout.mp4"]
+
+    def test_is_in_real_time_at_any_rate(self, imageio, tmp_path):
+        path = tmp_path / "rollout.mp4"
+        write_video(path, [[clip(steps=40)]], fps=10, pane=PANE)
+        with imageio.get_reader(path) as reader:
+            assert reader.count_frames() == 10 + 1 + 7
+
+    def test_a_failure_on_the_way_leaves_the_old_file_and_no_other(self, imageio, tmp_path, monkeypatch):
+        path = tmp_path / "rollout.mp4"
+        path.write_bytes(b"old")
+        drawn = []
+
+        def fail_later(*arguments):
+            drawn.append(compose(*arguments))
+            if len(drawn) == 5:
+                raise RuntimeError("out of paint")
+            return drawn[-1]
+
+        monkeypatch.setattr("sqap.report.video.compose", fail_later)
+        with pytest.raises(RuntimeError, match="out of paint"):
+            write_video(path, [[clip()]], pane=PANE)
+        assert path.read_bytes() == b"old"
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_a_file_that_the_encoder_left_unfinished_is_not_passed_off(self, imageio, tmp_path, monkeypatch):
+        monkeypatch.setattr("imageio_ffmpeg.count_frames_and_secs", lambda path: (3, 0.1))
+        with pytest.raises(InputError, match=r"cannot write .*rollout\.mp4: the encoder did not finish it"):
+            write_video(tmp_path / "rollout.mp4", [[clip()]], pane=PANE)
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("module", ["imageio.v2", "imageio_ffmpeg"])
+    def test_names_what_to_install(self, module, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(InputError, match=r'pip install "sqap\[sim\]"'):
+            write_video(tmp_path / "rollout.mp4", [[clip()]])
+
+    def test_another_format_is_refused(self, tmp_path):
+        with pytest.raises(InputError, match=r"must end in \.mp4, got 'rollout\.gif'"):
+            write_video(tmp_path / "rollout.gif", [[clip()]])
+
+    def test_a_place_that_cannot_be_written_is_named(self, imageio, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(InputError, match=r"cannot write .*rollout\.mp4"):
+            write_video(tmp_path / "file" / "rollout.mp4", [[clip()]], pane=PANE)
+
+
+class TestWritePicture:
+    def test_is_read_back_exactly(self, tmp_path):
+        frame = compose([clip()], 0, PANE)
+        write_picture(tmp_path / "still.png", frame)
+        with Image.open(tmp_path / "still.png") as image:
+            assert image.format == "PNG"
+            assert np.array_equal(image, frame)
+        assert [path.name for path in tmp_path.iterdir()] == ["still.png"]
+
+    def test_a_directory_in_its_place_is_left_alone(self, tmp_path):
+        (tmp_path / "still.png").mkdir()
+        with pytest.raises(InputError, match=r"cannot write .*still\.png"):
+            write_picture(tmp_path / "still.png", compose([clip()], 0, PANE))
+        assert [path.name for path in tmp_path.iterdir()] == ["still.png"]
