@@ -8,7 +8,6 @@ diffusion noise, so any two are compared in pairs. Interrupted, it goes on where
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from rich.table import Table
 from variants import compare, describe, run_variants
 
 from sqap.evaluation.executors import Run
+from sqap.files import write_json
 from sqap.recipe import Pruning, PruningMethod, Quantization, Recipe
 
 SEED = 1_000_000
@@ -100,7 +100,7 @@ def main() -> None:
     result = report(runs)
     console.print(table(result))
     if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

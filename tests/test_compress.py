@@ -10,7 +10,7 @@ import torch
 import sqap
 from sqap import Recipe
 from sqap.errors import InputError
-from sqap.quantization import QuantizedLinear, list_linears
+from sqap.quantization import list_linears
 from sqap.recipe import Pruning, Quantization
 
 

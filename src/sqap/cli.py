@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import sqap
 from sqap import environments
 from sqap.checkpoints import fingerprint, locate
 from sqap.errors import InputError, SqapError
+from sqap.files import write_json
 from sqap.models.storage import stored_bytes
 from sqap.quantization import list_linears
 from sqap.recipe import Recipe
@@ -217,15 +217,8 @@ def _default_log(fingerprints: list[str], env: str) -> Path:
 
 
 def _write_json(path: Path | None, data: Any) -> None:
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(data, indent=2) + "\n")
-        temporary.replace(path)
-    except OSError as problem:
-        raise InputError(f"cannot write {path}: {problem.strerror}") from problem
+    if path is not None:
+        write_json(path, data)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,6 +14,7 @@ from sqap.checkpoints import fingerprint, locate
 from sqap.evaluation.executors import evaluate
 from sqap.evaluation.frames import collect_frames
 from sqap.evaluation.summary import summarize
+from sqap.files import write_json
 from sqap.models.storage import stored_bytes
 from sqap.policy import Policy
 from sqap.recipe import Recipe
@@ -80,7 +80,7 @@ def run_demo(out: Path, episodes: int, console: Console, progress: ProgressBar) 
         clips = record_comparison([original, small], ENV, VIDEO_TASKS, SEED, advance)
         write_video(video, clips)
     write_picture(out / "comparison.png", compose([column[0] for column in clips], PICTURE_SECONDS))
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(out / "report.json", report)
     partial.replace(out / "episodes.jsonl")
     console.print(f"The report is {out / 'report.json'}, the video {video}")
     return report

@@ -188,6 +188,11 @@ class TestRecord:
     def test_shows_the_latest_frame(self, seconds, step):
         assert self.record(hz=40)[1].at(seconds).step == step
 
+    def test_rounding_does_not_show_an_earlier_frame(self):
+        frames = tuple(Frame(clip().frames[0].observation, None, step) for step in range(124))
+        episode = Episode("drawer-open", 0, True, 123, 0.0, ())
+        assert Clip("x", None, 30.0, frames, episode).at(4.1).step == 123
+
 
 class TestCompose:
     def test_sides_are_even_and_columns_equal(self):
@@ -235,7 +240,7 @@ class TestCompose:
         assert picture.shape == compose([clip()], 9, pane).shape
         if pane == 512:
             # The strip of background between the cut label and the badge.
-            assert (picture[:40, 25 + 319 : 25 + 323] == BACKGROUND).all()
+            assert (picture[:40, 25 + 309 : 25 + 313] == BACKGROUND).all()
 
 
 @pytest.fixture

@@ -5,10 +5,9 @@ Everything is drawn when it is written, so that a recorded episode is no larger 
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -20,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sqap.environments import ActionUnits, Environment
 from sqap.errors import InputError
 from sqap.evaluation.rollout import Actor, Episode, run_episode
+from sqap.files import whole_file
 from sqap.observation import Observation
 from sqap.pruning.selector import Selection
 from sqap.report.overlay import AROUND, ATTENDED, SAMPLED, annotate
@@ -73,7 +73,7 @@ class Clip:
 
     def at(self, seconds: float) -> Frame:
         """The latest frame not after ``seconds`` of simulated time."""
-        # The tiny addition keeps 0.15 s * 40 Hz from being a step less than 6.
+        # The tiny addition is for 4.1 s at 30 Hz, which in floating point is less than 123 steps.
         after = bisect_right(self.frames, seconds * self.hz + 1e-6, key=lambda frame: frame.step)
         return self.frames[max(after - 1, 0)]
 
@@ -151,7 +151,7 @@ def write_video(
         raise InputError(f"a video is written as MP4: its name must end in .mp4, got {path.name!r}")
     imageio, imageio_ffmpeg = _import_imageio()
     rows = list(zip(*columns, strict=True))
-    with _whole(path) as temporary:
+    with whole_file(path) as temporary:
         writer = imageio.get_writer(
             temporary,
             format="FFMPEG",
@@ -181,7 +181,7 @@ def write_picture(path: str | Path, frame: np.ndarray) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    with _whole(Path(path)) as temporary:
+    with whole_file(Path(path)) as temporary:
         Image.fromarray(frame).save(temporary, format="PNG", optimize=True)
 
 
@@ -203,7 +203,7 @@ def _draw_header(draw: ImageDraw.ImageDraw, clip: Clip, frame: Frame, width: int
     large, small = _font(width * 26 / 512), _font(width * 19 / 512)
     first, second = height * 0.33, height * 0.74
     # What stands on the right comes and grows: the left keeps clear of it from the start, and never moves.
-    label = _fit(clip.label, large, 0.62 * width)
+    label = _fit(clip.label, large, 0.6 * width)
     instruction = _fit(frame.observation.instruction, small, 0.66 * width)
     draw.text((0, first), label, INK, large, anchor="lm")
     draw.text((0, second), instruction, FAINT_INK, small, anchor="lm")
@@ -216,7 +216,7 @@ def _draw_header(draw: ImageDraw.ImageDraw, clip: Clip, frame: Frame, width: int
 def _draw_badge(draw: ImageDraw.ImageDraw, clip: Clip, right: float, y: float, font: Font) -> None:
     """How the episode ended."""
     success = clip.episode.success
-    text = f"success after {clip.seconds:.1f} s" if success else "failed"
+    text = f"success after {clip.seconds:.2f} s" if success else "failed"
     half = 0.8 * font.size
     left = right - font.getlength(text) - 2 * half
     box = (left, y - half, right - 1, y + half)
@@ -258,22 +258,6 @@ def _times(row: Sequence[Clip], fps: float) -> Iterator[float]:
     longest = max(clip.seconds for clip in row)
     for index in range(ceil(longest * fps - 1e-6) + round(HOLD_SECONDS * fps) + 1):
         yield index / fps
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A file to write next to ``path``, which takes its place if all goes well and is gone otherwise."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or str(error).partition("\n")[0]
-        raise InputError(f"cannot write {path}: {reason}; nothing there was changed") from error
-    finally:
-        with suppress(OSError):  # usually it has moved; without its directory it never was
-            temporary.unlink()
 
 
 def _import_imageio() -> tuple[Any, Any]:
