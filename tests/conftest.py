@@ -10,6 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+import sqap.environments  # noqa: F401 - before any test imports MuJoCo, which then reads MUJOCO_GL
 from sqap import Camera, Observation, Policy
 from sqap.models import VLA, DecoderConfig, DiffusionHeadConfig, ModelConfig, VisionConfig
 from sqap.policy import PolicyConfig

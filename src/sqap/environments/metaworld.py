@@ -65,7 +65,7 @@ class MetaWorld:
         # Multisampling and shadows cost 20 times the rest of the picture; both must go before the
         # renderer exists.
         self._sim.model.vis.quality.offsamples = 0
-        self._renderer: Any = mujoco.Renderer(self._sim.model, image_size, image_size)
+        self._renderer: Any = _make_renderer(mujoco, self._sim.model, image_size)
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         self._options = mujoco.MjvOption()
@@ -160,6 +160,17 @@ def check_task(task: str) -> None:
     """Raise `InputError`, naming what exists, unless ``task`` is a Meta-World task."""
     if task not in INSTRUCTIONS:
         raise InputError(f"unknown metaworld task {task!r}; known tasks: {', '.join(sorted(INSTRUCTIONS))}")
+
+
+def _make_renderer(mujoco: Any, model: Any, image_size: int) -> Any:
+    # GLFW without a display, which is MuJoCo's choice if it was imported before MUJOCO_GL was set, would
+    # end the process at the second attempt.
+    if os.environ["MUJOCO_GL"] in ("osmesa", "egl") and "glfw" in mujoco.gl_context.GLContext.__module__:
+        raise InputError(
+            "MuJoCo was imported before sqap.environments and chose a renderer that needs a display; "
+            "import sqap.environments first, or set MUJOCO_GL=osmesa"
+        )
+    return mujoco.Renderer(model, image_size, image_size)
 
 
 def _import_simulator() -> tuple[Any, Any]:
