@@ -1,8 +1,7 @@
 """The whole recipe in one command: ``python -m reference``. Stopped anywhere, it goes on from there.
 
-1. 250 demonstrations a task by the scripted experts, disturbed; 2. imitation up to step `HALFWAY`;
-3. 50 episodes a task driven by that policy, labelled by the experts (DAgger); 4. imitation of both to the
-end; 5. export into the package.
+Demonstrations by the disturbed experts, imitation; then episodes driven by that policy and labelled by the
+experts (DAgger), imitation of both; export into the package.
 """
 
 from __future__ import annotations
@@ -12,21 +11,21 @@ from pathlib import Path
 
 from reference.collect import collect
 from reference.export import export
-from reference.settings import WORK
+from reference.settings import DEMO_SEEDS, ROLLOUT_SEEDS, WORK
 from reference.train import train
 
-HALFWAY, TOTAL = 2000, 5000
-DEMONSTRATIONS, ROLLOUTS = 250, 50  # episodes per task
 PACKAGED = Path("src/sqap/assets/reference")
+HALFWAY, TOTAL = 2000, 5000
+DEMONSTRATIONS, ROLLOUTS = 250, 50  # episodes a task
 
 
 def main(workers: int, compile_model: bool) -> None:
-    collect("demonstrations", DEMONSTRATIONS, workers)
+    collect("demonstrations", DEMONSTRATIONS, DEMO_SEEDS, workers)
     train(["demonstrations"], HALFWAY, TOTAL, compile_model)
-    halfway = WORK / "halfway"
-    if not halfway.exists():
-        export(halfway)
-    collect("rollouts", ROLLOUTS, workers, str(halfway))
+    driver = WORK / "halfway"
+    if not driver.exists():
+        export(driver)
+    collect("rollouts", ROLLOUTS, ROLLOUT_SEEDS, workers, str(driver))
     train(["demonstrations", "rollouts"], TOTAL, TOTAL, compile_model)
     print(f"step {export(PACKAGED)} is in {PACKAGED}; evaluate it: sqap eval reference --env metaworld")
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from reference.settings import DAGGER_SEEDS, DEMO_SEEDS, HORIZON, IMAGE_SIZE, TASKS, WORK
+from reference.settings import HORIZON, IMAGE_SIZE, TASKS, WORK
 from sqap.environments.metaworld import CAMERA, MetaWorld
 from sqap.observation import Observation
 
@@ -185,19 +185,23 @@ def write_shard(task: str, first_seed: int, path: Path, policy_dir: str | None) 
     return f"{path.name}: {len(samples.images)} frames, {wins}/{EPISODES_PER_SHARD} succeed"
 
 
-def collect(name: str, episodes: int, workers: int, policy_dir: str | None = None) -> Path:
-    """Write every missing shard of data set ``name``; returns its directory."""
+def collect(
+    name: str,
+    episodes: int,
+    first_seed: int,
+    workers: int,
+    policy_dir: str | None = None,
+) -> None:
+    """Write every missing shard of data set ``name``: ``episodes`` a task from ``first_seed`` on."""
     root = WORK / "data" / name
     root.mkdir(parents=True, exist_ok=True)
-    base = DEMO_SEEDS if policy_dir is None else DAGGER_SEEDS
     jobs = []
     for block in range(episodes // EPISODES_PER_SHARD):
         for task in TASKS:
             path = root / f"{task}-{block:03d}"
             if not path.exists():
-                jobs.append((task, base + block * EPISODES_PER_SHARD, path, policy_dir))
+                jobs.append((task, first_seed + block * EPISODES_PER_SHARD, path, policy_dir))
     # Spawned, because a process forked from one that has trained inherits torch's threads dead.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for line in pool.map(write_shard, *zip(*jobs, strict=True)) if jobs else ():
             print(line, flush=True)
-    return root

@@ -21,9 +21,9 @@ TASKS = (
 IMAGE_SIZE = 128
 HORIZON = 8  # control steps (40 Hz) in one action chunk
 
-# Seeds are disjoint on purpose: demonstrations, DAgger rollouts, development checks, reported evaluation.
+# Seeds are disjoint on purpose: demonstrations, DAgger's rollouts, development checks, reported evaluation.
 DEMO_SEEDS = 0
-DAGGER_SEEDS = 100_000
+ROLLOUT_SEEDS = 100_000
 DEVELOPMENT_SEEDS = 200_000
 EVALUATION_SEEDS = 1_000_000  # `sqap eval`'s default; nothing was trained or chosen on these
 

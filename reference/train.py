@@ -8,6 +8,7 @@ head would be better), one regresses the simulator's state.
 from __future__ import annotations
 
 import json
+import math
 import queue
 import threading
 import time
@@ -116,7 +117,7 @@ def learning_rate(step: int, total: int) -> float:
     start = total * (1 - DECAY_SHARE)
     if step < start:
         return PEAK_RATE * min(1.0, (step + 1) / WARMUP)
-    return PEAK_RATE * 0.5 * (1 + np.cos(np.pi * (step - start) / (total - start)))
+    return PEAK_RATE * 0.5 * (1 + math.cos(math.pi * (step - start) / (total - start)))
 
 
 def train(names: list[str], until: int, total: int, compile_model: bool) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sqap.models import DiffusionHeadConfig
@@ -29,6 +31,45 @@ def condition() -> Tensor:
 @pytest.fixture
 def noise() -> Tensor:
     return torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(2))
+
+
+def published_network(w: dict[str, Tensor], x: Tensor, t: Tensor, z: Tensor, heads: int) -> Tensor:
+    """CogACT's DiT written out: DiT's time embedding, one condition token in front, plain blocks."""
+    rows, frequencies = len(x), torch.exp(-math.log(10_000) * torch.arange(128) / 128)
+    angles = t[:, None] * frequencies
+    time = torch.cat([torch.cos(angles), torch.sin(angles)], 1) @ w["t_embedder.0.weight"].T
+    time = F.silu(time + w["t_embedder.0.bias"]) @ w["t_embedder.2.weight"].T + w["t_embedder.2.bias"]
+    token = time + z @ w["z_embedder.weight"].T + w["z_embedder.bias"]
+    h = torch.cat([token[:, None], x @ w["x_embedder.weight"].T + w["x_embedder.bias"]], 1)
+    h = h + w["positional_embedding"]
+
+    def norm(v: Tensor) -> Tensor:
+        return (v - v.mean(-1, keepdim=True)) / (v.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+
+    width = h.shape[-1]
+    for block in (f"blocks.{i}." for i in range(CONFIG.depth)):
+        qkv = norm(h) @ w[f"{block}attn.qkv.weight"].T + w[f"{block}attn.qkv.bias"]
+        q, k, v = (p.view(rows, -1, heads, width // heads).transpose(1, 2) for p in qkv.split(width, -1))
+        weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(width // heads), -1)
+        mixed = (weights @ v).transpose(1, 2).flatten(2)
+        h = h + mixed @ w[f"{block}attn.proj.weight"].T + w[f"{block}attn.proj.bias"]
+        inner = norm(h) @ w[f"{block}mlp.fc1.weight"].T + w[f"{block}mlp.fc1.bias"]
+        inner = F.gelu(inner, approximate="tanh")
+        h = h + inner @ w[f"{block}mlp.fc2.weight"].T + w[f"{block}mlp.fc2.bias"]
+    return (norm(h) @ w["final_layer.weight"].T + w["final_layer.bias"])[:, 1:]
+
+
+@torch.no_grad()
+def test_network_is_cogacts(condition: Tensor, noise: Tensor) -> None:
+    head, t = build(), torch.tensor([0, 37, 99])
+    # Activations small enough that the norms' epsilon shows.
+    head.positional_embedding.mul_(0.01)
+    head.x_embedder.weight.mul_(0.01)
+    head.x_embedder.bias.mul_(0.01)
+
+    expected = published_network(head.state_dict(), noise, t, condition, CONFIG.heads)
+
+    torch.testing.assert_close(head.predict_noise(noise, t, condition), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("guidance", [1.5, 4.0])

@@ -155,7 +155,10 @@ def _replacing(directory: Path) -> Iterator[Path]:
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
         yield temporary
+        # Private by default, both the directory and the weights; a policy is for whoever runs the robot.
         temporary.chmod(0o755)
+        for file in temporary.iterdir():
+            file.chmod(0o644)
         _swap(temporary, directory)
     except (OSError, SafetensorError) as problem:
         full = getattr(problem, "errno", None) == errno.ENOSPC or "No space left" in str(problem)
