@@ -2,7 +2,8 @@
 
 Visual tokens lie on a square grid of ``N = grid * grid`` patches, row-major from the top left. Image
 coordinates are shares of the image's sides: (0, 0) is its top left corner, (1, 1) the bottom right.
-Ties go to the lower index everywhere, so the same input always keeps the same tokens.
+Ties go to the lower index, or to chance where a generator is given: the same input and the same seed
+always keep the same tokens.
 """
 
 from __future__ import annotations
@@ -37,23 +38,33 @@ def ring(grid: int, centre: tuple[float, float], inner: float, outer: float) -> 
     return (inner <= distance) & (distance <= outer)
 
 
-def farthest_points(grid: int, kept: Tensor, count: int) -> Tensor:
+def farthest_points(grid: int, kept: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
     """Farthest-point sampling (Gonzalez 1985): each next patch is the one farthest from all before it.
 
+    A grid is full of ties, and a policy that looks again and again at the same sample never sees what it
+    leaves out. With a generator, ties are broken at random, and with nothing kept the first pick is too.
+
     Args:
-        kept: mask ``(N,)`` of the patches to start from; with none, the first pick is the patch nearest
-            the image's centre.
+        kept: mask ``(N,)`` of the patches to start from; with none and without a generator, the first pick
+            is the patch nearest the image's centre.
         count: patches to add, at most those not kept.
+        generator: breaks ties; without it they go to the lower index.
 
     Returns:
         ``(count,)`` indices in the order they were picked; none of them was kept before.
     """
     between = _squared_distances(grid)
+    tokens = len(between)
     seeds = kept.nonzero().flatten().tolist()
-    picked = [] if seeds else [(grid - 1) // 2 * (grid + 1)]
+    if generator is None:
+        rank, first = np.arange(tokens)[::-1], (grid - 1) // 2 * (grid + 1)
+    else:
+        rank = torch.randperm(tokens, generator=generator).numpy()
+        first = int(rank.argmax())
+    picked = [] if seeds else [first]
     nearest = between[seeds + picked].min(axis=0)
     while len(picked) < count:
-        picked.append(int(nearest.argmax()))
+        picked.append(int((nearest * tokens + rank).argmax()))
         np.minimum(nearest, between[picked[-1]], out=nearest)
     return torch.tensor(picked[:count], dtype=torch.long)
 

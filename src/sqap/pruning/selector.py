@@ -82,7 +82,7 @@ class Selector:
             scores: ``(N,)`` attention received; only methods "random" and "uniform" do without.
             target: the end effector in image coordinates (u, v); without it the ring is left out and
                 its share is sampled.
-            generator: randomness of method "random".
+            generator: of method "random", and of ties in the sampling.
 
         Raises:
             InputError: the method ranks by attention and there are no scores.
@@ -99,14 +99,16 @@ class Selector:
             raise InputError(f"pruning method {method!r} ranks tokens by attention, but got no scores")
         if method == "attention":
             return Selection(self._mask(criteria.top_k(scores, self.budget)), none, none, target)
-        return self._select_sqap(scores, target)
+        return self._select_sqap(scores, target, generator)
 
-    def _select_sqap(self, scores: Tensor, target: tuple[float, float] | None) -> Selection:
+    def _select_sqap(
+        self, scores: Tensor, target: tuple[float, float] | None, generator: torch.Generator | None
+    ) -> Selection:
         share = round(self.settings.top_share * self.budget)
         top = self._mask(criteria.top_k(scores, share if self.top_k is None else min(self.top_k, share)))
         ring = self._ring(top, target)
         left = self.budget - int((top | ring).sum())
-        sampled = self._mask(criteria.farthest_points(self.grid, top | ring, left))
+        sampled = self._mask(criteria.farthest_points(self.grid, top | ring, left, generator))
         return Selection(top, ring, sampled, target)
 
     def _ring(self, top: Tensor, target: tuple[float, float] | None) -> Tensor:
