@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--policy", default="reference")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--out", type=Path, default=Path("runs/naive_vs_designed"), help="logs and policies")
-    parser.add_argument("--episodes", type=int, default=25, help="per task, for the main variants")
+    parser.add_argument("--episodes", type=int, default=30, help="per task, for the main variants")
     parser.add_argument("--few", type=int, default=10, help="per task, for the others")
     parser.add_argument("--workers", type=int, default=2, help="episodes at a time")
     args = parser.parse_args()

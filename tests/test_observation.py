@@ -95,3 +95,18 @@ def test_camera_takes_nested_lists() -> None:
     given = Camera([[1, 0, 0], [0, 1, 0], [0, 0, 1]], np.eye(4).tolist())  # type: ignore[arg-type]
     assert given.intrinsics.dtype == np.float64
     np.testing.assert_array_equal(given.world_to_camera, np.eye(4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"images": np.zeros((4, 4, 3), np.uint8)}, "images and cameras must be dictionaries"),
+        ({"cameras": {"front": np.eye(4)}}, r"cameras\['front'\] must be a Camera, got ndarray"),
+        ({"state": ["one", "two"]}, "state must be an array of numbers"),
+        ({"end_effector": [[0.0], [1.0, 2.0]]}, "end_effector must be an array of numbers"),
+    ],
+)
+def test_wrong_types_are_one_sentence(changes: dict[str, object], sentence: str) -> None:
+    given = {"images": {"front": np.zeros((4, 4, 3), np.uint8)}, "instruction": "go"} | changes
+    with pytest.raises(InputError, match=sentence):
+        Observation(**given)

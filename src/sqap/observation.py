@@ -27,7 +27,7 @@ class Camera:
 
     def __post_init__(self) -> None:
         for name, shape in (("intrinsics", (3, 3)), ("world_to_camera", (4, 4))):
-            value = np.asarray(getattr(self, name), dtype=np.float64)
+            value = _numbers(f"camera {name}", getattr(self, name))
             if value.shape != shape or not np.isfinite(value).all():
                 raise InputError(
                     f"camera {name} must be a finite {shape[0]}x{shape[1]} matrix, got shape {value.shape}"
@@ -57,13 +57,19 @@ class Observation:
     end_effector: np.ndarray | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.images, Mapping) or not isinstance(self.cameras, Mapping):
+            raise InputError(
+                "images and cameras must be dictionaries from camera names to arrays and Cameras"
+            )
         if not self.images:
             raise InputError("an observation needs at least one image, got none")
         for name, image in self.images.items():
             _check_image(name, image)
         if not isinstance(self.instruction, str) or not self.instruction.strip():
             raise InputError("the instruction is empty; say in words what the robot should do")
-        for name in self.cameras:
+        for name, camera in self.cameras.items():
+            if not isinstance(camera, Camera):
+                raise InputError(f"cameras[{name!r}] must be a Camera, got {type(camera).__name__}")
             if name not in self.images:
                 raise InputError(
                     f"a camera matrix is given for {name!r}, but the images are {sorted(self.images)}"
@@ -82,8 +88,15 @@ def _check_image(name: str, image: object) -> None:
         raise InputError(f"image {name!r} must be a uint8 array of shape (H, W, 3), got shape {image.shape}")
 
 
+def _numbers(name: str, value: object) -> np.ndarray:
+    try:
+        return np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as problem:
+        raise InputError(f"{name} must be an array of numbers: {problem}") from problem
+
+
 def _finite_vector(name: str, value: np.ndarray, length: int | None) -> np.ndarray:
-    vector = np.asarray(value, dtype=np.float64)
+    vector = _numbers(name, value)
     if vector.ndim != 1 or (length is not None and vector.shape != (length,)):
         expected = "a vector" if length is None else f"a vector of {length} numbers"
         raise InputError(f"{name} must be {expected}, got shape {vector.shape}")

@@ -60,6 +60,7 @@ class TestNoise:
         run_episode(slow, Corridor(), seed=7)
         assert len(fast.seeds) < len(slow.seeds)
         assert fast.seeds == slow.seeds[: len(fast.seeds)]
+        assert slow.seeds == [noise_seed(7, call) for call in range(len(slow.seeds))]
 
     def test_noise_changes_with_the_call_and_with_the_episode(self):
         assert len({noise_seed(seed, call) for seed in range(30) for call in range(30)}) == 900

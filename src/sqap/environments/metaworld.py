@@ -7,6 +7,7 @@ metaworld 3.1.1; each workaround says why it is there.
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from sqap.observation import Camera, Observation
 
 # OSMesa needs one apt package and no display; a user's own choice is left alone. MuJoCo reads this when
 # it is first imported.
-os.environ.setdefault("MUJOCO_GL", "osmesa")
+if sys.platform == "linux":
+    os.environ.setdefault("MUJOCO_GL", "osmesa")
 
 CAMERA = "corner2"
 FOVY_DEGREES = 50.0
@@ -165,7 +167,7 @@ def check_task(task: str) -> None:
 def _make_renderer(mujoco: Any, model: Any, image_size: int) -> Any:
     # GLFW without a display, which is MuJoCo's choice if it was imported before MUJOCO_GL was set, would
     # end the process at the second attempt.
-    if os.environ["MUJOCO_GL"] in ("osmesa", "egl") and "glfw" in mujoco.gl_context.GLContext.__module__:
+    if os.environ.get("MUJOCO_GL") in ("osmesa", "egl") and "glfw" in mujoco.gl_context.GLContext.__module__:
         raise InputError(
             "MuJoCo was imported before sqap.environments and chose a renderer that needs a display; "
             "import sqap.environments first, or set MUJOCO_GL=osmesa"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sqap.errors import InputError
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -66,6 +68,10 @@ class DiffusionHeadConfig:
     train_steps: int = 100
     sample_steps: int = 10
     guidance: float = 1.5
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.sample_steps <= self.train_steps:
+            raise InputError(f"sample_steps must be from 1 to {self.train_steps}, got {self.sample_steps}")
 
 
 @dataclass(frozen=True)

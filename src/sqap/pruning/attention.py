@@ -43,7 +43,8 @@ class AttentionWatcher:
 
     def keep(self, layer: int, received: Tensor) -> None:
         if layer in self._layers:
-            self._received.append(received[:, VISUAL_START : VISUAL_START + self._tokens])
+            # A few numbers, chosen from on the CPU wherever the model runs.
+            self._received.append(received[:, VISUAL_START : VISUAL_START + self._tokens].cpu())
 
     @property
     def scores(self) -> Tensor | None:
