@@ -8,6 +8,7 @@ diffusion noise, so any two are compared in pairs. Interrupted, it goes on where
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ SEED = 1_000_000
 BASELINES: tuple[PruningMethod, ...] = ("attention", "random", "uniform")
 KEEPS = (0.6, 0.4, 0.25)
 NAIVE_W4A4 = Quantization(4, 4, rotate=False)
+# One scale for a whole matrix of weights, one for all tokens: the same bits, spent worse.
+COARSE_W4A4 = Quantization(4, 4, "tensor", activation_granularity="tensor", rotate=False)
 MAIN = ("full", "w4a4-rtn", "w4a8", "w4a4", "method-w4a8-0.6", "method-w4a8-0.4", "w4a8-random-0.4", "paper")
 
 
@@ -44,6 +47,9 @@ def recipes() -> dict[str, Recipe]:
         table[f"method-w4a4-{keep}"] = Recipe.w4a4(keep)
     table["w4a8-random-0.4"] = Recipe(Quantization(4, 8), Pruning(keep_ratio=0.4, method="random"))
     table["paper"] = Recipe.paper()
+    table["w4a4-coarse"] = Recipe(COARSE_W4A4)
+    table["w4a4-coarse-rotated"] = Recipe(dataclasses.replace(COARSE_W4A4, rotate=True))
+    table["w4a4-coarse-attention-0.4"] = Recipe(COARSE_W4A4, Pruning(keep_ratio=0.4, method="attention"))
     return table
 
 

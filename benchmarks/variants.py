@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,8 +103,3 @@ def compare(run: Run, rival: Run) -> dict[str, Any]:
         "losses": losses,
         "mcnemar_p": mcnemar_exact(wins, losses),
     }
-
-
-def without_pruning(recipe: Recipe) -> Recipe:
-    """The recipe's quantization alone."""
-    return dataclasses.replace(recipe, pruning=None)

@@ -32,7 +32,11 @@ def test_compress_inspect_and_eval(saved, tmp_path):
     assert "W4A8" in out
     seen = json.loads((tmp_path / "i.json").read_text())
     assert {x["weight_bits"] for x in seen["linears"] if x["part"] == "decoder"} == {4}
-    assert sum(seen["part_bytes"].values()) == made["weight_bytes"]["after"]
+    assert sum(part["bytes"] for part in seen["parts"].values()) == made["weight_bytes"]["after"]
+    run("inspect", saved, "--json", tmp_path / "o.json")
+    original = json.loads((tmp_path / "o.json").read_text())
+    for name, part in seen["parts"].items():
+        assert part["parameters"] == original["parts"][name]["parameters"]
 
     arguments = ["eval", small, "--against", saved, "--tasks", "drawer-open", "--episodes", 1, "--seed", 5]
     run(*arguments, "--log", log, "--json", tmp_path / "e.json")

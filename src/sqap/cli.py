@@ -21,7 +21,7 @@ from sqap.checkpoints import fingerprint, locate
 from sqap.errors import InputError, SqapError
 from sqap.files import write_json
 from sqap.models.storage import stored_bytes
-from sqap.quantization import list_linears
+from sqap.quantization import count_parameters, list_linears
 from sqap.recipe import Recipe
 from sqap.report import tables
 
@@ -146,8 +146,11 @@ def inspect(
     with _user_errors():
         loaded = sqap.load(policy)
         reports = list_linears(loaded.model)
-        part_bytes = {name: stored_bytes(part) for name, part in loaded.model.named_children()}
-        console.print(tables.parts_table(loaded, reports, part_bytes))
+        parts = {
+            name: {"parameters": count_parameters(part), "bytes": stored_bytes(part)}
+            for name, part in loaded.model.named_children()
+        }
+        console.print(tables.parts_table(reports, parts))
         if linears:
             console.print(tables.linears_table(reports))
         console.print_json(data=loaded.recipe.to_json())
@@ -159,7 +162,7 @@ def inspect(
                 "recipe": loaded.recipe.to_json(),
                 "calibration": loaded.calibration and dataclasses.asdict(loaded.calibration),
                 "visual_tokens": loaded.config.model.visual_tokens,
-                "part_bytes": part_bytes,
+                "parts": parts,
                 "linears": [dataclasses.asdict(report) for report in reports],
             },
         )

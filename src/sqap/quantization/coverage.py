@@ -59,6 +59,12 @@ def list_linears(model: VLA) -> list[LinearReport]:
     ]
 
 
+def count_parameters(module: nn.Module) -> int:
+    """Weights of a part, whether they are floats or packed; scales are not counted."""
+    packed = sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, QuantizedLinear))
+    return packed + sum(parameter.numel() for parameter in module.parameters())
+
+
 def check_coverage(model: VLA, quantization: Quantization) -> None:
     """Make sure that the decoder is what the recipe says: each linear packed, on its grid, rotated or not.
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.table import Table
 
-from sqap.policy import Policy
 from sqap.quantization import LinearReport
 
 Column = tuple[str, Mapping[str, Any]]  # label, and a summary as `sqap.evaluation.summary` makes it
@@ -64,25 +63,27 @@ def paired_line(against: Mapping[str, Any]) -> str:
     )
 
 
-def parts_table(policy: Policy, linears: Sequence[LinearReport], part_bytes: Mapping[str, int]) -> Table:
-    """The four parts: parameters, bytes as stored, and the bit-widths of their linears."""
+def parts_table(linears: Sequence[LinearReport], parts: Mapping[str, Mapping[str, int]]) -> Table:
+    """The four parts: ``parameters`` and ``bytes`` as stored, and the bit-widths of their linears."""
     table = Table(title="Parts", title_justify="left")
-    for column in ("part", "linears", "quantized", "weights in linears", "bits", "bytes stored"):
+    for column in ("part", "parameters", "linears", "quantized", "bits", "stored"):
         table.add_column(column, justify="left" if column in ("part", "bits") else "right")
-    for part, size in part_bytes.items():
+    for part, counts in parts.items():
         mine = [linear for linear in linears if linear.part == part]
         bits = sorted({f"W{x.weight_bits}A{x.activation_bits}" for x in mine})
         table.add_row(
             part,
+            f"{counts['parameters'] / 1e6:.2f} M",
             str(len(mine)),
             str(sum(x.quantized for x in mine)),
-            f"{sum(x.in_features * x.out_features for x in mine) / 1e6:.2f} M",
             ", ".join(bits),
-            megabytes(size),
+            megabytes(counts["bytes"]),
         )
     table.add_section()
-    quantized = sum(x.quantized for x in linears)
-    table.add_row("all", str(len(linears)), str(quantized), "", "", megabytes(sum(part_bytes.values())))
+    total = {key: sum(counts[key] for counts in parts.values()) for key in ("parameters", "bytes")}
+    quantized = str(sum(x.quantized for x in linears))
+    parameters = f"{total['parameters'] / 1e6:.2f} M"
+    table.add_row("all", parameters, str(len(linears)), quantized, "", megabytes(total["bytes"]))
     return table
 
 
