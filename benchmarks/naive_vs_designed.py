@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from variants import compare, describe, run_variants
 
 from sqap.evaluation.executors import Run
@@ -45,7 +44,7 @@ def recipes() -> dict[str, Recipe]:
     for keep in KEEPS:
         table[f"method-w4a8-{keep}"] = Recipe.w4a8(keep)
         table[f"method-w4a4-{keep}"] = Recipe.w4a4(keep)
-    table["w4a8-random-0.4"] = Recipe(Quantization(4, 8), Pruning(keep_ratio=0.4, method="random"))
+        table[f"w4a8-random-{keep}"] = Recipe(Quantization(4, 8), Pruning(keep_ratio=keep, method="random"))
     table["paper"] = Recipe.paper()
     table["w4a4-coarse"] = Recipe(COARSE_W4A4)
     table["w4a4-coarse-rotated"] = Recipe(dataclasses.replace(COARSE_W4A4, rotate=True))
@@ -60,28 +59,26 @@ def report(runs: dict[str, Run]) -> dict[str, Any]:
         result[name] = describe(run)
         if name != "full":
             result[name]["against_full"] = compare(run, runs["full"])
-    for name, rival in (("method-w4a8-0.4", "w4a8-random-0.4"), ("method-w4a8-0.6", "random-0.6")):
-        result[name]["against_random"] = compare(runs[name], runs[rival])
+    for keep in KEEPS:
+        method, random = f"method-w4a8-{keep}", f"w4a8-random-{keep}"
+        result[method]["against_random"] = compare(runs[method], runs[random])
     return result
 
 
-def table(result: dict[str, Any]) -> Table:
-    """The report for people."""
-    shown = Table(
-        "variant", "episodes", "success", "95 % interval", "minus full", "95 % interval", "wins:losses"
-    )
+def table(result: dict[str, Any]) -> str:
+    """The report as a Markdown table: success in percent, paired differences in points."""
+    lines = [
+        "| variant | episodes | success | 95 % interval | minus full | 95 % interval | wins : losses |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, row in result.items():
+        cells = [name, row["episodes"], f"{100 * row['success']:.1f}", _points(row["success_ci95"])]
         against = row.get("against_full")
-        shown.add_row(
-            name,
-            str(row["episodes"]),
-            f"{100 * row['success']:.1f} %",
-            _points(row["success_ci95"]),
-            f"{100 * against['difference']:+.1f}" if against else "",
-            _points(against["difference_ci95"]) if against else "",
-            f"{against['wins']}:{against['losses']}" if against else "",
-        )
-    return shown
+        if against:
+            cells += [f"{100 * against['difference']:+.1f}", _points(against["difference_ci95"])]
+            cells += [f"{against['wins']} : {against['losses']}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |" * (8 - len(cells)))
+    return "\n".join(lines)
 
 
 def _points(bounds: list[float]) -> str:
@@ -104,7 +101,7 @@ def main() -> None:
         args.policy, chosen, episodes=episodes, seed=SEED, out=args.out, workers=args.workers, console=console
     )
     result = report(runs)
-    console.print(table(result))
+    print(table(result))
     if args.json:
         write_json(args.json, result)
 

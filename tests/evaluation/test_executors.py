@@ -145,12 +145,14 @@ def test_an_exception_in_the_parent_leaves_no_process(tmp_path):
 
 
 SCRIPT = """
-import multiprocessing, sys
+import multiprocessing, signal, sys
 sys.path.insert(0, {here!r})
 import evaluation_fakes as fakes
 from sqap.evaluation import evaluate
 
 if __name__ == "__main__":
+    # What starts pytest in the background may have it ignore interrupts, and that is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         evaluate(["slow"], "metaworld", ["door-open"], 1, 0, fingerprints=["x"],
                  load=fakes.load, make=fakes.make)
