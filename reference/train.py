@@ -1,8 +1,7 @@
 """Imitation of the scripted experts, resumable at any step.
 
 The loss is CogACT's (noise prediction on eight draws per sample), plus two heads that exist only here:
-one regresses the action chunk directly (it shapes the cognition token early, and answers whether an L1
-head would be better), one regresses the simulator's state.
+one regresses the action chunk directly, which shapes the cognition token early, one regresses the simulator's state.
 """
 
 from __future__ import annotations
