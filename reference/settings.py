@@ -4,20 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-TASKS = (
-    "drawer-open",
-    "drawer-close",
-    "window-open",
-    "window-close",
-    "faucet-open",
-    "faucet-close",
-    "door-open",
-    "door-close",
-    "button-press-topdown",
-    "button-press",
-    "coffee-button",
-    "handle-press",
-)
+from sqap import environments
+
+TASKS = environments.default_tasks("metaworld")
 IMAGE_SIZE = 128
 HORIZON = 8  # control steps (40 Hz) in one action chunk
 

@@ -1,7 +1,8 @@
 """Imitation of the scripted experts, resumable at any step.
 
 The loss is CogACT's (noise prediction on eight draws per sample), plus two heads that exist only here:
-one regresses the action chunk directly, which shapes the cognition token early, one regresses the simulator's state.
+one regresses the action chunk directly, which shapes the cognition token early, one regresses the
+simulator's state.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def evaluate_command(
         chosen = tuple(tasks.split(",")) if tasks else environments.default_tasks(env)
         policies = [policy] if against is None else [policy, against]
         fingerprints = [fingerprint(locate(p)) for p in policies]
-        log = log or _default_log(fingerprints, env)
+        log = log or _default_log(fingerprints, env, workers)
         with _progress("episodes") as advance:
             runs = evaluate(
                 policies,
@@ -122,7 +122,7 @@ def evaluate_command(
         shown = [(policy, summary)] + ([(against, summary["against"])] if against else [])
         console.print(tables.success_table(shown), tables.cost_table(shown))
         if against is not None:
-            console.print(tables.paired_line(summary["against"]))
+            console.print(tables.paired_line(summary["against"]), soft_wrap=True)
         console.print(f"Episodes are in {log}")
         if video is not None:
             from sqap.report.comparison import record_comparison
@@ -215,8 +215,9 @@ def _recipe(name: str, keep: float | None) -> Recipe:
     return dataclasses.replace(recipe, pruning=dataclasses.replace(recipe.pruning, keep_ratio=keep))
 
 
-def _default_log(fingerprints: list[str], env: str) -> Path:
-    return Path("runs") / f"{env}-{'-'.join(f[:12] for f in fingerprints)}.jsonl"
+def _default_log(fingerprints: list[str], env: str, workers: int) -> Path:
+    policies = "-".join(mark[:12] for mark in fingerprints)
+    return Path("runs") / f"{env}-{policies}-workers{workers}.jsonl"
 
 
 def _write_json(path: Path | None, data: Any) -> None:

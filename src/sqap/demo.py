@@ -74,7 +74,7 @@ def run_demo(out: Path, episodes: int, console: Console, progress: ProgressBar) 
         "visual tokens after pruning": [str(s["visual_tokens"]) for s in summaries],
     }
     console.print(tables.success_table(columns), tables.cost_table(columns, extra))
-    console.print(tables.paired_line(report["against"]))
+    console.print(tables.paired_line(report["against"]), soft_wrap=True)
     video = out / "comparison.mp4"
     with progress("video") as advance:
         clips = record_comparison([original, small], ENV, VIDEO_TASKS, SEED, advance)

@@ -78,9 +78,9 @@ class Policy:
         fingerprint: identifies the directory it was loaded from; None if it was not.
     """
 
-    model: VLA
+    model: VLA = field(repr=False)
     config: PolicyConfig
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer = field(repr=False)
     recipe: Recipe = field(default_factory=Recipe)
     calibration: Calibration | None = None
     source: str | None = None
