@@ -21,11 +21,17 @@ def recipes(keep: float) -> dict[str, Recipe]:
     settings = {
         "random": Pruning(keep, method="random"),
         "attention": Pruning(keep, method="attention"),
+        "attention of the last token": Pruning(keep, method="attention", score_queries="last"),
         "farthest points": Pruning(keep, top_share=0.0, ring_share=0.0),
         "paper": Pruning(keep),
         "top 0.25": Pruning(keep, score_layers=both, top_share=0.25, ring_share=0.0),
         "top 0.25, ring 0.1": Pruning(keep, score_layers=both, top_share=0.25, ring_share=0.1),
         "top 0.4, ring 0.2": Pruning(keep, score_layers=both, top_share=0.4, ring_share=0.2),
+        "random after 3": Pruning(keep, 3, method="random"),
+        "attention after 3": Pruning(keep, 3, method="attention", score_layers=(0, 1, 2)),
+        "top 0.25, ring 0.1 after 3": Pruning(
+            keep, 3, score_layers=(0, 1, 2), top_share=0.25, ring_share=0.1
+        ),
     }
     return {"full": Recipe()} | {name: Recipe(Quantization(4, 8), p) for name, p in settings.items()}
 

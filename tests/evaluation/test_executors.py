@@ -11,6 +11,7 @@ from pathlib import Path
 import evaluation_fakes as fakes
 import pytest
 
+from sqap.environments import action_units
 from sqap.errors import CheckpointError, InputError, SqapError
 from sqap.evaluation import evaluate
 from sqap.evaluation.rollout import run_episode
@@ -33,6 +34,11 @@ def outcomes(result):
     ]
 
 
+def looks(result):
+    """How often the policy was called in each episode."""
+    return [-(-r.episode.steps // fakes.HORIZON) for r in result.records]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """Two policies that act alike, one of them large: their runs, their log, and the progress calls."""
@@ -50,9 +56,15 @@ def test_every_episode_runs_with_its_seed(finished):
 
 def test_processes_run_what_run_episode_runs(finished):
     (walker, _), _, _ = finished
-    here = run_episode(fakes.Walker(), fakes.Corridor("door-open"), 11)
+    here = run_episode(fakes.Walker(), fakes.Corridor("door-open"), 11, units=action_units("metaworld"))
     there = walker.records[1].episode
-    assert (there.success, there.steps) == (here.success, here.steps)
+    assert (there.success, there.steps, there.jerk) == (here.success, here.steps, here.jerk)
+
+
+def test_processes_execute_as_much_of_a_chunk_as_asked():
+    (walker,) = run(["walker"], execute=1, episodes=1, tasks=TASKS[:1])
+    (record,) = walker.records
+    assert len(record.episode.latencies_ms) == record.episode.steps - WARMUP_CALLS
 
 
 def test_policies_that_act_alike_have_identical_episodes(finished):
@@ -76,9 +88,9 @@ def test_each_policy_has_its_own_memory(finished):
 
 def test_a_processs_first_calls_are_no_latencies(finished):
     (walker, _), _, _ = finished
-    looks = [-(-r.episode.steps // fakes.HORIZON) for r in walker.records]
     measured = [len(r.episode.latencies_ms) for r in walker.records]
-    assert measured == [looks[0] - WARMUP_CALLS, *looks[1:]]
+    looked = looks(walker)
+    assert measured == [looked[0] - WARMUP_CALLS, *looked[1:]]
 
 
 def test_a_finished_log_starts_no_process(finished):
@@ -116,6 +128,9 @@ def test_parallel_workers_do_the_same_episodes(finished):
     runs, _, _ = finished
     (walker,) = run(["walker"], workers=2)
     assert outcomes(walker) == outcomes(runs[0])
+    # Each of two processes drops its first calls.
+    measured = sum(len(r.episode.latencies_ms) for r in walker.records)
+    assert measured == sum(looks(walker)) - 2 * WARMUP_CALLS
 
 
 @pytest.mark.parametrize(
@@ -138,9 +153,10 @@ def test_an_exception_in_the_parent_leaves_no_process(tmp_path):
         raise KeyboardInterrupt
 
     log = tmp_path / "log.jsonl"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         run(["walker"], log, stop)
     assert multiprocessing.active_children() == []
+    assert caught.traceback  # held, so that no garbage collector did it
     assert len(log.read_text().splitlines()) == 1
 
 
