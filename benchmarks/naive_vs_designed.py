@@ -25,7 +25,16 @@ KEEPS = (0.6, 0.4, 0.25)
 NAIVE_W4A4 = Quantization(4, 4, rotate=False)
 # One scale for a whole matrix of weights, one for all tokens: the same bits, spent worse.
 COARSE_W4A4 = Quantization(4, 4, "tensor", activation_granularity="tensor", rotate=False)
-MAIN = ("full", "w4a4-rtn", "w4a8", "w4a4", "method-w4a8-0.6", "paper")
+MAIN = (
+    "full",
+    "w4a4-rtn",
+    "w4a8",
+    "w4a4",
+    "method-w4a8-0.6",
+    "method-w4a8-0.4-layer3",
+    "w4a8-random-0.4-layer3",
+    "paper",
+)
 CLOSE = ("method-w4a8-0.4", "w4a8-random-0.4")  # so close that they need twice the episodes
 
 
@@ -46,6 +55,10 @@ def recipes() -> dict[str, Recipe]:
         table[f"method-w4a8-{keep}"] = Recipe.w4a8(keep)
         table[f"method-w4a4-{keep}"] = Recipe.w4a4(keep)
         table[f"w4a8-random-{keep}"] = Recipe(Quantization(4, 8), Pruning(keep_ratio=keep, method="random"))
+    # One layer later, where attention has become a usable ranking.
+    later = Pruning(0.4, 3, score_layers=(0, 1, 2), top_share=0.25, ring_share=0.1)
+    table["method-w4a8-0.4-layer3"] = Recipe(Quantization(4, 8), later)
+    table["w4a8-random-0.4-layer3"] = Recipe(Quantization(4, 8), Pruning(0.4, 3, method="random"))
     table["paper"] = Recipe.paper()
     table["w4a4-coarse"] = Recipe(COARSE_W4A4)
     table["w4a4-coarse-rotated"] = Recipe(dataclasses.replace(COARSE_W4A4, rotate=True))
@@ -60,8 +73,8 @@ def report(runs: dict[str, Run]) -> dict[str, Any]:
         result[name] = describe(run)
         if name != "full":
             result[name]["against_full"] = compare(run, runs["full"])
-    for keep in KEEPS:
-        method, random = f"method-w4a8-{keep}", f"w4a8-random-{keep}"
+    for suffix in (*KEEPS, "0.4-layer3"):
+        method, random = f"method-w4a8-{suffix}", f"w4a8-random-{suffix}"
         result[method]["against_random"] = compare(runs[method], runs[random])
     return result
 
