@@ -13,8 +13,8 @@ import sqap
 from sqap import environments
 from sqap.checkpoints import fingerprint, locate
 from sqap.evaluation.executors import Run, evaluate
-from sqap.evaluation.frames import collect_frames
 from sqap.evaluation.statistics import mcnemar_exact, paired_difference, wilson
+from sqap.frames.simulator import collect_frames
 from sqap.recipe import Recipe
 
 ENV = "metaworld"

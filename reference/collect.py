@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from reference.settings import HORIZON, IMAGE_SIZE, TASKS, WORK
+from reference.settings import DATA, HORIZON, IMAGE_SIZE, TASKS
 from sqap.environments.metaworld import CAMERA, MetaWorld
 from sqap.observation import Observation
 
@@ -193,7 +193,7 @@ def collect(
     policy_dir: str | None = None,
 ) -> None:
     """Write every missing shard of data set ``name``: ``episodes`` a task from ``first_seed`` on."""
-    root = WORK / "data" / name
+    root = DATA / name
     root.mkdir(parents=True, exist_ok=True)
     jobs = []
     for block in range(episodes // EPISODES_PER_SHARD):

@@ -16,4 +16,5 @@ ROLLOUT_SEEDS = 100_000
 DEVELOPMENT_SEEDS = 200_000
 EVALUATION_SEEDS = 1_000_000  # `sqap eval`'s default; nothing was trained or chosen on these
 
-WORK = Path("build/reference")
+BUILD = Path("build")
+DATA = BUILD / "data"

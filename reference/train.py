@@ -17,18 +17,15 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from reference.blueprint import Blueprint
 from reference.collect import STATE_DIM
-from reference.model import CONFIG, token_ids
-from reference.settings import HORIZON, WORK
+from reference.settings import DATA, HORIZON
 from sqap.environments.metaworld_tasks import INSTRUCTIONS
-from sqap.models import VLA
+from sqap.models import VLA, ModelConfig
 
-BATCH = 32
-NOISE_DRAWS = 8
-PEAK_RATE = 1e-3
-WARMUP = 300
 DECAY_SHARE = 0.45  # the last part of training anneals the rate to zero
 EMA_DECAY = 0.997
 LOG_EVERY = 50
@@ -38,33 +35,33 @@ SAVE_EVERY = 200
 class Trainee(nn.Module):
     """The policy and its two training-only heads."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width = CONFIG.decoder.width
-        self.vla = VLA(CONFIG)
+        width = config.decoder.width
+        self.vla = VLA(config)
         self.l1_head = nn.Sequential(
-            nn.Linear(width, 512), nn.GELU(), nn.Linear(512, HORIZON * CONFIG.head.action_dim)
+            nn.Linear(width, 512), nn.GELU(), nn.Linear(512, HORIZON * config.head.action_dim)
         )
         self.state_head = nn.Linear(width, STATE_DIM)
 
     def features(self, pixels: Tensor, ids: Tensor, last: Tensor) -> Tensor:
         """Cognition tokens ``(batch, width)`` of right-padded ``ids``; ``last`` is each one's end."""
         hidden = self.vla.decoder(self.vla.sequence(self.vla.see([pixels]), ids))
-        return hidden[torch.arange(len(ids)), last + CONFIG.visual_tokens]
+        return hidden[torch.arange(len(ids)), last + self.vla.config.visual_tokens]
 
 
 class DataSet:
     """Memory-mapped shards, drawn from uniformly."""
 
-    def __init__(self, names: list[str]) -> None:
-        shards = sorted(p for name in names for p in (WORK / "data" / name).iterdir() if p.name[0] != ".")
+    def __init__(self, names: list[str], tokenizer: Tokenizer) -> None:
+        shards = sorted(p for name in names for p in (DATA / name).iterdir() if p.name[0] != ".")
         self.images = [np.load(p / "images.npy", mmap_mode="r") for p in shards]
         self.chunks = np.concatenate([np.load(p / "chunks.npy") for p in shards])
         self.states = np.concatenate([np.load(p / "states.npy") for p in shards])
         sizes = [len(i) for i in self.images]
         self.shard = np.repeat(np.arange(len(shards)), sizes)
         self.offset = np.concatenate([np.arange(n) for n in sizes])
-        ids = [token_ids(INSTRUCTIONS[p.name.rsplit("-", 1)[0]]) for p in shards]
+        ids = [tokenizer.encode(INSTRUCTIONS[p.name.rsplit("-", 1)[0]]).ids for p in shards]
         self.last = np.array([len(i) - 1 for i in ids])
         longest = max(map(len, ids))
         self.ids = np.array([i + [0] * (longest - len(i)) for i in ids])
@@ -72,8 +69,10 @@ class DataSet:
     def __len__(self) -> int:
         return len(self.shard)
 
-    def batches(self, statistics: dict[str, list[float]], seed: int) -> Iterator[tuple[Tensor, ...]]:
-        """Endless batches, prepared by a thread while the last one is trained on."""
+    def batches(
+        self, statistics: dict[str, list[float]], size: int, seed: int
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Endless batches of ``size``, prepared by a thread while the last one is trained on."""
         ready: queue.Queue[tuple[Tensor, ...]] = queue.Queue(maxsize=4)
         low, high = np.array(statistics["q01"]), np.array(statistics["q99"])
         mean, std = np.array(statistics["state_mean"]), np.array(statistics["state_std"])
@@ -81,7 +80,7 @@ class DataSet:
         def fill() -> None:
             rng = np.random.default_rng(seed)
             while True:
-                rows = rng.integers(len(self), size=BATCH)
+                rows = rng.integers(len(self), size=size)
                 shard = self.shard[rows]
                 images = np.stack([self.images[s][o] for s, o in zip(shard, self.offset[rows], strict=True)])
                 actions = 2 * (self.chunks[rows] - low) / (high - low) - 1
@@ -112,34 +111,44 @@ def statistics_of(data: DataSet) -> dict[str, list[float]]:
     }
 
 
-def learning_rate(step: int, total: int) -> float:
-    """Warm up, hold, and anneal to zero along a cosine."""
+def learning_rate(step: int, warmup: int, total: int) -> float:
+    """What a parameter's own rate is multiplied by: warm up, hold, and anneal to zero along a cosine."""
     start = total * (1 - DECAY_SHARE)
     if step < start:
-        return PEAK_RATE * min(1.0, (step + 1) / WARMUP)
-    return PEAK_RATE * 0.5 * (1 + math.cos(math.pi * (step - start) / (total - start)))
+        return min(1.0, (step + 1) / warmup)
+    return 0.5 * (1 + math.cos(math.pi * (step - start) / (total - start)))
 
 
-def train(names: list[str], until: int, total: int, compile_model: bool) -> None:
-    """Train up to step ``until`` of ``total`` on the data sets ``names``, from where the last run ended."""
+def make_optimizer(model: nn.Module, plan: Blueprint) -> torch.optim.Optimizer:
+    """AdamW; every parameter at the plan's rate for it, those at rate 0 frozen, matrices decayed."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        rate = next(r for prefix, r in plan.rates.items() if name.startswith(prefix))
+        decay = plan.weight_decay if parameter.dim() > 1 else 0.0
+        parameter.requires_grad_(rate > 0)
+        if rate > 0:
+            group = {"params": [], "weight_decay": decay, "rate": rate}
+            groups.setdefault((rate, decay), group)["params"].append(parameter)
+    return torch.optim.AdamW(list(groups.values()), betas=(0.9, 0.98), fused=True)
+
+
+def train(plan: Blueprint, names: list[str], until: int, compile_model: bool) -> None:
+    """Train up to step ``until`` on the data sets ``names``, from where the last run ended."""
     torch.manual_seed(0)
-    data = DataSet(names)
-    state_path, statistics_path = WORK / "training.pt", WORK / "statistics.json"
+    plan.work.mkdir(parents=True, exist_ok=True)
+    data = DataSet(names, plan.tokenizer())
+    state_path, statistics_path = plan.work / "training.pt", plan.work / "statistics.json"
     if not statistics_path.exists():
         statistics_path.write_text(json.dumps(statistics_of(data)))
     statistics = json.loads(statistics_path.read_text())
 
-    model = Trainee()
+    model = Trainee(plan.config)
+    if plan.initialise is not None:
+        plan.initialise(model.vla)
     average = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY)
     )
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(0.9, 0.98),
-        fused=True,
-    )
+    optimizer = make_optimizer(model, plan)
     step, spent = 0, 0.0
     if state_path.exists():
         saved = torch.load(state_path, weights_only=True)
@@ -147,7 +156,7 @@ def train(names: list[str], until: int, total: int, compile_model: bool) -> None
         average.load_state_dict(saved["average"])
         optimizer.load_state_dict(saved["optimizer"])
         step, spent = saved["step"], saved["seconds"]
-    print(f"{len(data)} frames, from step {step} to {until} of {total}", flush=True)
+    print(f"{len(data)} frames, from step {step} to {until} of {plan.steps}", flush=True)
     features = torch.compile(model.features, dynamic=False) if compile_model else model.features
 
     def save() -> None:
@@ -157,14 +166,14 @@ def train(names: list[str], until: int, total: int, compile_model: bool) -> None
         temporary.replace(state_path)
 
     sums, clock = np.zeros(3), time.monotonic()
-    for pixels, ids, last, actions, states in data.batches(statistics, seed=step):
+    for pixels, ids, last, actions, states in data.batches(statistics, plan.batch, seed=step):
         if step >= until:
             break
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, total)
-        with torch.autocast("cpu", torch.bfloat16):
+            group["lr"] = group["rate"] * learning_rate(step, plan.warmup, plan.steps)
+        with torch.autocast("cpu", torch.bfloat16, enabled=plan.bfloat16):
             z = features(pixels.permute(0, 3, 1, 2) / 127.5 - 1, ids, last)
-            drawn = model.vla.head.loss(actions.repeat(NOISE_DRAWS, 1, 1), z.repeat(NOISE_DRAWS, 1))
+            drawn = model.vla.head.loss(actions.repeat(plan.noise_draws, 1, 1), z.repeat(plan.noise_draws, 1))
             l1 = F.l1_loss(model.l1_head(z).view_as(actions), actions)
             state = F.smooth_l1_loss(model.state_head(z), states)
             loss = drawn + l1 + 0.3 * state
@@ -181,7 +190,7 @@ def train(names: list[str], until: int, total: int, compile_model: bool) -> None
             means = sums / LOG_EVERY
             print(
                 f"step {step} diffusion {means[0]:.4f} l1 {means[1]:.4f} state {means[2]:.4f} "
-                f"{LOG_EVERY * BATCH / seconds:.1f} samples/s, {spent / 60:.1f} min",
+                f"{LOG_EVERY * plan.batch / seconds:.1f} samples/s, {spent / 60:.1f} min",
                 flush=True,
             )
             sums[:] = 0

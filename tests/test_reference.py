@@ -4,8 +4,8 @@ import pytest
 
 import sqap
 from sqap import environments
-from sqap.evaluation.frames import collect_frames
 from sqap.evaluation.rollout import run_episode
+from sqap.frames.simulator import collect_frames
 from sqap.models.storage import stored_bytes
 
 pytest.importorskip("metaworld")

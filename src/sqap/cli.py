@@ -21,6 +21,8 @@ from sqap.checkpoints import fingerprint, locate
 from sqap.errors import InputError, SqapError
 from sqap.files import write_json
 from sqap.models.storage import stored_bytes
+from sqap.observation import Observation
+from sqap.policy import Policy
 from sqap.quantization import count_parameters, list_linears
 from sqap.recipe import Recipe
 from sqap.report import tables
@@ -34,6 +36,16 @@ app = typer.Typer(
 console = Console()
 PRESETS = {"w4a8": Recipe.w4a8, "w4a4": Recipe.w4a4}
 
+SourceArgument = Annotated[str, typer.Argument(help="Directory of a policy, or a bundled one's name.")]
+RecipeOption = Annotated[str, typer.Option(help="w4a8, w4a4, paper, or a recipe file.")]
+KeepOption = Annotated[float | None, typer.Option(help="Share of visual tokens kept, in (0, 1].")]
+FramesOption = Annotated[int, typer.Option(help="Calibration frames.", min=1)]
+FramesFromOption = Annotated[
+    str, typer.Option(help="Where they come from: a simulator, a directory of images, a LeRobotDataset.")
+]
+CameraOption = Annotated[
+    list[str] | None, typer.Option(help="POLICY_CAMERA=DATASET_KEY, for a LeRobotDataset; repeatable.")
+]
 JsonOption = Annotated[
     Path | None, typer.Option("--json", metavar="PATH", help="Write the numbers to PATH.", dir_okay=False)
 ]
@@ -46,28 +58,40 @@ def _settings() -> None:
 
 @app.command()
 def compress(
-    source: Annotated[str, typer.Argument(help="Directory of a policy, or 'reference'.")],
+    source: SourceArgument,
     out: Annotated[Path, typer.Option(help="Directory to write.")],
-    recipe: Annotated[str, typer.Option(help="w4a8, w4a4, paper, or a recipe file.")] = "w4a8",
-    keep: Annotated[float | None, typer.Option(help="Share of visual tokens kept, in (0, 1].")] = None,
-    frames: Annotated[int, typer.Option(help="Calibration frames from the simulator.", min=1)] = 48,
-    env: Annotated[str, typer.Option(help="Simulator that gives the calibration frames.")] = "metaworld",
+    recipe: RecipeOption = "w4a8",
+    keep: KeepOption = None,
+    target_bytes: Annotated[
+        int | None,
+        typer.Option(help="Spend up to this many bytes on the blocks that 4 bits hurt most.", min=1),
+    ] = None,
+    target_error: Annotated[
+        float | None, typer.Option(help="Spare blocks until the replayed action error, in mm, is below.")
+    ] = None,
+    frames: FramesOption = 48,
+    frames_from: FramesFromOption = "metaworld",
+    camera: CameraOption = None,
     json_path: JsonOption = None,
 ) -> None:
-    """Quantize a policy's decoder and prune its visual tokens."""
+    """Quantize a policy and prune its visual tokens."""
     with _user_errors():
-        from sqap.evaluation.frames import collect_frames
-
         settings = _recipe(recipe, keep)
         policy = sqap.load(source)
-        with _progress("calibration frames") as advance:
-            observations = collect_frames(policy, env, environments.default_tasks(env), frames, advance)
-        small = sqap.compress(policy, settings, observations)
+        observations = _frames(policy, frames_from, frames, camera)
+        if target_bytes is not None or target_error is not None:
+            settings = _fitted(policy, settings, observations, target_bytes, target_error)
+        with _progress("quantizing") as advance:
+            partial = out.with_name(f".{out.name}.partial")
+            small = sqap.compress(policy, settings, observations, progress=advance, resume=partial)
         small.save(out)
         before, after = stored_bytes(policy.model), stored_bytes(small.model)
-        console.print(f"Weights: {tables.megabytes(before)} in {source}, {tables.megabytes(after)} in {out}")
+        console.print(
+            f"Weights: {tables.megabytes(before)} in {source}, {tables.megabytes(after)} in {out} "
+            f"({tables.percent(after / before)})"
+        )
         calibration = small.calibration
-        if calibration is not None:
+        if calibration is not None and calibration.top_k is not None and calibration.overlap is not None:
             console.print(
                 f"The attention ranking is trusted with {calibration.top_k} tokens: "
                 f"quantized and full precision agree on {tables.percent(calibration.overlap)} of them"
@@ -80,6 +104,44 @@ def compress(
                 "recipe": settings.to_json(),
                 "calibration": calibration and dataclasses.asdict(calibration),
                 "weight_bytes": {"before": before, "after": after},
+            },
+        )
+
+
+@app.command()
+def sensitivity(
+    source: SourceArgument,
+    recipe: RecipeOption = "w4a8",
+    keep: KeepOption = None,
+    frames: FramesOption = 24,
+    frames_from: FramesFromOption = "metaworld",
+    camera: CameraOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Replay observations through the policy quantized in many ways: which settings and blocks hurt."""
+    with _user_errors():
+        from sqap.sensitivity import Replay, block_sensitivity, compare_options
+
+        settings = _recipe(recipe, keep)
+        if settings.quantization is None:
+            raise InputError(f"recipe {recipe} quantizes nothing, so there is nothing to measure")
+        policy = sqap.load(source)
+        replay = Replay(policy, _frames(policy, frames_from, frames, camera), settings.pruning)
+        with _progress("options") as advance:
+            options = compare_options(replay, settings.quantization, advance)
+        console.print(tables.options_table("The quantizer, one ingredient at a time", options))
+        with _progress("blocks") as advance:
+            blocks = block_sensitivity(replay, settings.quantization, advance)
+        console.print(tables.options_table("One block quantized at a time", blocks))
+        _write_json(
+            json_path,
+            {
+                "source": source,
+                "recipe": settings.to_json(),
+                "frames": frames,
+                "weight_bytes": stored_bytes(policy.model),
+                "options": [dataclasses.asdict(option) for option in options],
+                "blocks": [dataclasses.asdict(block) for block in blocks],
             },
         )
 
@@ -213,6 +275,46 @@ def _recipe(name: str, keep: float | None) -> Recipe:
     if recipe.pruning is None:
         raise InputError(f"--keep {keep} has nothing to set: recipe {name} does not prune")
     return dataclasses.replace(recipe, pruning=dataclasses.replace(recipe.pruning, keep_ratio=keep))
+
+
+def _frames(policy: Policy, source: str, count: int, cameras: list[str] | None) -> list[Observation]:
+    from sqap.frames import read_frames
+
+    mapping = dict(_pair(camera) for camera in cameras or ())
+    with _progress("calibration frames") as advance:
+        return read_frames(source, policy, count, cameras=mapping, progress=advance)
+
+
+def _pair(camera: str) -> tuple[str, str]:
+    name, equals, key = camera.partition("=")
+    if not (name and equals and key):
+        raise InputError(f"--camera {camera} must be POLICY_CAMERA=DATASET_KEY")
+    return name, key
+
+
+def _fitted(
+    policy: Policy,
+    recipe: Recipe,
+    frames: list[Observation],
+    target_bytes: int | None,
+    target_error: float | None,
+) -> Recipe:
+    from sqap.sensitivity import Replay, fit
+
+    if recipe.quantization is None:
+        raise InputError("a target needs a recipe that quantizes")
+    with _progress("sensitivity of blocks") as advance:
+        quantization = fit(
+            Replay(policy, frames),
+            recipe.quantization,
+            target_bytes=target_bytes,
+            target_error=target_error,
+            progress=advance,
+        )
+    for override in quantization.overrides[len(recipe.quantization.overrides) :]:
+        bits = "bfloat16" if override.scheme is None else f"{override.scheme.weight_bits}-bit weights"
+        console.print(f"{override.pattern} gets {bits}")
+    return dataclasses.replace(recipe, quantization=quantization)
 
 
 def _default_log(fingerprints: list[str], env: str, workers: int) -> Path:

@@ -1,9 +1,11 @@
-"""The whole method on one page: rotate and quantize the decoder, then calibrate the pruner on it."""
+"""The whole method on one page: rotate and quantize the policy, then calibrate the pruner on it."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -12,61 +14,107 @@ from sqap.models import VLA
 from sqap.models.storage import round_to_storage
 from sqap.observation import Observation
 from sqap.policy import Calibration, Policy, hash_frames
-from sqap.processing import prompt_ids
 from sqap.pruning.attention import score_layers
 from sqap.pruning.calibration import attention_scores, choose_k, overlap_curve
-from sqap.quantization import quantize_decoder
+from sqap.quantization import ModelInputs, Partial, quantize_model, share
 from sqap.recipe import Pruning, Recipe
 
 
-def compress(policy: Policy, recipe: Recipe, frames: Sequence[Observation] = ()) -> Policy:
+def compress(
+    policy: Policy,
+    recipe: Recipe,
+    frames: Sequence[Observation] = (),
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    resume: Path | None = None,
+) -> Policy:
     """A compressed copy of ``policy``; the original is left as it is.
 
-    The decoder's linears are rotated and packed as the recipe says; everything else keeps its precision.
+    The linears that the recipe names are rotated, rounded and packed; everything else keeps its precision.
     The pruner trusts the quantized model's attention only as far as it agrees with full precision on
     ``frames``.
 
     Args:
         policy: an uncompressed policy.
         recipe: what to do; `Recipe.w4a8`, `Recipe.w4a4` and `Recipe.paper` are good starts.
-        frames: observations to calibrate on, typical of the policy's work. Needed by pruning method
-            "sqap".
+        frames: observations to calibrate on, typical of the policy's work. Needed by rounding "gptq" and by
+            pruning method "sqap".
+        progress: gets (stages quantized, stages).
+        resume: a directory for what is finished; the same call, interrupted, goes on from there. It is
+            removed at the end.
 
     Raises:
         InputError: the policy is compressed already, the recipe does not fit it, or frames are needed.
     """
     if policy.recipe != Recipe():
         raise InputError("the policy is compressed already; compress the original it was made from")
-    model = copy.deepcopy(policy.model)
+    _check_frames(recipe, frames)
+    inputs = [model_inputs(policy, frame, seed) for seed, frame in enumerate(frames)]
+    model, partial = share(policy.model), None
     if recipe.quantization is not None:
-        quantize_decoder(model, recipe.quantization)
+        if resume is not None:
+            partial = Partial(resume, _key(policy, recipe, frames))
+        model = quantize_model(model, recipe.quantization, inputs, progress=progress, partial=partial)
     round_to_storage(model)
     calibration = None
-    if recipe.pruning is not None and recipe.pruning.method == "sqap":
-        calibration = _calibrate(policy, model, recipe.pruning, frames)
+    if frames and recipe != Recipe():
+        calibration = _calibrate(policy, model, recipe, frames, inputs)
+    if partial is not None:
+        partial.remove()
     return Policy(model, policy.config, policy.tokenizer, recipe, calibration, policy.fingerprint)
 
 
+def model_inputs(policy: Policy, frame: Observation, seed: int) -> ModelInputs:
+    """What the policy's model is given for ``frame``, with the diffusion noise of ``seed``."""
+    noise = policy.noise(torch.Generator().manual_seed(seed))
+    return ModelInputs(policy.pixels(frame), policy.token_ids(frame), noise)
+
+
+def score_overlaps(
+    pruning: Pruning, original: VLA, quantized: VLA, inputs: Sequence[ModelInputs]
+) -> torch.Tensor:
+    """How the quantized model's ranking of tokens agrees with full precision's: mean overlap ``(N,)`` of the
+    top k for k = 1 ... N."""
+    full, low = (_scores(model, pruning, inputs) for model in (original, quantized))
+    return overlap_curve(full, low)
+
+
 def _calibrate(
-    policy: Policy, quantized: VLA, pruning: Pruning, frames: Sequence[Observation]
+    policy: Policy, quantized: VLA, recipe: Recipe, frames: Sequence[Observation], inputs: list[ModelInputs]
 ) -> Calibration:
     """Find the largest k whose quantized top k still agrees with full precision."""
-    if not frames:
-        raise InputError("pruning method 'sqap' calibrates its attention ranking; give at least one frame")
-    full, low = (_scores(policy, model, pruning, frames) for model in (policy.model, quantized))
-    share = round(pruning.top_share * pruning.budget(policy.config.model.visual_tokens))
-    curve = overlap_curve(full, low)[:share]
-    top_k = choose_k(curve, pruning.overlap)
-    overlap = float(curve[top_k - 1]) if top_k else 0.0
+    pruning, top_k, overlap = recipe.pruning, None, None
+    if pruning is not None and pruning.method == "sqap":
+        share = round(pruning.top_share * pruning.budget(policy.config.model.visual_tokens))
+        curve = score_overlaps(pruning, policy.model, quantized, inputs)[:share]
+        top_k = choose_k(curve, pruning.overlap)
+        overlap = float(curve[top_k - 1]) if top_k else 0.0
     return Calibration(len(frames), hash_frames(frames), top_k, overlap)
 
 
 @torch.inference_mode()
-def _scores(policy: Policy, model: VLA, pruning: Pruning, frames: Sequence[Observation]) -> torch.Tensor:
+def _scores(model: VLA, pruning: Pruning, inputs: Sequence[ModelInputs]) -> torch.Tensor:
     """Attention scores ``(frames, N)`` of ``model``."""
     layers = score_layers(pruning)
-    rows = []
-    for frame in frames:
-        ids = prompt_ids(frame.instruction, policy.config.prompt, policy.tokenizer)
-        rows.append(attention_scores(model, policy.pixels(frame), ids, layers, pruning.score_queries))
-    return torch.cat(rows)
+    return torch.cat(
+        [attention_scores(model, i.pixels, i.token_ids, layers, pruning.score_queries) for i in inputs]
+    )
+
+
+def _check_frames(recipe: Recipe, frames: Sequence[Observation]) -> None:
+    if frames:
+        return
+    if recipe.quantization is not None and recipe.quantization.rounding == "gptq":
+        raise InputError("rounding 'gptq' calibrates on frames; give at least one, or round to 'nearest'")
+    if recipe.pruning is not None and recipe.pruning.method == "sqap":
+        raise InputError("pruning method 'sqap' calibrates its attention ranking; give at least one frame")
+
+
+def _key(policy: Policy, recipe: Recipe, frames: Sequence[Observation]) -> str:
+    """What an interrupted compression must share with one that goes on from it."""
+    digest = hashlib.sha256(json.dumps(recipe.to_json()).encode())
+    digest.update(hash_frames(frames).encode())
+    for name, tensor in policy.model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

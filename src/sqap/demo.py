@@ -12,9 +12,9 @@ from rich.console import Console
 import sqap
 from sqap.checkpoints import fingerprint, locate
 from sqap.evaluation.executors import evaluate
-from sqap.evaluation.frames import collect_frames
 from sqap.evaluation.summary import summarize
 from sqap.files import write_json
+from sqap.frames.simulator import collect_frames
 from sqap.models.storage import stored_bytes
 from sqap.policy import Policy
 from sqap.recipe import Recipe

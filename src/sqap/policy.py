@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from sqap.errors import InputError
 from sqap.models import VLA, ModelConfig
 from sqap.observation import Observation
-from sqap.processing import ActionStatistics, pixel_values, prompt_ids, unnormalize
+from sqap.processing import ActionStatistics, ActionUnits, pixel_values, prompt_ids, unnormalize
 from sqap.pruning.geometry import project
 from sqap.pruning.selector import Selection, Selector, StepPruner
 from sqap.recipe import Recipe
@@ -30,6 +30,7 @@ class PolicyConfig:
         cameras: names of the images the policy reads, in order.
         actions: how its outputs become robot units.
         prompt: template around the instruction.
+        units: what the actions mean, for reports in millimetres; None if that is not known.
     """
 
     family: str
@@ -37,6 +38,7 @@ class PolicyConfig:
     cameras: tuple[str, ...]
     actions: ActionStatistics
     prompt: str = "{instruction}"
+    units: ActionUnits | None = None
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,14 @@ class Calibration:
     Args:
         frames: how many observations were used.
         frames_hash: SHA-256 over their pixels and instructions.
-        top_k: how many tokens the attention ranking may choose.
+        top_k: how many tokens the attention ranking may choose; None if nothing is ranked.
         overlap: mean agreement of the full-precision and the quantized top k at that k.
     """
 
     frames: int
     frames_hash: str
-    top_k: int
-    overlap: float
+    top_k: int | None = None
+    overlap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Policy:
                 )
             pruning.budget(self.config.model.visual_tokens)
             top_k = self.calibration.top_k if self.calibration else None
-            self._selector = Selector(pruning, self.config.model.vision[0].grid, top_k)
+            self._selector = Selector(pruning, self.config.model.grid, top_k)
 
     def act(self, observation: Observation, *, seed: int | None = None) -> np.ndarray:
         """The next actions ``(horizon, action_dim)`` float32 in robot units.
@@ -118,14 +120,20 @@ class Policy:
             generator.seed()
         else:
             generator.manual_seed(seed)
-        ids = prompt_ids(observation.instruction, self.config.prompt, self.tokenizer)
-        head = self.config.model.head
-        noise = torch.randn(1, head.horizon, head.action_dim, generator=generator)
-        pixels = self.pixels(observation)
+        ids, noise, pixels = self.token_ids(observation), self.noise(generator), self.pixels(observation)
         pruner = self._pruner(observation, ids.shape[1], generator)
         actions = self.model(pixels, ids, noise.to(pixels[0]), pruner)
         chunk = unnormalize(actions[0].float().numpy(), self.config.actions)
         return Step(chunk, pruner.selection if pruner is not None else None)
+
+    def token_ids(self, observation: Observation) -> torch.Tensor:
+        """The instruction in its prompt, ``(1, text tokens)``."""
+        return prompt_ids(observation.instruction, self.config.prompt, self.tokenizer)
+
+    def noise(self, generator: torch.Generator) -> torch.Tensor:
+        """Where the diffusion head starts from, ``(1, horizon, action_dim)``."""
+        head = self.config.model.head
+        return torch.randn(1, head.horizon, head.action_dim, generator=generator)
 
     def pixels(self, observation: Observation) -> list[torch.Tensor]:
         """The model's view of an observation, one ``(1, 3, size, size)`` tensor per vision encoder."""
@@ -159,11 +167,14 @@ class Policy:
 
 
 def hash_frames(frames: Sequence[Observation]) -> str:
-    """SHA-256 over the pixels and instructions of observations, in order."""
+    """SHA-256 over the pixels, instructions and states of observations, in order."""
     digest = hashlib.sha256()
     for frame in frames:
         digest.update(frame.instruction.encode())
         for name in sorted(frame.images):
             digest.update(name.encode())
             digest.update(frame.images[name].tobytes())
+        if frame.state is not None:
+            digest.update(b"state")
+            digest.update(frame.state.tobytes())
     return digest.hexdigest()

@@ -28,6 +28,20 @@ class ActionStatistics:
     binarize: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class ActionUnits:
+    """What an action's dimensions mean on the robot.
+
+    ``translation`` names the dimensions that displace the gripper, by ``millimetres`` per unit; ``gripper``
+    the one that opens and closes it, which changes its mind at ``gripper_threshold``.
+    """
+
+    translation: tuple[int, ...]
+    millimetres: float
+    gripper: int | None = None
+    gripper_threshold: float = 0.0
+
+
 def unnormalize(actions: np.ndarray, statistics: ActionStatistics) -> np.ndarray:
     """``(horizon, action_dim)`` in [-1, 1] to robot units: ``0.5 (a + 1)(q99 - q01) + q01``."""
     actions = np.clip(actions, -1.0, 1.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +21,12 @@ WeightGranularity = Literal["channel", "group", "tensor"]
 ActivationGranularity = Literal["token", "tensor"]
 PruningMethod = Literal["sqap", "attention", "random", "uniform"]
 ScoreQueries = Literal["text", "last"]
+Rounding = Literal["nearest", "gptq"]
 
 
 @dataclass(frozen=True)
-class Quantization:
-    """How the decoder's linears are quantized: symmetric uniform grids, rounded to nearest.
+class Scheme:
+    """The grids of one linear: uniform, weights symmetric.
 
     Args:
         weight_bits: 4 or 8.
@@ -32,7 +34,11 @@ class Quantization:
         weight_granularity: one scale per output channel, per group of input channels, or per tensor.
         group_size: input channels per scale; only with ``weight_granularity="group"``.
         activation_granularity: one scale per token or per tensor.
-        rotate: Hadamard-rotate the residual stream, the values and the MLP's inner activations first.
+        activation_symmetric: False adds a zero point, which suits inputs that lean to one side, as
+            those behind a GELU do.
+
+    Raises:
+        InputError: no kernel has these bits, or the settings contradict each other.
     """
 
     weight_bits: int = 4
@@ -40,7 +46,7 @@ class Quantization:
     weight_granularity: WeightGranularity = "channel"
     group_size: int | None = None
     activation_granularity: ActivationGranularity = "token"
-    rotate: bool = True
+    activation_symmetric: bool = True
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits"):
@@ -55,6 +61,64 @@ class Quantization:
             )
         if self.group_size is not None and (self.group_size < 2 or self.group_size % 2):
             raise InputError(f"group_size must be a positive even number, got {self.group_size}")
+
+
+@dataclass(frozen=True)
+class Override:
+    """Another scheme for some linears.
+
+    Args:
+        pattern: matches their names as a shell would, as ``decoder.layers.0.mlp.*``.
+        scheme: their grids; None leaves them in bfloat16.
+    """
+
+    pattern: str
+    scheme: Scheme | None = None
+
+
+@dataclass(frozen=True)
+class Quantization(Scheme):
+    """Which linears are quantized, and how: the inherited grids are the decoder's.
+
+    Args:
+        vision: grids of the vision encoder's linears; None leaves them in bfloat16, as the paper does.
+        projector: of the projector's.
+        head: of the action head's.
+        overrides: exceptions by name; the first that matches counts.
+        rounding: to the nearest level, or by GPTQ (Frantar et al. 2023), which needs calibration frames.
+        clip: search each weight scale for the smallest squared error instead of covering the largest weight.
+        rotate: Hadamard-rotate the decoder's residual stream, values and inner activations first.
+        rotation_seed: of the random signs in those rotations; None for plain Hadamard matrices.
+        kv_bits: 4 or 8 bits for keys and values, behind a Hadamard matrix per head; None leaves them.
+    """
+
+    vision: Scheme | None = None
+    projector: Scheme | None = None
+    head: Scheme | None = None
+    overrides: tuple[Override, ...] = ()
+    rounding: Rounding = "nearest"
+    clip: bool = False
+    rotate: bool = True
+    rotation_seed: int | None = None
+    kv_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kv_bits not in (None, 4, 8):
+            raise InputError(f"kv_bits must be 4, 8 or null, got {self.kv_bits}")
+        if self.rotation_seed is not None and (self.rotation_seed < 0 or not self.rotate):
+            raise InputError(f"rotation_seed {self.rotation_seed} must be 0 or more, and needs rotate = true")
+
+    def scheme(self, name: str) -> Scheme | None:
+        """The grids of the linear called ``name`` in the model, or None if it is left as it is."""
+        for override in self.overrides:
+            if fnmatchcase(name, override.pattern):
+                return override.scheme
+        part = name.partition(".")[0]
+        if part != "decoder":
+            scheme: Scheme | None = getattr(self, part)
+            return scheme
+        return Scheme(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Scheme)})
 
 
 @dataclass(frozen=True)
@@ -144,13 +208,13 @@ class Recipe:
 
     @classmethod
     def w4a8(cls, keep: float = 0.6) -> Recipe:
-        """4-bit weights, 8-bit activations, rotated; fast on CPUs."""
-        return cls(Quantization(4, 8), _pruning(keep))
+        """4-bit weights, 8-bit activations, the whole policy; fast on CPUs."""
+        return cls(_whole(Scheme(4, 8)), _pruning(keep))
 
     @classmethod
     def w4a4(cls, keep: float = 0.6) -> Recipe:
-        """4-bit weights and activations, rotated."""
-        return cls(Quantization(4, 4), _pruning(keep))
+        """4-bit weights and activations in the decoder, 4-bit weights and 8-bit activations elsewhere."""
+        return cls(_whole(Scheme(4, 4)), _pruning(keep))
 
     @classmethod
     def paper(cls) -> Recipe:
@@ -190,6 +254,21 @@ class Recipe:
 def _check_version(version: Any) -> None:
     if version != RECIPE_VERSION:
         raise InputError(f"this sqap reads recipe version {RECIPE_VERSION}, the recipe is {version}")
+
+
+def _whole(decoder: Scheme) -> Quantization:
+    """The quantizer that measured best; see docs/quantizer.md."""
+    rest = Scheme(4, 8)
+    return Quantization(
+        **dataclasses.asdict(decoder),
+        vision=rest,
+        projector=rest,
+        head=rest,
+        overrides=(Override("head.x_embedder"), Override("head.final_layer")),  # a handful of weights
+        rounding="gptq",
+        clip=True,
+        rotation_seed=0,
+    )
 
 
 def _pruning(keep: float) -> Pruning | None:

@@ -1,5 +1,6 @@
 """Coverage: what is reported is what is stored, and a decoder that breaks its recipe is found out."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -9,9 +10,9 @@ from torch import nn
 from sqap.errors import CheckpointError
 from sqap.models import VLA
 from sqap.models.storage import stored_bytes
-from sqap.quantization import check_coverage, list_linears, quantize_decoder, rotate_decoder
+from sqap.quantization import check_coverage, list_linears, quantize_model, rotate_decoder
 from sqap.quantization.linear import QuantizedLinear
-from sqap.recipe import Quantization
+from sqap.recipe import Override, Quantization
 
 MakeModel = Callable[..., VLA]
 RECIPE = Quantization(4, 8)
@@ -21,7 +22,7 @@ DOWN = "decoder.layers.1.mlp.down_proj"
 @pytest.fixture
 def quantized(make_model: MakeModel) -> VLA:
     model = make_model()
-    quantize_decoder(model, RECIPE)
+    model = quantize_model(model, RECIPE)
     return model
 
 
@@ -68,7 +69,7 @@ def test_quantizing_saves_the_bytes_it_should(make_model: MakeModel) -> None:
     weights = sum(report.in_features * report.out_features for report in reports)
     channels = sum(report.out_features for report in reports)
     before = stored_bytes(model)
-    quantize_decoder(model, RECIPE)
+    model = quantize_model(model, RECIPE)
     assert stored_bytes(model) == before - 2 * weights + weights // 2 + 4 * channels
 
 
@@ -85,9 +86,25 @@ def test_a_quantized_decoder_is_covered_even_after_a_cast(
     make_model: MakeModel, recipe: Quantization
 ) -> None:
     model = make_model()
-    quantize_decoder(model, recipe)
+    model = quantize_model(model, recipe)
     check_coverage(model, recipe)
     check_coverage(model.bfloat16(), recipe)
+
+
+def test_a_linear_quantized_against_the_recipe_is_found(make_model: MakeModel) -> None:
+    spared = dataclasses.replace(RECIPE, overrides=(Override("decoder.layers.0.*"),))
+    check_coverage(quantize_model(make_model(), spared), spared)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_proj is quantized, but the recipe"):
+        check_coverage(quantize_model(make_model(), RECIPE), spared)
+
+
+def test_a_report_tells_which_rotation_its_input_has(quantized: VLA) -> None:
+    rotations = {report.name: report.rotation for report in list_linears(quantized)}
+    layer = "decoder.layers.0"
+    assert rotations[f"{layer}.self_attn.q_proj"] == rotations[f"{layer}.mlp.up_proj"] == "residual"
+    assert rotations[f"{layer}.self_attn.o_proj"] == "heads"
+    assert rotations[f"{layer}.mlp.down_proj"] == "online"
+    assert rotations["projector.layers.0"] is None
 
 
 def test_a_forgotten_linear_is_found(quantized: VLA) -> None:

@@ -1,7 +1,8 @@
 """sqap's own directory: ``policy.json``, ``model.safetensors``, ``tokenizer.json``.
 
-``policy.json`` says what the policy is, how it was compressed and the SHA-256 of the other two, so that
-a truncated or altered directory is noticed before anything is believed. Writing goes to a temporary
+``policy.json`` says what the policy is, how it was compressed, how each linear is stored, and the SHA-256 of
+the other two, so that a truncated or altered directory is noticed before anything is believed. Its fields are
+documented in ``docs/artefact.md``. Writing goes to a temporary
 directory beside the target, which then takes its place: the old artefact stays until the new is whole.
 """
 
@@ -27,11 +28,11 @@ from sqap.errors import CheckpointError
 from sqap.models import VLA
 from sqap.models.storage import stored_tensors
 from sqap.policy import Calibration, Policy, PolicyConfig
-from sqap.quantization import check_coverage, prepare_quantized
+from sqap.quantization import check_coverage, list_linears, prepare_quantized
 from sqap.recipe import Recipe
 from sqap.serialization import from_json, read_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST, WEIGHTS, TOKENIZER = "policy.json", "model.safetensors", "tokenizer.json"
 
 
@@ -56,6 +57,7 @@ def save_policy(policy: Policy, directory: Path) -> None:
             "recipe": policy.recipe.to_json(),
             "calibration": dataclasses.asdict(policy.calibration) if policy.calibration else None,
             "source": policy.source,
+            "linears": [dataclasses.asdict(linear) for linear in list_linears(policy.model)],
             "sha256": {name: _sha256(temporary / name) for name in (WEIGHTS, TOKENIZER)},
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -81,6 +83,8 @@ def load_policy(directory: Path) -> Policy:
     if recipe.quantization is not None:
         prepare_quantized(model, recipe.quantization)
     _fill(model, directory / WEIGHTS)
+    if [dataclasses.asdict(linear) for linear in list_linears(model)] != manifest["linears"]:
+        raise CheckpointError(f"{where}: its list of linears is not what its recipe and weights make")
     return Policy(
         model=model,
         config=config,
@@ -138,7 +142,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is of version {manifest.get('version')}; this sqap reads version {FORMAT_VERSION}"
         )
-    keys = {"format", "version", "policy", "recipe", "calibration", "source", "sha256"}
+    keys = {"format", "version", "policy", "recipe", "calibration", "source", "linears", "sha256"}
     if set(manifest) != keys or not isinstance(manifest["sha256"], dict):
         raise CheckpointError(f"{path} must have exactly the keys {', '.join(sorted(keys))}")
     for name in (WEIGHTS, TOKENIZER):

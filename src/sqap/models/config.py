@@ -76,14 +76,30 @@ class DiffusionHeadConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole policy. ``projector`` lists the output widths of its linears; GELU stands between them."""
+    """A whole policy.
+
+    ``projector`` lists the output widths of its linears; GELU stands between them. ``pixel_shuffle`` r makes
+    one visual token of each r x r square of patches, as in SmolVLM.
+    """
 
     vision: tuple[VisionConfig, ...]
     projector: tuple[int, ...]
     decoder: DecoderConfig
     head: DiffusionHeadConfig
+    pixel_shuffle: int = 1
+
+    def __post_init__(self) -> None:
+        if self.pixel_shuffle < 1 or self.vision[0].grid % self.pixel_shuffle:
+            raise InputError(
+                f"pixel_shuffle {self.pixel_shuffle} does not divide the grid of {self.vision[0].grid} patches"
+            )
+
+    @property
+    def grid(self) -> int:
+        """Visual tokens along one side of the image."""
+        return self.vision[0].grid // self.pixel_shuffle
 
     @property
     def visual_tokens(self) -> int:
         """Visual tokens per image; several encoders see the same patches and are concatenated."""
-        return self.vision[0].grid ** 2
+        return self.grid**2

@@ -1,7 +1,7 @@
-"""The decoder: Llama's architecture, with two seams for the method.
+"""The decoder: Llama's architecture, with three seams for the method.
 
-Its linears can be replaced by quantized ones, and a `TokenPruner` may shorten the sequence between
-layers. Both are given from outside; nothing here knows how they work.
+Its linears can be replaced by quantized ones, a `TokenPruner` may shorten the sequence between layers, and
+a `KVFormat` says how keys and values are held. All are given from outside; nothing here knows how they work.
 """
 
 from __future__ import annotations
@@ -30,20 +30,49 @@ class TokenPruner(Protocol):
         """
 
 
+class KVFormat(Protocol):
+    """How keys and values are held for the queries that look at them, with a cache or without one."""
+
+    def store(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The queries for the keys that `load` gives back, and what is held of keys and values.
+
+        All are ``(batch, heads, tokens, ...)``, so that what is held of later tokens can be appended.
+        """
+
+    def load(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values ``(batch, kv_heads, tokens, head_dim)`` from what is held of them."""
+
+
+class FloatKV:
+    """Keys and values as they are."""
+
+    def store(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return q, (k, v)
+
+    def load(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        k, v = stored
+        return k, v
+
+
 class KVCache:
-    """Keys and values per layer; layers after a pruned one hold the kept positions only."""
+    """Keys and values per layer, as a `KVFormat` holds them; layers after a pruned one have kept positions only."""
 
     def __init__(self, layers: int) -> None:
-        self._entries: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        self._entries: list[tuple[Tensor, ...]] = [()] * layers
         self.next_position = 0
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append ``(batch, kv_heads, tokens, head_dim)`` and return all that is stored."""
-        entry = self._entries[layer]
-        if entry is not None:
-            k, v = torch.cat([entry[0], k], dim=2), torch.cat([entry[1], v], dim=2)
-        self._entries[layer] = (k, v)
-        return k, v
+    @property
+    def nbytes(self) -> int:
+        """Memory taken by all that is stored."""
+        return sum(tensor.nbytes for entry in self._entries for tensor in entry)
+
+    def extend(self, layer: int, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Append tensors ``(batch, kv_heads, tokens, ...)`` and return all that is stored."""
+        old = self._entries[layer]
+        if old:
+            new = tuple(torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
+        self._entries[layer] = new
+        return new
 
 
 class RMSNorm(nn.Module):
@@ -70,6 +99,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
+        self.kv_format: KVFormat = FloatKV()
 
     def forward(
         self,
@@ -84,9 +114,10 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(batch, tokens, self.heads, self.head_dim).transpose(1, 2)
         k = self.k_proj(x).view(batch, tokens, self.kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(batch, tokens, self.kv_heads, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, rope), rotate(k, rope)
+        q, stored = self.kv_format.store(rotate(q, rope), rotate(k, rope), v)
         if cache is not None:
-            k, v = cache.extend(layer, k, v)
+            stored = cache.extend(layer, stored)
+        k, v = self.kv_format.load(stored, q.dtype)
         past = k.shape[2] - tokens
         mask = None if past == 0 or tokens == 1 else _causal_mask(tokens, past, x.device)
         mixed = attend(q, k, v, causal=past == 0 and tokens > 1, mask=mask)

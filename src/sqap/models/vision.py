@@ -59,7 +59,14 @@ class VisionEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """``(batch, 3, image_size, image_size)`` normalised to ``(batch, grid * grid, width)``."""
-        x = self.patch_embed(pixels).flatten(2).transpose(1, 2)
+        x = self.embed(pixels)
+        for block in self.blocks:
+            x = block(x)
+        return self.features(x)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Pixels to what the blocks are given: ``(batch, prefix + grid * grid, width)``."""
+        x: Tensor = self.patch_embed(pixels).flatten(2).transpose(1, 2)
         batch = x.shape[0]
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(batch, -1, -1), x], dim=1)
@@ -68,8 +75,10 @@ class VisionEncoder(nn.Module):
             prefix = int(self.config.class_token)
             registers = self.reg_token.expand(batch, -1, -1)
             x = torch.cat([x[:, :prefix], registers, x[:, prefix:]], dim=1)
-        for block in self.blocks:
-            x = block(x)
+        return x
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the blocks return to the patches' features ``(batch, grid * grid, width)``."""
         out: Tensor = self.norm(x)
         return out[:, int(self.config.class_token) + self.config.registers :]
 

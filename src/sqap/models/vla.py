@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,14 +25,15 @@ class VLA(nn.Module):
         super().__init__()
         self.config = config
         self.vision = nn.ModuleList(VisionEncoder(c) for c in config.vision)
-        self.projector = Projector(sum(c.width for c in config.vision), config.projector)
+        features = sum(c.width for c in config.vision) * config.pixel_shuffle**2
+        self.projector = Projector(features, config.projector)
         self.decoder = Decoder(config.decoder)
         self.head = DiffusionHead(config.head, config.decoder.width)
 
     def see(self, pixels: Sequence[Tensor]) -> Tensor:
         """One ``(batch, 3, size, size)`` per encoder to visual tokens ``(batch, N, decoder width)``."""
         features = [encoder(p) for encoder, p in zip(self.vision, pixels, strict=True)]
-        out: Tensor = self.projector(torch.cat(features, dim=-1))
+        out: Tensor = self.projector(pixel_shuffle(torch.cat(features, dim=-1), self.config.pixel_shuffle))
         return out
 
     def sequence(self, visual: Tensor, token_ids: Tensor) -> Tensor:
@@ -55,3 +57,13 @@ class VLA(nn.Module):
         condition = self.cognition(self.see(pixels), token_ids, pruner)
         out: Tensor = self.head(condition, noise)
         return out
+
+
+def pixel_shuffle(x: Tensor, side: int) -> Tensor:
+    """Patches ``(batch, grid * grid, width)`` to squares of them ``(batch, tokens, side * side * width)``."""
+    if side == 1:
+        return x
+    batch, patches, width = x.shape
+    grid = math.isqrt(patches) // side
+    squares = x.view(batch, grid, side, grid, side, width).transpose(2, 3)
+    return squares.reshape(batch, grid * grid, side * side * width)

@@ -1,11 +1,23 @@
-"""Quantization: the grid, its packing, the rotation that suits it, and the linear that uses all three."""
+"""Quantization: grids, their packing, the rotation that suits them, GPTQ, and the walk through a model."""
 
 from sqap.quantization.coverage import LinearReport, check_coverage, count_parameters, list_linears
-from sqap.quantization.linear import QuantizedLinear, prepare_quantized, quantize_decoder
+from sqap.quantization.linear import QuantizedLinear
+from sqap.quantization.model import (
+    ModelInputs,
+    prepare_quantized,
+    quantize_decoder,
+    quantize_model,
+    share,
+    stages,
+)
+from sqap.quantization.partial import Partial
 from sqap.quantization.rotation import prepare_rotated, rotate_decoder
+from sqap.quantization.sequential import wanted
 
 __all__ = [
     "LinearReport",
+    "ModelInputs",
+    "Partial",
     "QuantizedLinear",
     "check_coverage",
     "count_parameters",
@@ -13,5 +25,9 @@ __all__ = [
     "prepare_quantized",
     "prepare_rotated",
     "quantize_decoder",
+    "quantize_model",
     "rotate_decoder",
+    "share",
+    "stages",
+    "wanted",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, cast
 
 import torch
@@ -13,10 +13,12 @@ from sqap.models.storage import STORAGE_DTYPE, stored_bytes
 from sqap.models.vla import VLA
 from sqap.quantization.linear import QuantizedLinear, stored_shapes
 from sqap.quantization.rotation import HadamardLinear, is_rotated, largest_block
-from sqap.recipe import Quantization
+from sqap.recipe import Quantization, Scheme
 
 Part = Literal["vision", "projector", "decoder", "head"]
-SETTINGS = ("weight_bits", "weight_granularity", "group_size", "activation_bits", "activation_granularity")
+SETTINGS = tuple(setting.name for setting in fields(Scheme))
+# Whose inputs a rotated decoder rotates by rewriting weights; down's is rotated as the model runs.
+RESIDUAL_READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,10 @@ class LinearReport:
         activation_bits: bits of the inputs that are multiplied; those of the weight for floats.
         granularity: what shares a weight scale: "channel", "group" or "tensor"; None for floats.
         group_size: input channels per scale, with granularity "group".
-        hadamard_block: size of the Hadamard blocks its input is multiplied by at run time; 0 is none.
+        activation_symmetric: whether activations have no zero point.
+        rotation: where its rotated input comes from: "residual" and "heads" cost nothing at run time, "online"
+            is a Hadamard product before the linear; None is not rotated.
+        hadamard_block: size of the online product's blocks; 0 is none.
         bytes: of weight, scales and bias as stored.
         quantized: whether the weight is stored as integers.
     """
@@ -45,6 +50,8 @@ class LinearReport:
     activation_bits: int
     granularity: str | None
     group_size: int | None
+    activation_symmetric: bool
+    rotation: Literal["residual", "heads", "online"] | None
     hadamard_block: int
     bytes: int
     quantized: bool
@@ -52,8 +59,9 @@ class LinearReport:
 
 def list_linears(model: VLA) -> list[LinearReport]:
     """Every linear of the model, in the order of its modules; convolutions and tables are none."""
+    rotated = is_rotated(model)
     return [
-        _report(name, module)
+        _report(name, module, rotated)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | QuantizedLinear)
     ]
@@ -66,7 +74,7 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def check_coverage(model: VLA, quantization: Quantization) -> None:
-    """Make sure that the decoder is what the recipe says: each linear packed, on its grid, rotated or not.
+    """Make sure that the model is what the recipe says: each linear packed on its grid or float, rotated or not.
 
     Raises:
         CheckpointError: it is not; the message names the first linear that differs.
@@ -74,16 +82,21 @@ def check_coverage(model: VLA, quantization: Quantization) -> None:
     if is_rotated(model) != quantization.rotate:
         state = "rotated" if is_rotated(model) else "not rotated"
         raise CheckpointError(f"the recipe says rotate = {quantization.rotate}, but the decoder is {state}")
-    for name, module in model.decoder.named_modules(prefix="decoder"):
-        if isinstance(module, nn.Linear):
-            raise CheckpointError(f"{name} is not quantized, but the recipe quantizes every decoder linear")
-        if isinstance(module, QuantizedLinear):
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | QuantizedLinear):
             _check_linear(name, module, quantization)
 
 
-def _check_linear(name: str, linear: QuantizedLinear, quantization: Quantization) -> None:
+def _check_linear(name: str, linear: nn.Linear | QuantizedLinear, quantization: Quantization) -> None:
+    scheme = quantization.scheme(name)
+    if isinstance(linear, nn.Linear):
+        if scheme is not None:
+            raise CheckpointError(f"{name} is not quantized, but the recipe wants {scheme.weight_bits} bits")
+        return
+    if scheme is None:
+        raise CheckpointError(f"{name} is quantized, but the recipe leaves it in bfloat16")
     for setting in SETTINGS:
-        found, expected = getattr(linear, setting), getattr(quantization, setting)
+        found, expected = getattr(linear, setting), getattr(scheme, setting)
         if found != expected:
             raise CheckpointError(f"{name} has {setting} = {found}, the recipe says {expected}")
     rotates = quantization.rotate and name.endswith("down_proj")
@@ -92,8 +105,8 @@ def _check_linear(name: str, linear: QuantizedLinear, quantization: Quantization
         raise CheckpointError(
             f"{name} rotates its input in blocks of {linear.hadamard_block}, the recipe needs {block}"
         )
-    dtype = torch.uint8 if quantization.weight_bits == 4 else torch.int8
-    shapes = stored_shapes(linear.in_features, linear.out_features, quantization)
+    dtype = torch.uint8 if scheme.weight_bits == 4 else torch.int8
+    shapes = stored_shapes(linear.in_features, linear.out_features, scheme)
     if linear.weight.dtype != dtype or (linear.weight.shape, linear.scale.shape) != shapes:
         found = f"{linear.weight.dtype} {tuple(linear.weight.shape)}"
         raise CheckpointError(f"{name} stores its weight as {found}, not packed as {dtype} {shapes[0]}")
@@ -101,8 +114,9 @@ def _check_linear(name: str, linear: QuantizedLinear, quantization: Quantization
         raise CheckpointError(f"{name} must have finite float32 scales")
 
 
-def _report(name: str, linear: nn.Linear | QuantizedLinear) -> LinearReport:
+def _report(name: str, linear: nn.Linear | QuantizedLinear, rotated: bool) -> LinearReport:
     part = cast(Part, name.partition(".")[0])
+    rotation = _rotation(name) if rotated and part == "decoder" else None
     shape = linear.in_features, linear.out_features
     if isinstance(linear, QuantizedLinear):
         return LinearReport(
@@ -113,6 +127,8 @@ def _report(name: str, linear: nn.Linear | QuantizedLinear) -> LinearReport:
             activation_bits=linear.activation_bits,
             granularity=linear.weight_granularity,
             group_size=linear.group_size,
+            activation_symmetric=linear.activation_symmetric,
+            rotation=rotation,
             hadamard_block=linear.hadamard_block,
             bytes=stored_bytes(linear),
             quantized=True,
@@ -126,7 +142,16 @@ def _report(name: str, linear: nn.Linear | QuantizedLinear) -> LinearReport:
         activation_bits=bits,
         granularity=None,
         group_size=None,
+        activation_symmetric=True,
+        rotation=rotation,
         hadamard_block=linear.block if isinstance(linear, HadamardLinear) else 0,
         bytes=stored_bytes(linear),
         quantized=False,
     )
+
+
+def _rotation(name: str) -> Literal["residual", "heads", "online"]:
+    kind = name.rpartition(".")[2]
+    if kind in RESIDUAL_READERS:
+        return "residual"
+    return "heads" if kind == "o_proj" else "online"

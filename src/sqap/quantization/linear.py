@@ -1,29 +1,27 @@
-"""The quantized linear, which stores packed integers and multiplies integers, and the swap into a decoder."""
+"""The quantized linear: it stores packed integers, and multiplies integers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sqap.errors import InputError
-from sqap.models.vla import VLA
-from sqap.quantization.grid import dequantize_weight, quantize_activation, quantize_weight, scale_shape
-from sqap.quantization.packing import pack_int4, packed_width, unpack_int4
-from sqap.quantization.rotation import (
-    HadamardLinear,
-    block_hadamard,
-    is_rotated,
-    prepare_rotated,
-    rotate_decoder,
+from sqap.quantization.gptq import Factor, gptq
+from sqap.quantization.grid import (
+    clip_scale,
+    dequantize_weight,
+    max_scale,
+    quantize_activation,
+    round_to_grid,
+    scale_shape,
 )
-from sqap.recipe import Quantization
-
-T = TypeVar("T")
+from sqap.quantization.hadamard import block_hadamard
+from sqap.quantization.packing import pack_int4, packed_width, unpack_int4
+from sqap.quantization.rotation import HadamardLinear
+from sqap.recipe import Scheme
 
 
 class QuantizedLinear(nn.Module):
@@ -41,7 +39,7 @@ class QuantizedLinear(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        quantization: Quantization,
+        scheme: Scheme,
         *,
         bias: Tensor | None = None,
         hadamard_block: int = 0,
@@ -54,41 +52,53 @@ class QuantizedLinear(nn.Module):
         """
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.weight_bits = quantization.weight_bits
-        self.weight_granularity = quantization.weight_granularity
-        self.group_size = quantization.group_size
-        self.activation_bits = quantization.activation_bits
-        self.activation_granularity = quantization.activation_granularity
+        self.weight_bits = scheme.weight_bits
+        self.weight_granularity = scheme.weight_granularity
+        self.group_size = scheme.group_size
+        self.activation_bits = scheme.activation_bits
+        self.activation_granularity = scheme.activation_granularity
+        self.activation_symmetric = scheme.activation_symmetric
         self.hadamard_block = hadamard_block
-        stored, scales = stored_shapes(in_features, out_features, quantization)
+        stored, scales = stored_shapes(in_features, out_features, scheme)
         dtype = torch.uint8 if self.weight_bits == 4 else torch.int8
         self.register_buffer("weight", torch.zeros(stored, dtype=dtype, device=device))
         self.register_buffer("scale", torch.zeros(scales, device=device))
         self.register_buffer("bias", bias)
 
     @classmethod
-    def empty_like(cls, linear: nn.Linear, quantization: Quantization) -> QuantizedLinear:
+    def empty_like(cls, linear: nn.Linear, scheme: Scheme) -> QuantizedLinear:
         """The shapes, device and bias of ``linear``, with weights yet to be loaded."""
         return cls(
             linear.in_features,
             linear.out_features,
-            quantization,
+            scheme,
             bias=None if linear.bias is None else linear.bias.detach().clone(),
             hadamard_block=linear.block if isinstance(linear, HadamardLinear) else 0,
             device=linear.weight.device,
         )
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, quantization: Quantization) -> QuantizedLinear:
-        """Round the weights of ``linear``; a `HadamardLinear` goes on rotating its input."""
-        quantized = cls.empty_like(linear, quantization)
-        q, quantized.scale = quantize_weight(
-            linear.weight.detach(),
-            quantization.weight_bits,
-            quantization.weight_granularity,
-            quantization.group_size,
-        )
-        quantized.weight = pack_int4(q) if quantization.weight_bits == 4 else q
+    def from_linear(
+        cls, linear: nn.Linear, scheme: Scheme, *, clip: bool = False, factor: Factor | None = None
+    ) -> QuantizedLinear:
+        """Round the weights of ``linear``; a `HadamardLinear` goes on rotating its input.
+
+        Args:
+            linear: finite weights of any floating type.
+            scheme: the grids.
+            clip: search the scales for the smallest squared error instead of covering the largest weight.
+            factor: of the Hessian of what the weight is multiplied by: rounds by GPTQ instead of to nearest.
+
+        Raises:
+            InputError: the shape does not fit the scheme, or a weight is not finite.
+        """
+        quantized = cls.empty_like(linear, scheme)
+        weight, bits = linear.weight.detach(), scheme.weight_bits
+        find_scale = clip_scale if clip else max_scale
+        scale = find_scale(weight, bits, scheme.weight_granularity, scheme.group_size)
+        q = round_to_grid(weight, scale, bits) if factor is None else gptq(weight, scale, bits, factor)
+        quantized.scale = scale
+        quantized.weight = pack_int4(q) if bits == 4 else q
         return quantized
 
     def levels(self) -> Tensor:
@@ -104,20 +114,28 @@ class QuantizedLinear(nn.Module):
         wide = x.float()
         if self.hadamard_block:
             wide = block_hadamard(wide, self.hadamard_block)
-        q, scale = quantize_activation(wide, self.activation_bits, self.activation_granularity)
+        q, scale, zero_point = quantize_activation(
+            wide, self.activation_bits, self.activation_granularity, self.activation_symmetric
+        )
         if self.group_size is None:
-            out = integer_matmul(q, self.levels()).mul_(scale).mul_(self.scale.T)
+            levels = self.levels()
+            sums = integer_matmul(q, levels, 1 << self.activation_bits + self.weight_bits - 2)
+            if zero_point is not None:
+                sums -= zero_point * levels.sum(1, dtype=torch.int32)
+            out = sums.float().mul_(scale).mul_(self.scale.T)
         else:
-            out = F.linear(q.float(), self.dequantized()) * scale
+            shifted = q.float() if zero_point is None else q - zero_point.float()
+            out = F.linear(shifted, self.dequantized()) * scale
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         grid = f"group {self.group_size}" if self.group_size else self.weight_granularity
+        offset = "" if self.activation_symmetric else " with zero point"
         rotation = f", Hadamard {self.hadamard_block}" if self.hadamard_block else ""
         return (
             f"{self.in_features} -> {self.out_features}, W{self.weight_bits} per {grid}, "
-            f"A{self.activation_bits} per {self.activation_granularity}{rotation}"
+            f"A{self.activation_bits} per {self.activation_granularity}{offset}{rotation}"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
@@ -130,89 +148,47 @@ class QuantizedLinear(nn.Module):
         return self
 
 
-def integer_matmul(q: Tensor, weight: Tensor) -> Tensor:
-    """int8 ``(..., in)`` times int8 ``(out, in)``: the integers ``(..., out)``, as float32.
+def integer_matmul(q: Tensor, weight: Tensor, largest: int) -> Tensor:
+    """int8 ``(..., in)`` times int8 ``(out, in)``: exact int32 ``(..., out)``.
 
-    Exact below 2**24, which is as far as float32 counts.
+    ``largest`` is a bound on the magnitude of a single product. Without an integer product that is worth using,
+    float32 counts exactly up to 2**24, in as many slices of the inputs as that takes.
     """
-    if q.device.type == "cpu" and _int8_matmul_is_exact():
+    if q.device.type == "cpu" and _has_fast_int8():
         rows = torch._int_mm(q.reshape(-1, q.shape[-1]), weight.T)
-        return rows.float().view(*q.shape[:-1], -1)
-    return F.linear(q.float(), weight.float())
+        return rows.view(*q.shape[:-1], -1)
+    step = 2**24 // largest
+    sums = F.linear(q[..., :step].float(), weight[:, :step].float()).to(torch.int32)
+    for start in range(step, q.shape[-1], step):
+        inputs = slice(start, start + step)
+        sums += F.linear(q[..., inputs].float(), weight[:, inputs].float()).to(torch.int32)
+    return sums
 
 
 @lru_cache(maxsize=1)
-def _int8_matmul_is_exact() -> bool:
-    """Whether PyTorch's int8 product is worth using on this CPU: eight times as fast as float32, with VNNI.
+def _has_fast_int8() -> bool:
+    """Whether PyTorch's int8 product is exact and fast here: with VNNI eight times as fast as float32.
 
-    On x86 CPUs without VNNI oneDNN adds pairs of products in 16 bits, which saturate: wrong results, for
-    the largest levels. On other CPUs it is a plain loop.
+    Without it, oneDNN adds pairs of products in 16 bits on some x86 CPUs, which saturate, and on others PyTorch
+    runs a plain loop, forty times slower than float32.
     """
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+    has_vnni = getattr(torch.cpu, "_is_vnni_supported", None) or getattr(
+        torch.cpu, "_is_avx512_vnni_supported", lambda: False
+    )
+    if not has_vnni():
         return False
     largest = torch.full((16, 64), 127, dtype=torch.int8)
     return bool((torch._int_mm(largest, largest.T) == 64 * 127 * 127).all())
 
 
 def stored_shapes(
-    in_features: int, out_features: int, quantization: Quantization
+    in_features: int, out_features: int, scheme: Scheme
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Shapes of a quantized linear's ``weight`` and ``scale``.
 
     Raises:
         InputError: the group size does not divide ``in_features``, or 4-bit weights meet an odd one.
     """
-    width = packed_width(in_features) if quantization.weight_bits == 4 else in_features
-    granularity, size = quantization.weight_granularity, quantization.group_size
+    width = packed_width(in_features) if scheme.weight_bits == 4 else in_features
+    granularity, size = scheme.weight_granularity, scheme.group_size
     return (out_features, width), scale_shape(out_features, in_features, granularity, size)
-
-
-def quantize_decoder(model: VLA, quantization: Quantization) -> None:
-    """Replace every linear of the decoder by its quantized self, in place; rotate first if asked to.
-
-    Raises:
-        InputError: the model is already quantized, or is rotated although the recipe is not; a linear's
-            shape does not fit the recipe (found before anything changes), or a weight is not finite.
-    """
-    _check(model, quantization)
-    if is_rotated(model) and not quantization.rotate:
-        raise InputError("the model is rotated, but the recipe says rotate = false")
-    if quantization.rotate and not is_rotated(model):
-        rotate_decoder(model)
-    _replace_linears(model, lambda linear: QuantizedLinear.from_linear(linear, quantization))
-
-
-def prepare_quantized(model: VLA, quantization: Quantization) -> None:
-    """Give a fresh ``model`` the modules `quantize_decoder` would, with weights yet to be loaded.
-
-    Raises:
-        InputError: the model is already rotated or quantized, or a linear's shape does not fit the recipe.
-    """
-    _check(model, quantization)
-    if quantization.rotate:
-        prepare_rotated(model)
-    _replace_linears(model, lambda linear: QuantizedLinear.empty_like(linear, quantization))
-
-
-def _check(model: VLA, quantization: Quantization) -> None:
-    if any(isinstance(module, QuantizedLinear) for module in model.decoder.modules()):
-        raise InputError("the decoder is already quantized")
-    _map_linears(model, lambda linear: stored_shapes(linear.in_features, linear.out_features, quantization))
-
-
-def _replace_linears(model: VLA, make: Callable[[nn.Linear], nn.Module]) -> None:
-    for name, replacement in _map_linears(model, make).items():
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, replacement)
-
-
-def _map_linears(model: VLA, function: Callable[[nn.Linear], T]) -> dict[str, T]:
-    """What ``function`` makes of each of the decoder's linears, by name; its errors get that name."""
-    results = {}
-    for name, module in model.decoder.named_modules(prefix="decoder"):
-        if isinstance(module, nn.Linear):
-            try:
-                results[name] = function(module)
-            except InputError as problem:
-                raise InputError(f"{name} cannot be quantized: {problem}") from problem
-    return results

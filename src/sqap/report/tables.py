@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from sqap.quantization import LinearReport
+from sqap.sensitivity import Option
 
 Column = tuple[str, Mapping[str, Any]]  # label, and a summary as `sqap.evaluation.summary` makes it
 
@@ -90,7 +91,7 @@ def parts_table(linears: Sequence[LinearReport], parts: Mapping[str, Mapping[str
 def linears_table(linears: Sequence[LinearReport]) -> Table:
     """Every linear as it is stored."""
     table = Table(title="Linears", title_justify="left")
-    for column in ("name", "shape", "weights", "activations", "scale per", "Hadamard", "bytes"):
+    for column in ("name", "shape", "weights", "activations", "scale per", "rotation", "bytes"):
         table.add_column(column, no_wrap=True)
     for x in linears:
         per = f"{x.granularity} of {x.group_size}" if x.group_size else x.granularity or "-"
@@ -100,10 +101,33 @@ def linears_table(linears: Sequence[LinearReport]) -> Table:
             f"{x.weight_bits} bit" + ("" if x.quantized else " float"),
             f"{x.activation_bits} bit" + ("" if x.quantized else " float"),
             per,
-            str(x.hadamard_block or "-"),
+            (x.rotation or "-") + (f" {x.hadamard_block}" if x.hadamard_block else ""),
             str(x.bytes),
         )
     return table
+
+
+def options_table(title: str, options: Sequence[Option]) -> Table:
+    """What each way to quantize costs, in bytes and on the robot."""
+    table = Table(title=title, title_justify="left")
+    for column in ("", "stored", "mm a step", "mm a chunk", "gripper flips", "relative", "top-k overlap"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for option in options:
+        error = option.error
+        table.add_row(
+            option.name,
+            megabytes(option.weight_bytes),
+            _figure(error.millimetres),
+            _figure(error.drift),
+            "-" if error.gripper_flips is None else percent(error.gripper_flips),
+            f"{error.relative:.4f}",
+            "-" if option.overlap is None else percent(option.overlap),
+        )
+    return table
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _interval(bounds: Sequence[float]) -> str:

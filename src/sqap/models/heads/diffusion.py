@@ -77,14 +77,26 @@ class DiffusionHead(nn.Module):
 
         Both halves of the guidance (with and without the condition) run as one batch.
         """
-        guidance = self.config.guidance
-        if guidance > 1:
-            condition = torch.cat([condition, self.uncondition.expand_as(condition)])
+        both = self.conditions(condition)
+        return ddim_sample(
+            lambda x, t: self.guided_noise(x, t, both), noise, self.alpha_bar, self.config.sample_steps
+        )
 
-        def guided(x: Tensor, t: Tensor) -> Tensor:
-            if guidance <= 1:
-                return self.predict_noise(x, t, condition)
-            given, free = self.predict_noise(x.repeat(2, 1, 1), t.repeat(2), condition).chunk(2)
-            return free + guidance * (given - free)
+    def conditions(self, condition: Tensor) -> Tensor:
+        """``(batch, width)`` to what a guided pass is given: the condition's half, then the free one's."""
+        if self.config.guidance <= 1:
+            return condition
+        return torch.cat([condition, self.uncondition.expand_as(condition)])
 
-        return ddim_sample(guided, noise, self.alpha_bar, self.config.sample_steps)
+    def batch(self, x: Tensor, t: Tensor, both: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The arguments of `predict_noise` for every half of the guidance."""
+        halves = len(both) // len(x)
+        return x.repeat(halves, 1, 1), t.repeat(halves), both
+
+    def guided_noise(self, x: Tensor, t: Tensor, both: Tensor) -> Tensor:
+        """Noise in ``x`` ``(batch, horizon, action_dim)`` by classifier-free guidance."""
+        predicted = self.predict_noise(*self.batch(x, t, both))
+        if len(both) == len(x):
+            return predicted
+        given, free = predicted.chunk(2)
+        return free + self.config.guidance * (given - free)

@@ -1,7 +1,12 @@
-"""The reference policy's shape: CogACT in small."""
+"""The reference policy: CogACT in small, trained from nothing."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from reference.blueprint import Blueprint
 from reference.settings import HORIZON, IMAGE_SIZE
 from sqap.environments.metaworld import MetaWorld
 from sqap.environments.metaworld_tasks import INSTRUCTIONS
@@ -36,7 +41,16 @@ CONFIG = ModelConfig(
 )
 
 
-def token_ids(instruction: str) -> list[int]:
-    """``<s> words </s>``; the last one is the cognition token. The shipped tokenizer gives the same."""
-    table = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
-    return [table["<s>"], *(table.get(w, 1) for w in instruction.lower().split()), table["</s>"]]
+def make_tokenizer() -> Tokenizer:
+    """One token per word of Meta-World's instructions, between ``<s>`` and ``</s>``."""
+    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[(t, vocabulary[t]) for t in ("<s>", "</s>")]
+    )
+    return tokenizer
+
+
+NANO = Blueprint("reference", Path("src/sqap/assets/reference"), CONFIG, make_tokenizer)

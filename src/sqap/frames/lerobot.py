@@ -1,0 +1,155 @@
+"""Frames from a LeRobotDataset v3: rows in parquet files, pictures in mp4 files or in the rows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sqap.errors import InputError
+from sqap.frames.decode import decode_image, observe
+from sqap.frames.lerobot_metadata import (
+    INFO,
+    TASKS,
+    Episode,
+    Info,
+    camera_keys,
+    read_episodes,
+    read_info,
+    read_tasks,
+)
+from sqap.frames.parquet import read_rows
+from sqap.frames.selection import deal, looks
+from sqap.frames.video import frames_at
+from sqap.observation import Observation
+
+STATE = "observation.state"
+_ROW = ("index", "episode_index", "frame_index", "timestamp", "task_index")
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """One frame of one episode."""
+
+    episode: Episode
+    frame: int
+
+    @property
+    def number(self) -> int:
+        """Counted through the whole dataset."""
+        return self.episode.first + self.frame
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.episode.index, self.frame
+
+    @property
+    def where(self) -> str:
+        return f"frame {self.frame} of episode {self.episode.index}"
+
+
+def is_dataset(root: Path) -> bool:
+    """Whether ``root`` looks like a LeRobotDataset, of any version."""
+    return (root / INFO).is_file()
+
+
+def read_dataset(
+    root: Path,
+    cameras: Sequence[str],
+    count: int,
+    mapping: Mapping[str, str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Observation]:
+    """At most ``count`` frames, evenly spread over the episodes and over the time in each, in their order.
+
+    Only the rows and the video frames that are chosen are decoded.
+
+    Args:
+        root: the dataset's directory.
+        cameras: the policy's. Camera ``c`` is the dataset's key ``c``, or else ``observation.images.c``.
+        count: how many frames at most.
+        mapping: camera of the policy -> the dataset's, where they are called differently.
+        progress: gets (frames so far, frames in all).
+
+    Raises:
+        InputError: the ``lerobot`` extra is not installed; the dataset is of another version, empty,
+            incomplete or unreadable; or it lacks a camera, an instruction or a finite state.
+    """
+    info = read_info(root)
+    keys = camera_keys(info, cameras, mapping or {})
+    moments = _choose(read_episodes(info, filter(info.is_video, keys.values())), count)
+    if not moments:
+        raise InputError(f"{root} holds no frames")
+    stored = [key for key in (STATE, *keys.values()) if key in info.features and not info.is_video(key)]
+    rows, tasks = _read_rows(moments, list(dict.fromkeys(stored))), read_tasks(info)
+    images: list[dict[str, np.ndarray]] = [{} for _ in moments]
+    done = 0
+    for camera, key in keys.items():
+        for i, image in _pictures(info, key, moments, rows):
+            images[i][camera] = image
+            done += 1
+            if progress is not None:
+                progress(done // len(keys), len(moments))
+    return [
+        _observation(f"{root}, {moment.where}", row, image, tasks)
+        for moment, row, image in zip(moments, rows, images, strict=True)
+    ]
+
+
+def _choose(episodes: Sequence[Episode], count: int) -> list[_Moment]:
+    shares = deal([episode.length for episode in episodes], count)
+    return [
+        _Moment(episode, frame)
+        for episode, share in zip(episodes, shares, strict=True)
+        for frame in looks(episode.length, share, episode.index)
+    ]
+
+
+def _read_rows(moments: Sequence[_Moment], columns: Sequence[str]) -> list[dict[str, Any]]:
+    """The moments' rows, in their order."""
+    by_file: dict[Path, list[int]] = defaultdict(list)
+    for i, moment in enumerate(moments):
+        by_file[moment.episode.data].append(i)
+    rows: list[dict[str, Any]] = [{} for _ in moments]
+    for path, members in by_file.items():
+        wanted = {moments[i].number for i in members}
+        found = {row["index"]: row for row in read_rows(path, [*_ROW, *columns], "index", wanted)}
+        for i in members:
+            rows[i] = found.get(moments[i].number, {})
+            if (rows[i].get("episode_index"), rows[i].get("frame_index")) != moments[i].place:
+                raise InputError(
+                    f"{path} does not hold {moments[i].where} at index {moments[i].number}, "
+                    "where meta/episodes says it is"
+                )
+    return rows
+
+
+def _pictures(
+    info: Info, key: str, moments: Sequence[_Moment], rows: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """One camera's pictures, each with the position of its moment; one video is opened at a time."""
+    if not info.is_video(key):
+        for i, (moment, row) in enumerate(zip(moments, rows, strict=True)):
+            where = f"{key} in {moment.where} of {moment.episode.data}"
+            yield i, decode_image((row[key] or {}).get("bytes") or b"", where)
+        return
+    by_file: dict[Path, list[int]] = defaultdict(list)
+    for i, moment in enumerate(moments):
+        by_file[moment.episode.videos[key][0]].append(i)
+    for path, members in by_file.items():
+        times = [moments[i].episode.videos[key][1] + rows[i]["timestamp"] for i in members]
+        yield from zip(members, frames_at(path, times, info.fps), strict=True)
+
+
+def _observation(
+    where: str, row: Mapping[str, Any], images: Mapping[str, np.ndarray], tasks: Mapping[int, str]
+) -> Observation:
+    if row["task_index"] not in tasks:
+        raise InputError(f"{where}, has no instruction: {TASKS} has no task {row['task_index']}")
+    # A state of a single number is stored without a list around it.
+    state = np.atleast_1d(row[STATE]) if STATE in row else None
+    return observe(where, images, tasks[row["task_index"]], state)

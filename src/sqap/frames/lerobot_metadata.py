@@ -1,0 +1,199 @@
+"""What a LeRobotDataset v3 says of itself under ``meta``, in the layout of ``lerobot.datasets``.
+
+``info.json`` has the features and the path templates, ``tasks.parquet`` the instructions, and
+``episodes/*/*.parquet`` where each episode's rows and its stretches of video are; episodes share files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqap.errors import InputError
+from sqap.frames.parquet import column_names, read_rows
+from sqap.serialization import read_json
+
+INFO = Path("meta", "info.json")
+TASKS = Path("meta", "tasks.parquet")
+EPISODES = Path("meta", "episodes")
+# pandas writes the instructions, which are the index of the table of tasks, under either name.
+_TASK_COLUMNS = ("task", "__index_level_0__")
+
+
+@dataclass(frozen=True)
+class Info:
+    """``meta/info.json``.
+
+    Args:
+        root: the dataset's directory.
+        fps: frames per second.
+        features: column or camera -> its ``dtype`` and more; a camera's dtype is "image" or "video".
+        data_path: template of the parquet files, relative to ``root``.
+        video_path: template of the videos; None if there are none.
+    """
+
+    root: Path
+    fps: float
+    features: Mapping[str, Mapping[str, Any]]
+    data_path: str
+    video_path: str | None
+
+    def is_video(self, key: str) -> bool:
+        """Whether a camera's pictures are in videos rather than in the rows."""
+        return bool(self.features[key]["dtype"] == "video")
+
+    def cameras(self) -> list[str]:
+        """The keys that hold colour pictures."""
+        return [
+            key
+            for key, feature in self.features.items()
+            if feature.get("dtype") in ("image", "video") and not _is_depth(feature)
+        ]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One row of ``meta/episodes``.
+
+    Args:
+        index: its number.
+        length: in frames.
+        first: the dataset-wide number of its first frame.
+        data: the file with its rows.
+        videos: camera key -> its file, and where in it the episode starts, in seconds.
+    """
+
+    index: int
+    length: int
+    first: int
+    data: Path
+    videos: Mapping[str, tuple[Path, float]]
+
+
+def read_info(root: Path) -> Info:
+    """Read ``meta/info.json``.
+
+    Raises:
+        InputError: it is unreadable, malformed, or of a version other than 3.
+    """
+    path = root / INFO
+    data = read_json(path, InputError)
+    version = data.get("codebase_version") if isinstance(data, dict) else None
+    if not isinstance(version, str):
+        raise InputError(f"{path} names no codebase_version, as a LeRobotDataset's does")
+    if version.startswith("v2."):
+        raise InputError(
+            f"{root} is a LeRobotDataset {version}, and v3.0 is read here: convert it with LeRobot's own "
+            f"`python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=NAME --root={root} "
+            "--push-to-hub=false`"
+        )
+    if not version.startswith("v3."):
+        raise InputError(f"{root} is a LeRobotDataset {version}, and v3.0 is read here")
+    features, fps = data.get("features"), data.get("fps")
+    if not isinstance(features, dict) or not all(isinstance(value, dict) for value in features.values()):
+        raise InputError(f"{path} must have features, an object of objects")
+    data_path, video_path = data.get("data_path"), data.get("video_path")
+    if not isinstance(data_path, str) or not (video_path is None or isinstance(video_path, str)):
+        raise InputError(f"{path} must have the templates data_path and, with videos, video_path")
+    rate = _number(fps, f"{path}: fps")
+    if rate <= 0:
+        raise InputError(f"{path}: fps must be positive, got {fps}")
+    return Info(root, rate, features, data_path, video_path)
+
+
+def camera_keys(info: Info, cameras: Sequence[str], mapping: Mapping[str, str]) -> dict[str, str]:
+    """Camera of the policy -> key of the dataset.
+
+    Raises:
+        InputError: the dataset has no such camera, or ``mapping`` one that the policy does not read.
+    """
+    for camera in mapping:
+        if camera not in cameras:
+            raise InputError(f"the policy has no camera {camera!r} to map; it reads {', '.join(cameras)}")
+    known = info.cameras()
+    keys = {}
+    for camera in cameras:
+        name = mapping.get(camera, camera)
+        matches = [key for key in (name, f"observation.images.{name}") if key in known]
+        if not matches:
+            raise InputError(
+                f"{info.root} has no camera {name!r}"
+                + (f" to use as the policy's {camera!r}" if name != camera else ", which the policy reads")
+                + f"; its cameras are {', '.join(known) or 'none'}"
+            )
+        keys[camera] = matches[0]
+    return keys
+
+
+def read_episodes(info: Info, video_keys: Iterable[str]) -> list[Episode]:
+    """Every episode, by number; of the videos only those of ``video_keys``.
+
+    Raises:
+        InputError: a file is unreadable, lacks a column, or holds something else than numbers.
+    """
+    video_keys = tuple(video_keys)
+    columns = ["episode_index", "length", "dataset_from_index", "data/chunk_index", "data/file_index"]
+    for key in video_keys:
+        columns += [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
+    episodes = []
+    for path in sorted((info.root / EPISODES).glob("*/*.parquet")):
+        for row in read_rows(path, columns):
+            numbers = {name: _number(value, f"{path}: {name}") for name, value in row.items()}
+            episodes.append(_episode(info, numbers, video_keys))
+    return sorted(episodes, key=lambda episode: episode.index)
+
+
+def read_tasks(info: Info) -> dict[int, str]:
+    """Number of a task -> its instruction.
+
+    Raises:
+        InputError: ``meta/tasks.parquet`` is unreadable or has no column of instructions.
+    """
+    path = info.root / TASKS
+    names = column_names(path)
+    text = next((column for column in _TASK_COLUMNS if column in names), _TASK_COLUMNS[0])
+    return {row["task_index"]: row[text] for row in read_rows(path, ["task_index", text])}
+
+
+def _episode(info: Info, row: Mapping[str, float], video_keys: Sequence[str]) -> Episode:
+    def file(template: str, prefix: str, **names: str) -> Path:
+        chunk, number = int(row[f"{prefix}/chunk_index"]), int(row[f"{prefix}/file_index"])
+        try:
+            return info.root / template.format(chunk_index=chunk, file_index=number, **names)
+        except (LookupError, ValueError, AttributeError) as error:
+            raise InputError(f"{info.root / INFO}: {template!r} is no template of a path") from error
+
+    videos = {
+        key: (
+            file(info.video_path or "", f"videos/{key}", video_key=key),
+            row[f"videos/{key}/from_timestamp"],
+        )
+        for key in video_keys
+    }
+    return Episode(
+        index=int(row["episode_index"]),
+        length=int(row["length"]),
+        first=int(row["dataset_from_index"]),
+        data=file(info.data_path, "data"),
+        videos=videos,
+    )
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"{where} must be a number, got {value!r}")
+    return value
+
+
+def _is_depth(feature: Mapping[str, Any]) -> bool:
+    """Depth maps carry one of three marks, by the version of LeRobot that wrote them."""
+    info, video_info = feature.get("info") or {}, feature.get("video_info") or {}
+    marks = (
+        info.get("is_depth_map"),
+        info.get("video.is_depth_map"),
+        video_info.get("video.is_depth_map"),
+    )
+    return any(marks)

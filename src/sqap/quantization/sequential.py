@@ -1,0 +1,218 @@
+"""Quantizing stage by stage: every linear on what the quantized ones before it produce.
+
+A stage is as much of a model as is held in 32 bits at a time: one block of a vision encoder or of the decoder,
+the projector, the head. Calibration states flow through the stages as data flows through the model, each
+quantized before the next sees what it makes of them (GPTQ, Frantar et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sqap.errors import InputError
+from sqap.quantization.gptq import Factor, Hessian
+from sqap.quantization.linear import QuantizedLinear, stored_shapes
+from sqap.quantization.partial import Partial
+from sqap.quantization.rotation import HadamardLinear
+from sqap.recipe import Quantization, Scheme
+
+State = TypeVar("State")
+Schemes = dict[str, Scheme]
+
+
+class _Reached(Exception):
+    """Ends a pass through a stage at the linears it was run for."""
+
+
+@dataclass
+class _Group:
+    """Linears that read the same input, and the sum of that input's squares ``(in,)``."""
+
+    names: list[str]
+    squares: Tensor
+
+
+@dataclass
+class Sequential:
+    """Quantizes the stages it is led through.
+
+    Args:
+        quantization: the recipe's.
+        before: called with each stage's name and float32 module first, to rotate it, for one.
+        done: called with the number of stages done so far.
+        partial: keeps finished stages, so that an interrupted run goes on from them.
+    """
+
+    quantization: Quantization
+    before: Callable[[str, nn.Module], None] = lambda name, stage: None
+    done: Callable[[int], None] = lambda count: None
+    partial: Partial | None = None
+    _count: int = field(default=0, init=False)
+
+    def through(
+        self,
+        name: str,
+        stage: nn.Module,
+        states: Sequence[State],
+        call: Callable[[nn.Module, State], Any],
+    ) -> list[Any]:
+        """Quantize ``stage`` in place on ``states``, and return what it then makes of them.
+
+        Args:
+            name: of the stage in its model; with the linears' own names after it, what schemes go by.
+            stage: float weights of any type, perhaps shared with another model, which keeps them as they are.
+            states: one entry per calibration batch; may be empty when rounding to nearest.
+            call: runs the stage on one state.
+
+        Raises:
+            InputError: a linear's shape does not fit its scheme, or a weight or an input is not finite.
+        """
+        own(stage)
+        self.before(name, stage)
+        if self.partial is None or not self.partial.has(name):
+            self._quantize(name, stage, states, call)
+            if self.partial is not None:
+                self.partial.save(name, stage)
+        else:
+            prepare(name, stage, self.quantization)
+            self.partial.load(name, stage)
+        self._count += 1
+        self.done(self._count)
+        return [call(stage, state) for state in states]
+
+    def _quantize(
+        self,
+        name: str,
+        stage: nn.Module,
+        states: Sequence[State],
+        call: Callable[[nn.Module, State], Any],
+    ) -> None:
+        schemes = wanted(name, stage, self.quantization)
+        if self.quantization.rounding == "gptq" and schemes:
+            self._by_gptq(name, stage, schemes, states, call)
+            return
+        for key, scheme in schemes.items():
+            self._replace(name, stage, key, scheme, None)
+
+    def _by_gptq(
+        self,
+        name: str,
+        stage: nn.Module,
+        schemes: Schemes,
+        states: Sequence[State],
+        call: Callable[[nn.Module, State], Any],
+    ) -> None:
+        for group in _groups(stage, schemes, states, call):
+            hessian = Hessian(group.squares.argsort(), f"{name}.{group.names[0]}")
+            with _inputs(stage, group.names[:1], lambda _, x, h=hessian: h.add(x), stop=True):
+                for state in states:
+                    with suppress(_Reached):
+                        call(stage, state)
+            factor = hessian.factor()
+            for key in group.names:
+                self._replace(name, stage, key, schemes[key], factor)
+
+    def _replace(self, name: str, stage: nn.Module, key: str, scheme: Scheme, factor: Factor | None) -> None:
+        parent, _, attribute = key.rpartition(".")
+        owner = stage.get_submodule(parent)
+        try:
+            quantized = QuantizedLinear.from_linear(
+                getattr(owner, attribute), scheme, clip=self.quantization.clip, factor=factor
+            )
+        except InputError as problem:
+            raise InputError(f"{name}.{key} cannot be quantized: {problem}") from problem
+        setattr(owner, attribute, quantized)
+
+
+def own(module: nn.Module) -> None:
+    """Give a module that shares its tensors float32 parameters of its own, which may be written to."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(torch.float32, copy=True)
+
+
+def wanted(name: str, stage: nn.Module, quantization: Quantization) -> Schemes:
+    """The linears of ``stage`` that the recipe quantizes, by their names inside it.
+
+    Raises:
+        InputError: one's shape does not fit its scheme.
+    """
+    schemes = {}
+    for key, module in stage.named_modules():
+        if isinstance(module, nn.Linear):
+            scheme = quantization.scheme(f"{name}.{key}")
+            if scheme is not None:
+                try:
+                    stored_shapes(module.in_features, module.out_features, scheme)
+                except InputError as problem:
+                    raise InputError(f"{name}.{key} cannot be quantized: {problem}") from problem
+                schemes[key] = scheme
+    return schemes
+
+
+def prepare(name: str, stage: nn.Module, quantization: Quantization) -> None:
+    """Give ``stage`` the modules it will have when quantized, with weights yet to be loaded."""
+    for key, scheme in wanted(name, stage, quantization).items():
+        parent, _, attribute = key.rpartition(".")
+        owner = stage.get_submodule(parent)
+        setattr(owner, attribute, QuantizedLinear.empty_like(getattr(owner, attribute), scheme))
+
+
+def _groups(
+    stage: nn.Module, schemes: Schemes, states: Sequence[State], call: Callable[[nn.Module, State], Any]
+) -> list[_Group]:
+    """The linears in the order in which they are reached; those that are given one tensor together."""
+    groups: dict[tuple[int, ...], _Group] = {}
+    seen: dict[str, _Group] = {}
+    held: list[Tensor] = []  # keeps a tensor's address from being used again within a pass
+
+    def note(key: str, x: Tensor) -> None:
+        squares = x.flatten(0, -2).square().sum(0, dtype=torch.float64)
+        held.append(x)
+        if key in seen:
+            if seen[key].names[0] == key:
+                seen[key].squares += squares
+            return
+        group = groups.setdefault((x.data_ptr(), *x.shape), _Group([], squares))
+        group.names.append(key)
+        seen[key] = group
+
+    with _inputs(stage, list(schemes), note):
+        for state in states:
+            call(stage, state)
+            held.clear()
+            groups.clear()
+    missed = [key for key in schemes if key not in seen]
+    if missed:
+        raise InputError(
+            f"calibration never reached {missed[0]}; GPTQ needs at least one frame that uses every linear"
+        )
+    return list({id(group): group for group in seen.values()}.values())
+
+
+@contextmanager
+def _inputs(
+    stage: nn.Module, keys: Sequence[str], take: Callable[[str, Tensor], None], *, stop: bool = False
+) -> Iterator[None]:
+    """Give ``take`` the inputs of some linears as their weights meet them, and perhaps end the pass there."""
+
+    def hook(key: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def before(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            take(key, linear.rotate_input(x) if isinstance(linear, HadamardLinear) else x)
+            if stop:
+                raise _Reached
+
+        return before
+
+    handles = [stage.get_submodule(key).register_forward_pre_hook(hook(key)) for key in keys]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
