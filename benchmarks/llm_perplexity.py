@@ -8,6 +8,7 @@ same text. Interrupted, it goes on where it was.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -36,18 +37,21 @@ WINDOW = 512
 EVALUATED = 40  # windows
 CALIBRATED = 32
 
-LLM_COMPRESSOR = (
-    *(f"w4a16 gptq {size}" for size in ("per-channel", "group-64")),
-    *(f"w4a8 {how} per-channel" for how in ("rtn", "gptq", "spinquant rtn", "spinquant gptq")),
-    *(f"w4a8 {how} group-64" for how in ("gptq", "spinquant gptq")),
-    *(f"w4a4 {how} per-channel" for how in ("rtn", "spinquant rtn", "spinquant gptq")),
-    "w4a4 spinquant gptq group-64",
-)
 PEERS = {
     "transformers": ("full",),
-    "llmcompressor": LLM_COMPRESSOR,
-    "gptqmodel": ("w4a16 group-64", "w4a16 per-channel"),
-    "torchao": tuple(f"{bits} {size}" for bits in ("w4a16", "w4a8") for size in ("per-channel", "group-64")),
+    "llmcompressor": (
+        "w4a16 gptq group-64",
+        "w4a8 gptq per-channel",
+        "w4a8 gptq group-64",
+        "w4a8 spinquant gptq per-channel",
+        "w4a8 spinquant gptq group-64",
+        "w4a4 rtn per-channel",
+        "w4a4 spinquant rtn per-channel",
+        "w4a4 spinquant gptq per-channel",
+        "w4a4 spinquant gptq group-64",
+    ),
+    "gptqmodel": ("w4a16 per-channel", "w4a16 group-64"),
+    "torchao": ("w4a16 per-channel", "w4a16 group-64", "w4a8 per-channel", "w4a8 group-64"),
 }
 
 
@@ -142,8 +146,8 @@ def measure_peers(
         for method in methods:
             name = f"{peer} {method}"
             console.print(name, end=" ")
-            row = results.get(name, mark, lambda m=method, s=script, p=python: run_peer(p, s, work, m))
-            measured[name] = row.get("perplexity", row.get("reason"))
+            row = results.get(name, mark, functools.partial(run_peer, python, script, work, method))
+            measured[name] = row["perplexity"] if "perplexity" in row else row["reason"]
             versions |= {f"{peer}: {package}": found for package, found in row.get("versions", {}).items()}
             console.print(measured[name])
     return measured, versions
@@ -237,10 +241,8 @@ def main() -> None:
     tokens, source = read_text()
     results = Results(args.out / "results.json")
     ours = measure_ours(tokens, results, console)
-    peers, versions = {}, {}
-    if args.peers:
-        peers, versions = measure_peers(args.out, args.peers, tokens, results, console)
-    result = report(tokens, source, ours, peers, versions)
+    peers = measure_peers(args.out, args.peers, tokens, results, console) if args.peers else ({}, {})
+    result = report(tokens, source, ours, *peers)
     console.print(table(result), soft_wrap=True)
     if args.json:
         write_json(args.json, result)

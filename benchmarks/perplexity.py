@@ -63,7 +63,7 @@ def perplexity(
         progress: told after every batch how many windows are done, and of how many.
     """
     total, done = 0.0, 0
-    for batch in ids.split(BATCH):
+    for batch in torch.split(ids, BATCH):
         predicted = logits(batch)[:, :-1].flatten(0, 1).float()
         total += float(F.cross_entropy(predicted, batch[:, 1:].flatten(), reduction="sum"))
         done += len(batch)

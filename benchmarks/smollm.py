@@ -149,7 +149,8 @@ def export_smollm(directory: Path) -> None:
     model.tie_weights()
     model.save_pretrained(directory)
     special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
-    PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(), **special).save_pretrained(directory)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(), **special)  # type: ignore[no-untyped-call]
+    tokenizer.save_pretrained(directory)
 
 
 def strings(name: str) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 import sqap
@@ -50,9 +51,47 @@ def test_compress_inspect_and_eval(saved, tmp_path):
     assert log.read_text() == lines, "a finished evaluation is not run again"
 
 
+@pytest.fixture
+def pictures(tmp_path, observe):
+    """Two calibration frames as a directory of images."""
+    directory = tmp_path / "pictures"
+    directory.mkdir()
+    lines = []
+    for i in range(2):
+        Image.fromarray(observe(i).images["corner2"]).save(directory / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "instruction": "open the drawer"}))
+    (directory / "metadata.jsonl").write_text("\n".join(lines))
+    return directory
+
+
+def test_frames_may_come_from_a_directory_and_bytes_from_a_budget(saved, pictures, tmp_path):
+    least = ["compress", saved, "--out", tmp_path / "least", "--frames-from", pictures]
+    run(*least, "--json", tmp_path / "least.json")
+    smallest = json.loads((tmp_path / "least.json").read_text())
+    assert smallest["calibration"]["frames"] == 2
+    budget = smallest["weight_bytes"]["after"] + 4000
+    out = run("compress", saved, "--out", tmp_path / "spent", "--frames-from", pictures,
+              "--target-bytes", budget, "--json", tmp_path / "spent.json")  # fmt: skip
+    spent = json.loads((tmp_path / "spent.json").read_text())
+    assert smallest["weight_bytes"]["after"] < spent["weight_bytes"]["after"] <= budget
+    assert "8-bit weights" in out
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+
+
+def test_sensitivity_shows_options_and_blocks(saved, pictures, tmp_path):
+    out = run("sensitivity", saved, "--frames-from", pictures, "--json", tmp_path / "s.json")
+    assert "round to nearest" in out
+    report = json.loads((tmp_path / "s.json").read_text())
+    assert [option["name"] for option in report["options"]][-1] == "+ GPTQ"
+    assert [block["name"] for block in report["blocks"]][-1] == "head"
+    assert all(0 <= block["overlap"] <= 1 for block in report["blocks"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["compress", "POLICY", "--out", "OUT", "--frames-from", "mars"], "no calibration frames at mars"),
+        (["compress", "POLICY", "--out", "OUT", "--camera", "wrist"], "must be POLICY_CAMERA=DATASET_KEY"),
         (["inspect", "nowhere"], "no policy at nowhere"),
         (["compress", "POLICY", "--out", "OUT", "--keep", 0], "keep_ratio must be in (0, 1], got 0"),
         (["compress", "POLICY", "--out", "OUT", "--keep", 1.5], "keep_ratio must be in (0, 1], got 1.5"),

@@ -19,12 +19,49 @@ def frames(observe):
     return [observe(seed) for seed in range(3)]
 
 
-def test_every_decoder_linear_is_packed_and_nothing_else(policy, frames):
-    small = sqap.compress(policy, Recipe.w4a8(), frames)
-    reports = list_linears(small.model)
+def test_the_presets_pack_all_linears_but_the_actions_own(policy, frames):
+    for recipe in (Recipe.w4a8(), Recipe.w4a4()):
+        small = sqap.compress(policy, recipe, frames)
+        floats = [r.name for r in list_linears(small.model) if not r.quantized]
+        assert floats == ["head.x_embedder", "head.final_layer"]
+        assert small.model.decoder.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+
+
+def test_the_paper_packs_the_decoder_and_nothing_else(policy, frames):
+    reports = list_linears(sqap.compress(policy, Recipe.paper(), frames).model)
     assert {r.part for r in reports if r.quantized} == {"decoder"}
     assert all(r.quantized for r in reports if r.part == "decoder")
-    assert small.model.decoder.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+
+
+def test_an_interrupted_compression_leaves_what_it_has_and_a_finished_one_nothing(policy, frames, tmp_path):
+    def interrupt(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    place = tmp_path / "partial"
+    with pytest.raises(KeyboardInterrupt):
+        sqap.compress(policy, Recipe.w4a8(), frames, progress=interrupt, resume=place)
+    assert len(list(place.glob("*.safetensors"))) == 2
+    resumed = sqap.compress(policy, Recipe.w4a8(), frames, resume=place).model.state_dict()
+    assert not place.exists()
+    whole = sqap.compress(policy, Recipe.w4a8(), frames).model.state_dict()
+    assert all(torch.equal(whole[name], value) for name, value in resumed.items())
+
+
+def test_calibration_without_ranking_only_remembers_its_frames(policy, frames):
+    calibration = sqap.compress(policy, Recipe.w4a8(keep=1), frames).calibration
+    assert (calibration.frames, calibration.top_k, calibration.overlap) == (3, None, None)
+
+
+def test_gptq_needs_frames(policy):
+    with pytest.raises(InputError, match="'gptq' calibrates on frames; give at least one"):
+        sqap.compress(policy, Recipe.w4a8(keep=1))
+
+
+def test_frames_of_another_camera_are_refused(policy, frames):
+    other = dataclasses.replace(frames[0], images={"wrist": frames[0].images["corner2"]}, cameras={})
+    with pytest.raises(InputError, match="reads camera 'corner2'; the observation has .*wrist"):
+        sqap.compress(policy, Recipe.w4a8(), [*frames, other])
 
 
 def test_the_original_is_left_alone(policy, frames, observe):
@@ -87,7 +124,7 @@ def test_without_camera_the_ring_is_skipped_with_one_warning(policy, frames, obs
 
 def test_the_sqap_method_needs_frames(policy):
     with pytest.raises(InputError, match="give at least one frame"):
-        sqap.compress(policy, Recipe.w4a8())
+        sqap.compress(policy, Recipe(pruning=Pruning()))
 
 
 def test_compressing_twice_is_refused(policy, frames):

@@ -70,13 +70,13 @@ def model_inputs(policy: Policy, frame: Observation, seed: int) -> ModelInputs:
     return ModelInputs(policy.pixels(frame), policy.token_ids(frame), noise)
 
 
-def score_overlaps(
-    pruning: Pruning, original: VLA, quantized: VLA, inputs: Sequence[ModelInputs]
-) -> torch.Tensor:
-    """How the quantized model's ranking of tokens agrees with full precision's: mean overlap ``(N,)`` of the
-    top k for k = 1 ... N."""
-    full, low = (_scores(model, pruning, inputs) for model in (original, quantized))
-    return overlap_curve(full, low)
+@torch.inference_mode()
+def ranking_scores(model: VLA, pruning: Pruning, inputs: Sequence[ModelInputs]) -> torch.Tensor:
+    """The attention scores ``(frames, N)`` by which ``pruning`` would rank the visual tokens."""
+    layers = score_layers(pruning)
+    return torch.cat(
+        [attention_scores(model, i.pixels, i.token_ids, layers, pruning.score_queries) for i in inputs]
+    )
 
 
 def _calibrate(
@@ -86,19 +86,11 @@ def _calibrate(
     pruning, top_k, overlap = recipe.pruning, None, None
     if pruning is not None and pruning.method == "sqap":
         share = round(pruning.top_share * pruning.budget(policy.config.model.visual_tokens))
-        curve = score_overlaps(pruning, policy.model, quantized, inputs)[:share]
+        full, low = (ranking_scores(model, pruning, inputs) for model in (policy.model, quantized))
+        curve = overlap_curve(full, low)[:share]
         top_k = choose_k(curve, pruning.overlap)
         overlap = float(curve[top_k - 1]) if top_k else 0.0
     return Calibration(len(frames), hash_frames(frames), top_k, overlap)
-
-
-@torch.inference_mode()
-def _scores(model: VLA, pruning: Pruning, inputs: Sequence[ModelInputs]) -> torch.Tensor:
-    """Attention scores ``(frames, N)`` of ``model``."""
-    layers = score_layers(pruning)
-    return torch.cat(
-        [attention_scores(model, i.pixels, i.token_ids, layers, pruning.score_queries) for i in inputs]
-    )
 
 
 def _check_frames(recipe: Recipe, frames: Sequence[Observation]) -> None:

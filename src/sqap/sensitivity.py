@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
-from sqap.compress import compress, model_inputs, score_overlaps
+from sqap.compress import compress, model_inputs, ranking_scores
 from sqap.errors import InputError
 from sqap.models.storage import stored_bytes
 from sqap.observation import Observation
 from sqap.policy import Policy, PolicyConfig
+from sqap.pruning.calibration import overlap_curve
 from sqap.quantization import stages, wanted
 from sqap.recipe import Override, Pruning, Quantization, Recipe, Scheme
 
@@ -97,6 +99,7 @@ class Replay:
         if not self.frames:
             raise InputError("there is nothing to replay; give at least one frame")
         self._originals = self._chunks(self.policy)
+        self._scores = self._ranking(self.policy)
 
     def measure(self, name: str, quantization: Quantization) -> Option:
         """Quantize a copy of the policy and replay."""
@@ -108,13 +111,19 @@ class Replay:
         return np.stack([policy.act(frame, seed=seed) for seed, frame in enumerate(self.frames)])
 
     def _overlap(self, small: Policy) -> float | None:
-        pruning = self.pruning
-        if pruning is None or pruning.method not in ("sqap", "attention"):
+        scores = self._ranking(small)
+        if self.pruning is None or scores is None or self._scores is None:
+            return None
+        k = self.pruning.budget(scores.shape[1])
+        if self.pruning.method == "sqap":
+            k = max(round(self.pruning.top_share * k), 1)
+        return float(overlap_curve(self._scores, scores)[k - 1])
+
+    def _ranking(self, policy: Policy) -> Tensor | None:
+        if self.pruning is None or self.pruning.method not in ("sqap", "attention"):
             return None
         inputs = [model_inputs(self.policy, frame, seed) for seed, frame in enumerate(self.frames)]
-        budget = pruning.budget(self.policy.config.model.visual_tokens)
-        k = round(pruning.top_share * budget) if pruning.method == "sqap" else budget
-        return float(score_overlaps(pruning, self.policy.model, small.model, inputs)[max(k, 1) - 1])
+        return ranking_scores(policy.model, self.pruning, inputs)
 
 
 def compare_options(
@@ -132,8 +141,9 @@ def compare_options(
         "+ random signs": signed,
         "+ clip search": dataclasses.replace(signed, clip=True),
         "+ GPTQ": dataclasses.replace(signed, clip=True, rounding="gptq"),
-        "the recipe": quantization,
     }
+    if quantization not in ladder.values():
+        ladder["the recipe"] = quantization
     options = []
     for name, setting in ladder.items():
         options.append(replay.measure(name, setting))
@@ -179,38 +189,48 @@ def fit(
     """
     if (target_bytes is None) == (target_error is None):
         raise InputError("give a target in bytes or a target error, one of the two")
-    order = _upgrades(replay, dataclasses.replace(quantization, rounding="nearest"), progress)
+    steps = _steps(replay, dataclasses.replace(quantization, rounding="nearest"), progress)
 
-    def raised(count: int) -> Quantization:
-        chosen = {override.pattern: override for override in order[:count]}  # a later step replaces the first
-        return dataclasses.replace(quantization, overrides=(*quantization.overrides, *chosen.values()))
-
-    def fits(count: int) -> bool:
-        option = replay.measure("", raised(count))
-        if target_bytes is not None:
-            return option.weight_bytes <= target_bytes
-        assert target_error is not None
-        return _scalar(option.error) <= target_error
+    def raised(chosen: Sequence[_Step]) -> Quantization:
+        latest = {step.block: step.override for step in chosen}
+        return dataclasses.replace(quantization, overrides=(*quantization.overrides, *latest.values()))
 
     if target_bytes is not None:
-        count = _last(fits, len(order))
-        if count is None:
-            least = replay.measure("", quantization).weight_bytes
+        least = replay.measure("", dataclasses.replace(quantization, rounding="nearest")).weight_bytes
+        if least > target_bytes:
             raise InputError(f"no choice fits {target_bytes} bytes: the recipe's smallest takes {least}")
-    else:
-        failing = _last(lambda n: not fits(n), len(order))
-        count = 0 if failing is None else failing + 1
-        if count > len(order):
-            raise InputError(
-                f"no choice of blocks brings the error below {target_error}: with none quantized that can be "
-                f"spared it is {_scalar(replay.measure('', raised(len(order))).error):.3g}"
-            )
-    return raised(count)
+        return raised(_affordable(steps, target_bytes - least))
+
+    def misses(count: int) -> bool:
+        assert target_error is not None
+        return _scalar(replay.measure("", raised(steps[:count])).error) > target_error
+
+    failing = _last(misses, len(steps))
+    if failing == len(steps):
+        raise InputError(
+            f"no choice of blocks brings the error below {target_error}: with every block in bfloat16 it is "
+            f"{_scalar(replay.measure('', raised(steps)).error):.3g}"
+        )
+    return raised(steps[: 0 if failing is None else failing + 1])
 
 
-def _upgrades(replay: Replay, quantization: Quantization, progress: Progress | None) -> list[Override]:
-    """Overrides that each raise one block by one step, in the order of error saved per byte."""
-    steps: dict[str, list[tuple[float, Override]]] = {}
+@dataclass(frozen=True)
+class _Step:
+    """One block raised by one step: the override that does it, what it costs in bytes and what it saves."""
+
+    block: str
+    override: Override
+    cost: int
+    saved: float
+
+    @property
+    def worth(self) -> float:
+        return self.saved / max(self.cost, 1)
+
+
+def _steps(replay: Replay, quantization: Quantization, progress: Progress | None) -> list[_Step]:
+    """All steps of all blocks, by what they save per byte; those of one block in their order."""
+    waiting: dict[str, list[_Step]] = {}
     names = blocks(replay.policy, quantization)
     for done, name in enumerate(names):
         scheme = quantization.scheme(f"{name}.anything")
@@ -218,21 +238,35 @@ def _upgrades(replay: Replay, quantization: Quantization, progress: Progress | N
         if scheme is not None and scheme.weight_bits == 4:
             ladder.insert(1, dataclasses.replace(scheme, weight_bits=8, activation_bits=8))
         options = [_alone(replay, quantization, name, s) for s in ladder]
-        steps[name] = [
-            (
-                (_scalar(before.error) - _scalar(after.error))
-                / max(after.weight_bytes - before.weight_bytes, 1),
+        waiting[name] = [
+            _Step(
+                name,
                 Override(f"{name}.*", better),
+                after.weight_bytes - before.weight_bytes,
+                _scalar(before.error) - _scalar(after.error),
             )
             for before, after, better in zip(options, options[1:], ladder[1:], strict=False)
         ]
         if progress is not None:
             progress(done + 1, len(names))
     order = []
-    while any(steps.values()):
-        best = max((name for name in names if steps[name]), key=lambda name: steps[name][0][0])
-        order.append(steps[best].pop(0)[1])
+    while any(waiting.values()):
+        best = max((name for name in names if waiting[name]), key=lambda name: waiting[name][0].worth)
+        order.append(waiting[best].pop(0))
     return order
+
+
+def _affordable(steps: Sequence[_Step], room: int) -> list[_Step]:
+    """Steps that fit into ``room`` bytes together: each in its turn, or none more of its block."""
+    chosen: list[_Step] = []
+    closed = set()
+    for step in steps:
+        if step.block in closed or step.cost > room or step.saved <= 0:
+            closed.add(step.block)
+        else:
+            chosen.append(step)
+            room -= step.cost
+    return chosen
 
 
 def _alone(replay: Replay, quantization: Quantization, name: str, scheme: Scheme | None) -> Option:

@@ -97,8 +97,8 @@ def edit(directory: Path, **changes: object) -> None:
 
 
 def test_another_file_version_is_refused(saved):
-    edit(saved, version=2)
-    with pytest.raises(CheckpointError, match="version 2; this sqap reads version 1"):
+    edit(saved, version=1)
+    with pytest.raises(CheckpointError, match="version 1; this sqap reads version 2"):
         sqap.load(saved)
 
 
@@ -120,6 +120,22 @@ def test_weights_of_another_policy_are_refused_all_at_once(saved):
         sqap.load(saved)
     for part in ("decoder.norm.weight is missing", "extra is not known", "shape (4, 32), not (8, 32)"):
         assert part in str(error.value)
+
+
+def test_a_list_of_linears_that_is_not_the_weights_own_is_refused(saved):
+    linears = json.loads((saved / "policy.json").read_text())["linears"]
+    linears[0]["weight_bits"] = 4
+    edit(saved, linears=linears)
+    with pytest.raises(CheckpointError, match="its list of linears is not what its recipe and weights make"):
+        sqap.load(saved)
+
+
+def test_saving_what_was_loaded_gives_the_same_bytes(policy, observe, tmp_path):
+    small = sqap.compress(policy, Recipe.w4a8(), [observe(0)])
+    small.save(tmp_path / "once")
+    sqap.load(tmp_path / "once").save(tmp_path / "twice")
+    for file in (tmp_path / "once").iterdir():
+        assert (tmp_path / "twice" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_saving_replaces_a_policy_and_leaves_nothing_behind(policy, observe, saved):

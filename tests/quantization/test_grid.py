@@ -1,4 +1,4 @@
-"""The grid: errors within half a step, scales of the promised shape, and no NaN from zeros."""
+"""The grids: errors within half a step, scales of the promised shape, clipping that pays, no NaN from zeros."""
 
 from typing import Any
 
@@ -9,11 +9,15 @@ from hypothesis import given, settings
 
 from sqap.errors import InputError
 from sqap.quantization.grid import (
+    clip_scale,
     dequantize_weight,
     largest_level,
+    max_scale,
     quantize_activation,
     quantize_weight,
+    round_to_grid,
     scale_shape,
+    weight_levels,
 )
 
 GRANULARITIES: list[tuple[Any, int | None]] = [("channel", None), ("group", 4), ("tensor", None)]
@@ -24,6 +28,18 @@ magnitudes = st.sampled_from([1e-30, 1e-3, 1.0, 1e30])
 
 def random(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rounding_error(
+    weight: torch.Tensor, scale: torch.Tensor, bits: int, importance: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Weighted squared error under each scale, by definition and in 64 bits."""
+    q = round_to_grid(weight, scale, bits).double()
+    squares = (weight.double() - dequantize_weight(q, scale.double())).square()
+    if importance is not None:
+        squares *= importance.double()
+    errors = squares.reshape(len(weight), scale.shape[1], -1).sum(2)
+    return errors if len(scale) == len(weight) else errors.sum(0, keepdim=True)
 
 
 @given(seeds, bits, st.sampled_from(GRANULARITIES), magnitudes)
@@ -47,10 +63,122 @@ def test_activations_are_rounded_to_the_nearest_level(
     seed: int, bits: int, granularity: Any, magnitude: float
 ) -> None:
     x = magnitude * random(seed, 2, 5, 12)
-    q, scale = quantize_activation(x, bits, granularity)
+    q, scale, zero_point = quantize_activation(x, bits, granularity)
+    assert zero_point is None
     assert scale.shape == ((2, 5, 1) if granularity == "token" else (1, 1, 1))
     assert q.abs().max() <= largest_level(bits)
     assert ((x - q * scale).abs() <= 0.5001 * scale).all()
+
+
+@given(seeds, bits, st.sampled_from(["token", "tensor"]), magnitudes, st.floats(-3, 3))
+@settings(max_examples=60, deadline=None)
+def test_zero_points_keep_what_leans_to_one_side_within_half_a_step(
+    seed: int, bits: int, granularity: Any, magnitude: float, lean: float
+) -> None:
+    x = magnitude * (random(seed, 2, 5, 12) + lean)
+    x[0, 0, 0] = 0
+    q, scale, zero_point = quantize_activation(x, bits, granularity, symmetric=False)
+    assert zero_point is not None
+    assert scale.shape == zero_point.shape == ((2, 5, 1) if granularity == "token" else (1, 1, 1))
+    assert q.dtype == torch.int8
+    for levels in (q, zero_point):
+        assert levels.min() >= -(1 << bits - 1)
+        assert levels.max() <= largest_level(bits)
+    assert q[0, 0, 0] == zero_point.flatten()[0]  # zero is on the grid
+    dims = -1 if granularity == "token" else (0, 1, 2)
+    span = x.amax(dims, keepdim=True).clamp_min(0) - x.amin(dims, keepdim=True).clamp_max(0)
+    torch.testing.assert_close(scale, span / ((1 << bits) - 1))
+    assert ((x - (q.int() - zero_point) * scale).abs() <= 0.5001 * scale).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_the_scale_of_activations_that_are_not_finite_says_so(symmetric: bool, bad: float) -> None:
+    x = torch.ones(3, 4)
+    x[1, 2] = bad
+    _, scale, _ = quantize_activation(x, 8, "token", symmetric)
+    assert scale.isfinite().flatten().tolist() == [True, False, True]
+
+
+def test_the_largest_finite_activations_have_a_finite_scale() -> None:
+    largest = torch.finfo(torch.float32).max
+    q, scale, zero_point = quantize_activation(torch.tensor([[largest, -largest]]), 8, "token", False)
+    assert scale.isfinite().all()
+    assert zero_point is not None
+    assert (q.int() - zero_point).tolist() in ([[127, -128]], [[128, -127]], [[127, -127]])
+
+
+@given(seeds, bits, st.sampled_from(GRANULARITIES), magnitudes, st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_the_clip_search_never_loses_to_the_largest_weight(
+    seed: int, bits: int, granularity: tuple[Any, int | None], magnitude: float, weighted: bool
+) -> None:
+    weight = magnitude * random(seed, 6, 12) ** 3
+    weight[0] = 0
+    importance = random(seed + 1, 12).square() if weighted else None
+    clipped, covering = clip_scale(weight, bits, *granularity, importance), max_scale(weight, bits, *granularity)
+    assert clipped.dtype == torch.float32
+    assert clipped.shape == covering.shape
+    assert (clipped.abs() <= covering).all()
+    found, limit = (rounding_error(weight, scale, bits, importance) for scale in (clipped, covering))
+    assert (found <= 1.00001 * limit).all()
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_clip_search_comes_close_to_trying_everything(
+    bits: int, granularity: tuple[Any, int | None]
+) -> None:
+    weight, importance = random(0, 20, 240) ** 3, random(1, 240).square()
+    size = None if granularity[1] is None else 60
+    covering = max_scale(weight, bits, granularity[0], size)
+    tried = [
+        rounding_error(weight, sign * factor * covering, bits, importance)
+        for factor in torch.linspace(0.2, 1, 161).tolist()
+        for sign in (1, -1)
+    ]
+    best = torch.stack(tried).amin(0)
+    found = rounding_error(weight, clip_scale(weight, bits, granularity[0], size, importance), bits, importance)
+    assert found.sum() < (1.05 if bits == 4 else 1.2) * best.sum()
+
+
+def test_clipping_uses_the_whole_grid_and_its_longer_side() -> None:
+    weight = random(0, 50, 192)
+    scale = clip_scale(weight, 4, "channel")
+    q = round_to_grid(weight, scale, 4)
+    assert weight_levels(4) == (-8, 7)
+    assert (q.amin(1) == -8).all()
+    assert q.max() == 7
+    largest = weight.gather(1, weight.abs().argmax(1, keepdim=True))
+    assert torch.equal(scale > 0, largest < 0)
+    torch.testing.assert_close(clip_scale(-weight, 4, "channel"), -scale)
+    assert (clip_scale(weight, 8, "channel") > 0).all()
+    assert round_to_grid(-weight, 0.5 * max_scale(weight, 8, "channel"), 8).min() == -127
+
+
+def test_what_is_important_is_not_clipped() -> None:
+    weight, importance = random(0, 8, 512), torch.ones(512)
+    weight[:, 3], importance[3] = 20, 1e5
+    for given_importance, clipped in ((None, True), (importance, False)):
+        scale = clip_scale(weight, 4, "channel", None, given_importance)
+        outlier = dequantize_weight(round_to_grid(weight, scale, 4), scale)[:, 3]
+        assert ((outlier - 20).abs() > 2).all() == clipped
+
+
+def test_a_weight_larger_than_a_chunk_is_treated_row_by_row() -> None:
+    weight = random(0, 600, 600)  # 600 x 600 is more than one chunk
+    scale = clip_scale(weight, 4, "channel")
+    torch.testing.assert_close(scale[500:], clip_scale(weight[500:], 4, "channel"))
+    q = round_to_grid(weight, scale, 4)
+    assert torch.equal(q, (weight / scale).round().clamp(-8, 7).to(torch.int8))
+    tensor = clip_scale(weight, 4, "tensor")
+    found, limit = (rounding_error(weight, s, 4) for s in (tensor, max_scale(weight, 4, "tensor")))
+    assert found.item() < 0.7 * limit.item()
+
+
+def test_importance_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(InputError, match="importance .* not finite"):
+        clip_scale(torch.ones(2, 4), 4, "channel", None, torch.tensor([1, 1, float("nan"), 1]))
 
 
 def test_every_channel_and_every_token_uses_the_whole_grid() -> None:
@@ -70,10 +198,14 @@ def test_group_scales_belong_to_their_own_columns() -> None:
 @pytest.mark.parametrize("value", [0.0, 1e-45])
 def test_zeros_and_denormals_stay_finite(value: float) -> None:
     x = torch.full((3, 8), value)
-    for q, scale in (quantize_weight(x, 4, "channel"), quantize_activation(x, 4, "token")):
+    for scale in (max_scale(x, 4, "channel"), clip_scale(x, 4, "channel")):
+        assert scale.isfinite().all()
+        assert (round_to_grid(x, scale, 4) == 0).all()
+    for symmetric in (True, False):
+        q, scale, zero_point = quantize_activation(x, 4, "token", symmetric)
         assert scale.isfinite().all()
         assert (scale > 0).all()
-        assert (q * scale == 0).all()
+        assert (q == (0 if zero_point is None else zero_point)).all()
 
 
 def test_group_size_must_divide_the_inputs() -> None:

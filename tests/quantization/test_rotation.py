@@ -1,74 +1,44 @@
-"""Rotation: the transform is Sylvester's matrix, and a rotated policy is the same function."""
+"""Rotation: a rotated policy is the same function, in another basis."""
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from scipy.linalg import hadamard
-from torch import Tensor
+from torch import Tensor, nn
 
 from sqap.errors import InputError
-from sqap.models import VLA
-from sqap.quantization import prepare_rotated, rotate_decoder
-from sqap.quantization.linear import quantize_decoder
-from sqap.quantization.rotation import HadamardLinear, block_hadamard, is_rotated, largest_block
+from sqap.models import VLA, DecoderConfig
+from sqap.models.decoder import Decoder, DecoderLayer, RMSNorm, rope_angles
+from sqap.quantization import prepare_rotated, quantize_model, rotate_decoder
+from sqap.quantization import rotation as rotation_module
+from sqap.quantization.hadamard import Hadamard, block_hadamard
+from sqap.quantization.rotation import (
+    HadamardLinear,
+    Rotation,
+    is_rotated,
+    rotate_input,
+    rotate_layer,
+    rotate_norm,
+)
 from sqap.recipe import Quantization
 
 MakeModel = Callable[..., VLA]
 Inputs = tuple[list[Tensor], Tensor, Tensor]
-blocks = st.sampled_from([2**i for i in range(11)])
+seeds = pytest.mark.parametrize("seed", [None, 3])
 
 
-@given(blocks, st.integers(1, 3), st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
-def test_blocks_are_multiplied_by_sylvesters_matrix(block: int, count: int, seed: int) -> None:
-    x = torch.randn(2, 3, count * block, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    matrix = torch.from_numpy(hadamard(block)).double() / block**0.5
-    expected = (x.view(2, 3, count, block) @ matrix).view_as(x)
-    torch.testing.assert_close(block_hadamard(x, block), expected, rtol=0, atol=1e-12)
-
-
-@given(blocks, st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
-def test_the_transform_keeps_lengths_and_undoes_itself(block: int, seed: int) -> None:
-    x = torch.randn(4, 3 * block, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    rotated = block_hadamard(x, block)
-    torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1))
-    torch.testing.assert_close(block_hadamard(rotated, block), x, rtol=0, atol=1e-12)
-
-
-def test_one_outlier_is_spread_evenly() -> None:
-    x = torch.zeros(1, 64)
-    x[0, 17] = 8
-    assert torch.equal(block_hadamard(x, 64).abs(), torch.ones(1, 64))
-
-
-def test_the_type_is_kept_and_strided_inputs_work() -> None:
-    x = torch.randn(32, 6)
-    assert block_hadamard(x.T.bfloat16(), 32).dtype == torch.bfloat16
-    torch.testing.assert_close(block_hadamard(x.T, 32), block_hadamard(x.T.contiguous(), 32))
-
-
-def test_a_transform_made_in_inference_mode_serves_training_too() -> None:
-    with torch.inference_mode():
-        block_hadamard(torch.ones(1, 8, dtype=torch.float16), 8)
-    x = torch.ones(1, 8, dtype=torch.float16, requires_grad=True)
-    (gradient,) = torch.autograd.grad(block_hadamard(x, 8).sum(), x)
-    assert gradient.isfinite().all()
-
-
-@pytest.mark.parametrize(("width", "block"), [(12, 3), (12, 8), (12, 0), (12, -4)])
-def test_blocks_that_do_not_fit_are_refused(width: int, block: int) -> None:
-    with pytest.raises(InputError, match=f"divides {width}, got {block}"):
-        block_hadamard(torch.ones(1, width), block)
-
-
-@pytest.mark.parametrize(("width", "block"), [(11008, 256), (640, 128), (256, 256), (192, 64), (7, 1)])
-def test_largest_block(width: int, block: int) -> None:
-    assert largest_block(width) == block
+def random_decoder(config: DecoderConfig) -> Decoder:
+    """Gains and biases are random, so that nothing passes because one is one or zero."""
+    torch.manual_seed(0)
+    decoder = Decoder(config).eval()
+    for module in decoder.modules():
+        if isinstance(module, RMSNorm):
+            nn.init.uniform_(module.weight, 0.3, 3.0)
+    return decoder
 
 
 SHAPES = [
@@ -76,21 +46,44 @@ SHAPES = [
     {"width": 256, "heads": 4, "kv_heads": 2},
     {"width": 192, "heads": 3, "kv_heads": 3, "mlp": 512},
     {"width": 72, "heads": 6, "kv_heads": 2, "head_dim": 12, "mlp": 88},
+    {"width": 46, "heads": 3, "kv_heads": 1, "head_dim": 14, "mlp": 7},
 ]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@seeds
 @torch.no_grad()
 def test_a_rotated_policy_is_the_same_function(
-    make_model: MakeModel, inputs: Inputs, shape: dict[str, int]
+    make_model: MakeModel, inputs: Inputs, shape: dict[str, int], seed: int | None
 ) -> None:
     model, rotated = make_model(**shape), make_model(**shape)
-    rotate_decoder(rotated)
+    rotate_decoder(rotated, seed)
     pixels, tokens, _ = inputs
     before = model.decoder(model.sequence(model.see(pixels), tokens))
     after = rotated.decoder(rotated.sequence(rotated.see(pixels), tokens))
     assert (after - before).norm() < 1e-5 * before.norm()
     torch.testing.assert_close(rotated(*inputs), model(*inputs), rtol=0, atol=1e-4)
+
+
+@given(
+    width=st.sampled_from([144, 24, 96, 48, 40, 32, 10]),
+    heads=st.sampled_from([(1, 1), (3, 1), (4, 2), (2, 2)]),
+    head_dim=st.sampled_from([2, 8, 12, 20, 24]),
+    mlp=st.sampled_from([144, 24, 96, 44, 7]),
+    seed=st.one_of(st.none(), st.integers(0, 2**40)),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+@settings(max_examples=15, deadline=None)
+@torch.no_grad()
+def test_a_decoder_alone_is_the_same_function(
+    width: int, heads: tuple[int, int], head_dim: int, mlp: int, seed: int | None, dtype: torch.dtype
+) -> None:
+    decoder = random_decoder(DecoderConfig(11, width, 2, *heads, head_dim, mlp)).to(dtype)
+    rotated = copy.deepcopy(decoder)
+    rotate_decoder(rotated, seed)
+    ids = torch.tensor([[1, 5, 9, 2, 10, 0]])
+    before, after = decoder(decoder.embed_tokens(ids)), rotated(rotated.embed_tokens(ids))
+    assert (after - before).norm() < 1e-5 * before.norm()
 
 
 @torch.no_grad()
@@ -102,6 +95,95 @@ def test_everything_inside_is_in_another_basis(make_model: MakeModel, inputs: In
     for name, weight in model.decoder.layers.named_parameters():
         changed = (rotated.decoder.layers.get_parameter(name) - weight).norm() / weight.norm()
         assert changed > 0.1, name
+
+
+@torch.no_grad()
+def test_signs_are_another_basis_again(make_model: MakeModel, inputs: Inputs) -> None:
+    plain, signed, other = make_model(), make_model(), make_model()
+    for model, seed in ((plain, None), (signed, 3), (other, 4)):
+        rotate_decoder(model, seed)
+    names = [f"decoder.{name}" for name, _ in plain.decoder.named_parameters() if "layernorm" not in name]
+    for name in names:
+        matrices = [model.get_parameter(name) for model in (plain, signed, other)]
+        for a, b in ((0, 1), (1, 2), (0, 2)):
+            assert (matrices[a] - matrices[b]).norm() > 0.1 * matrices[a].norm(), name
+    rotation = Rotation.of(signed.config.decoder, 3)
+    expected = rotation.residual.apply(make_model().see(inputs[0]))
+    torch.testing.assert_close(signed.see(inputs[0]), expected, rtol=0, atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_bytes(make_model: MakeModel) -> None:
+    first, second = make_model(), make_model()
+    rotate_decoder(first, 3)
+    rotate_decoder(second, 3)
+    for name, weight in first.state_dict().items():
+        assert torch.equal(second.state_dict()[name], weight), name
+
+
+@torch.no_grad()
+def test_biases_are_rotated_too() -> None:
+    """Qwen's q, k and v have biases."""
+    decoder = random_decoder(DecoderConfig(11, 96, 2, 4, 2, 24, 48))
+    for name, module in list(decoder.layers.named_modules()):
+        if isinstance(module, nn.Linear):
+            biased = nn.Linear(module.in_features, module.out_features)
+            parent, _, attribute = name.rpartition(".")
+            setattr(decoder.layers.get_submodule(parent), attribute, biased)
+    rotated = copy.deepcopy(decoder)
+    rotate_decoder(rotated, 3)
+    ids = torch.tensor([[1, 5, 9, 2, 10, 0]])
+    before, after = decoder(decoder.embed_tokens(ids)), rotated(rotated.embed_tokens(ids))
+    assert (after - before).norm() < 1e-5 * before.norm()
+
+
+@seeds
+@torch.no_grad()
+def test_stages_rotated_one_by_one_are_the_whole(make_model: MakeModel, seed: int | None) -> None:
+    whole, staged = make_model(), make_model()
+    rotate_decoder(whole, seed)
+    rotation = Rotation.of(staged.config.decoder, seed)
+    last: Any = staged.projector.layers[-1]
+    rotate_input(staged.decoder.embed_tokens, last, rotation)
+    staged.decoder.norm = rotate_norm(staged.decoder.norm, rotation)
+    for layer in reversed(staged.decoder.layers):
+        assert isinstance(layer, DecoderLayer)
+        rotate_layer(layer, rotation)
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(staged.state_dict()[name], weight), name
+
+
+@seeds
+@torch.no_grad()
+def test_one_layer_reads_and_writes_the_rotated_stream(seed: int | None) -> None:
+    config = DecoderConfig(11, 96, 1, 4, 2, 24, 48)
+    layer = random_decoder(config).layers[0]
+    rotated, rotation = copy.deepcopy(layer), Rotation.of(config, seed)
+    assert isinstance(rotated, DecoderLayer)
+    rotate_layer(rotated, rotation)
+    x, rope = torch.randn(2, 5, 96), rope_angles(torch.arange(5)[None], config, torch.float32)
+    expected = rotation.residual.apply(layer(x, rope)[0])
+    torch.testing.assert_close(rotated(rotation.residual.apply(x), rope)[0], expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_norm_is_copied_not_changed() -> None:
+    decoder = random_decoder(DecoderConfig(11, 96, 1, 4, 2, 24, 48))
+    before, rotation = decoder.norm.weight.clone(), Rotation.of(decoder.config, 3)
+    rotated, x = rotate_norm(decoder.norm, rotation), torch.randn(2, 96)
+    assert torch.equal(decoder.norm.weight, before)
+    torch.testing.assert_close(rotated(rotation.residual.apply(x)), decoder.norm(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weights_rotated_piece_by_piece_are_the_same(
+    make_model: MakeModel, shape: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once, in_pieces = make_model(**shape), make_model(**shape)
+    rotate_decoder(at_once, 3)
+    monkeypatch.setattr(rotation_module, "PIECE", 3000)
+    rotate_decoder(in_pieces, 3)
+    for name, weight in at_once.state_dict().items():
+        torch.testing.assert_close(in_pieces.state_dict()[name], weight, rtol=1e-6, atol=1e-7)
 
 
 @torch.no_grad()
@@ -126,11 +208,14 @@ def test_attention_is_what_it_was(make_model: MakeModel, inputs: Inputs) -> None
     torch.testing.assert_close(records[1], records[0], rtol=1e-4, atol=1e-6)
 
 
+@seeds
 @torch.no_grad()
-def test_rotated_weights_load_into_a_prepared_model(make_model: MakeModel, inputs: Inputs) -> None:
+def test_rotated_weights_load_into_a_prepared_model(
+    make_model: MakeModel, inputs: Inputs, seed: int | None
+) -> None:
     rotated, loaded = make_model(), make_model()
     names = set(rotated.state_dict())
-    rotate_decoder(rotated)
+    rotate_decoder(rotated, seed)
     assert set(rotated.state_dict()) == names
     weights = copy.deepcopy(loaded.state_dict())
     prepare_rotated(loaded)
@@ -143,27 +228,44 @@ def test_rotated_weights_load_into_a_prepared_model(make_model: MakeModel, input
 @torch.no_grad()
 def test_half_precision_weights_are_rounded_once(make_model: MakeModel) -> None:
     exact, half = make_model().bfloat16().double(), make_model().bfloat16()
-    rotate_decoder(exact)
-    rotate_decoder(half)
+    rotate_decoder(exact, 3)
+    rotate_decoder(half, 3)
     for name, weight in exact.state_dict().items():
         assert torch.equal(half.state_dict()[name], weight.bfloat16()), name
 
 
 def test_rotating_twice_is_refused(make_model: MakeModel) -> None:
     model = make_model()
+    assert not is_rotated(model)
     rotate_decoder(model)
     assert is_rotated(model)
-    for again in (rotate_decoder, prepare_rotated):
+    assert is_rotated(model.decoder)
+    weights = copy.deepcopy(model.state_dict())
+    layer: Any = model.decoder.layers[0]
+    for again in (
+        lambda: rotate_decoder(model),
+        lambda: rotate_decoder(model.decoder),
+        lambda: prepare_rotated(model),
+        lambda: rotate_layer(layer, Rotation.of(model.config.decoder)),
+    ):
         with pytest.raises(InputError, match="already rotated"):
-            again(model)
+            again()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weights[name], weight), name
 
 
-def test_a_quantized_decoder_is_not_rotated(make_model: MakeModel) -> None:
-    model = make_model()
-    quantize_decoder(model, Quantization(rotate=False))
+@pytest.mark.parametrize("verb", [rotate_decoder, prepare_rotated])
+def test_a_quantized_decoder_is_not_rotated(make_model: MakeModel, verb: Callable[[VLA], None]) -> None:
+    """Not even in part: here only the last layer is quantized, and the first is looked at before it."""
+    model, quantized = make_model(), quantize_model(make_model(), Quantization(rotate=False))
+    model.decoder.layers[-1] = quantized.decoder.layers[-1]
+    weights = copy.deepcopy(model.state_dict())
     with pytest.raises(InputError, match="already quantized"):
-        rotate_decoder(model)
+        verb(model)
     assert not is_rotated(model)
+    assert not any(isinstance(module, HadamardLinear) for module in model.modules())
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weights[name], weight), name
 
 
 def test_a_hadamard_linear_shares_the_parameters_it_takes_over() -> None:
@@ -173,3 +275,4 @@ def test_a_hadamard_linear_shares_the_parameters_it_takes_over() -> None:
     assert rotating.bias is linear.bias
     x = torch.randn(5, 64)
     torch.testing.assert_close(rotating(block_hadamard(x, 64)), linear(x))
+    torch.testing.assert_close(rotating.rotate_input(x), Hadamard(64).apply(x))

@@ -5,10 +5,14 @@ import pytest
 
 pytest.importorskip("metaworld")
 
-from reference import collect, model, train
-from reference.export import make_tokenizer
+import torch
+
+from reference import collect, train
+from reference.blueprint import Blueprint
+from reference.nano import NANO
 from sqap.environments.metaworld import MetaWorld
 from sqap.environments.metaworld_tasks import INSTRUCTIONS
+from sqap.models import VLA
 
 
 @pytest.fixture
@@ -49,14 +53,52 @@ def test_the_disturbed_expert_still_closes_the_drawer(env):
     assert samples.chunks[0].shape == (8, 4)
 
 
-def test_training_and_the_shipped_tokenizer_agree():
-    tokenizer = make_tokenizer()
-    for instruction in [*INSTRUCTIONS.values(), "Open the POD bay door"]:
-        assert tokenizer.encode(instruction.lower()).ids == model.token_ids(instruction)
+def test_every_word_of_the_instructions_is_a_token():
+    tokenizer = NANO.tokenizer()
+    for instruction in INSTRUCTIONS.values():
+        tokens = tokenizer.encode(instruction).tokens
+        assert tokens == ["<s>", *instruction.lower().split(), "</s>"]
+    assert tokenizer.encode("Open the POD bay door").tokens == ["<s>", "open", "the", "<unk>", "<unk>", "door", "</s>"]
 
 
 def test_the_learning_rate_warms_up_holds_and_ends_at_zero():
-    rates = [train.learning_rate(step, 5000) for step in range(5000)]
-    assert rates[0] < rates[100] < train.PEAK_RATE
-    assert rates[1000] == rates[2000] == train.PEAK_RATE
-    assert rates[-1] < 1e-3 * train.PEAK_RATE
+    rates = [train.learning_rate(step, 300, 5000) for step in range(5000)]
+    assert rates[0] < rates[100] < 1
+    assert rates[1000] == rates[2000] == 1
+    assert rates[-1] < 1e-3
+
+
+def test_parameters_get_the_rate_of_their_first_prefix_and_rate_zero_is_frozen():
+    plan = Blueprint(
+        "x",
+        NANO.packaged,
+        NANO.config,
+        NANO.tokenizer,
+        rates={"vla.vision": 0.0, "vla.decoder.layers.0.": 0.0, "vla.decoder": 2e-4, "": 1e-3},
+    )
+    model = train.Trainee(plan.config)
+    groups = train.make_optimizer(model, plan).param_groups
+    rate_of = {id(p): group["rate"] for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        frozen = name.startswith(("vla.vision", "vla.decoder.layers.0."))
+        assert parameter.requires_grad != frozen, name
+        if not frozen:
+            assert rate_of[id(parameter)] == (2e-4 if name.startswith("vla.decoder") else 1e-3), name
+
+
+def test_the_language_models_words_and_weights_are_taken_over():
+    pytest.importorskip("gguf")
+    from reference import smollm
+
+    tokenizer = smollm.make_tokenizer()
+    whole = smollm._tokenizer(smollm.strings("tokens"))
+    for instruction in INSTRUCTIONS.values():
+        assert tokenizer.encode(instruction).tokens == whole.encode(instruction).tokens
+        ids = tokenizer.encode(instruction).ids[1:-1]
+        assert tokenizer.decode(ids) == instruction.lower()
+    plan = smollm.blueprint()
+    model = VLA(plan.config)
+    smollm.initialise(model)
+    table = smollm.pretrained(0)["embed_tokens.weight"]
+    row = tokenizer.token_to_id("put")
+    assert torch.equal(model.decoder.embed_tokens.weight[row], table[smollm.strings("tokens").index("put")])

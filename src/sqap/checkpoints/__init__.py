@@ -8,7 +8,12 @@ from sqap.checkpoints.native import fingerprint, load_policy
 from sqap.errors import CheckpointError
 from sqap.policy import Policy
 
-BUNDLED = {"reference": Path(__file__).parent.parent / "assets" / "reference"}
+_PACKAGE = Path(__file__).parent.parent
+BUNDLED = {
+    "reference": _PACKAGE / "assets" / "reference",
+    # Too large for the package: it is found where sqap runs from a checkout of its repository.
+    "reference-smollm": _PACKAGE.parent.parent / "policies" / "reference-smollm",
+}
 
 
 def locate(source: str | Path) -> Path:
@@ -18,6 +23,11 @@ def locate(source: str | Path) -> Path:
         CheckpointError: there is neither.
     """
     directory = BUNDLED.get(str(source), Path(source))
+    if not directory.is_dir() and str(source) in BUNDLED:
+        raise CheckpointError(
+            f"{source} is not part of the installed package; it is policies/{source} of sqap's repository, "
+            "from a checkout of which sqap finds it"
+        )
     if not directory.is_dir():
         raise CheckpointError(
             f"no policy at {source}: give a directory, or the name of a bundled policy ({', '.join(BUNDLED)})"

@@ -16,8 +16,8 @@ from sqap.frames.lerobot_metadata import (
     INFO,
     TASKS,
     Episode,
-    Info,
     camera_keys,
+    number,
     read_episodes,
     read_info,
     read_tasks,
@@ -39,8 +39,8 @@ class _Moment:
     frame: int
 
     @property
-    def number(self) -> int:
-        """Counted through the whole dataset."""
+    def index(self) -> int:
+        """Its number, counted through the whole dataset."""
         return self.episode.first + self.frame
 
     @property
@@ -89,7 +89,9 @@ def read_dataset(
     images: list[dict[str, np.ndarray]] = [{} for _ in moments]
     done = 0
     for camera, key in keys.items():
-        for i, image in _pictures(info, key, moments, rows):
+        filmed = info.is_video(key)
+        pictures = _filmed(key, moments, rows, info.fps) if filmed else _stored(key, moments, rows)
+        for i, image in pictures:
             images[i][camera] = image
             done += 1
             if progress is not None:
@@ -116,33 +118,37 @@ def _read_rows(moments: Sequence[_Moment], columns: Sequence[str]) -> list[dict[
         by_file[moment.episode.data].append(i)
     rows: list[dict[str, Any]] = [{} for _ in moments]
     for path, members in by_file.items():
-        wanted = {moments[i].number for i in members}
+        wanted = {moments[i].index for i in members}
         found = {row["index"]: row for row in read_rows(path, [*_ROW, *columns], "index", wanted)}
         for i in members:
-            rows[i] = found.get(moments[i].number, {})
+            rows[i] = found.get(moments[i].index, {})
             if (rows[i].get("episode_index"), rows[i].get("frame_index")) != moments[i].place:
                 raise InputError(
-                    f"{path} does not hold {moments[i].where} at index {moments[i].number}, "
+                    f"{path} does not hold {moments[i].where} at index {moments[i].index}, "
                     "where meta/episodes says it is"
                 )
     return rows
 
 
-def _pictures(
-    info: Info, key: str, moments: Sequence[_Moment], rows: Sequence[Mapping[str, Any]]
+def _stored(
+    key: str, moments: Sequence[_Moment], rows: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """One camera's pictures, each with the position of its moment; one video is opened at a time."""
-    if not info.is_video(key):
-        for i, (moment, row) in enumerate(zip(moments, rows, strict=True)):
-            where = f"{key} in {moment.where} of {moment.episode.data}"
-            yield i, decode_image((row[key] or {}).get("bytes") or b"", where)
-        return
-    by_file: dict[Path, list[int]] = defaultdict(list)
-    for i, moment in enumerate(moments):
-        by_file[moment.episode.videos[key][0]].append(i)
-    for path, members in by_file.items():
-        times = [moments[i].episode.videos[key][1] + rows[i]["timestamp"] for i in members]
-        yield from zip(members, frames_at(path, times, info.fps), strict=True)
+    """A camera's pictures out of the rows, each with the position of its moment."""
+    for i, (moment, row) in enumerate(zip(moments, rows, strict=True)):
+        file = row[key] if isinstance(row[key], dict) else {}
+        yield i, decode_image(file.get("bytes") or b"", f"{key} in {moment.where} of {moment.episode.data}")
+
+
+def _filmed(
+    key: str, moments: Sequence[_Moment], rows: Sequence[Mapping[str, Any]], fps: float
+) -> Iterator[tuple[int, np.ndarray]]:
+    """A camera's pictures out of its videos, each with the position of its moment; one video at a time."""
+    times: dict[Path, dict[int, float]] = defaultdict(dict)
+    for i, (moment, row) in enumerate(zip(moments, rows, strict=True)):
+        path, start = moment.episode.videos[key]
+        times[path][i] = start + number(row["timestamp"], f"timestamp of {moment.where}")
+    for path, members in times.items():
+        yield from zip(members, frames_at(path, list(members.values()), fps), strict=True)
 
 
 def _observation(

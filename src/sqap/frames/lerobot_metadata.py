@@ -96,9 +96,10 @@ def read_info(root: Path) -> Info:
     if not isinstance(features, dict) or not all(isinstance(value, dict) for value in features.values()):
         raise InputError(f"{path} must have features, an object of objects")
     data_path, video_path = data.get("data_path"), data.get("video_path")
-    if not isinstance(data_path, str) or not (video_path is None or isinstance(video_path, str)):
+    with_videos = any(feature.get("dtype") == "video" for feature in features.values())
+    if not isinstance(data_path, str) or (with_videos and not isinstance(video_path, str)):
         raise InputError(f"{path} must have the templates data_path and, with videos, video_path")
-    rate = _number(fps, f"{path}: fps")
+    rate = number(fps, f"{path}: fps")
     if rate <= 0:
         raise InputError(f"{path}: fps must be positive, got {fps}")
     return Info(root, rate, features, data_path, video_path)
@@ -141,7 +142,7 @@ def read_episodes(info: Info, video_keys: Iterable[str]) -> list[Episode]:
     episodes = []
     for path in sorted((info.root / EPISODES).glob("*/*.parquet")):
         for row in read_rows(path, columns):
-            numbers = {name: _number(value, f"{path}: {name}") for name, value in row.items()}
+            numbers = {name: number(value, f"{path}: {name}") for name, value in row.items()}
             episodes.append(_episode(info, numbers, video_keys))
     return sorted(episodes, key=lambda episode: episode.index)
 
@@ -160,9 +161,9 @@ def read_tasks(info: Info) -> dict[int, str]:
 
 def _episode(info: Info, row: Mapping[str, float], video_keys: Sequence[str]) -> Episode:
     def file(template: str, prefix: str, **names: str) -> Path:
-        chunk, number = int(row[f"{prefix}/chunk_index"]), int(row[f"{prefix}/file_index"])
+        chunk, place = int(row[f"{prefix}/chunk_index"]), int(row[f"{prefix}/file_index"])
         try:
-            return info.root / template.format(chunk_index=chunk, file_index=number, **names)
+            return info.root / template.format(chunk_index=chunk, file_index=place, **names)
         except (LookupError, ValueError, AttributeError) as error:
             raise InputError(f"{info.root / INFO}: {template!r} is no template of a path") from error
 
@@ -182,7 +183,8 @@ def _episode(info: Info, row: Mapping[str, float], video_keys: Sequence[str]) ->
     )
 
 
-def _number(value: Any, where: str) -> float:
+def number(value: Any, where: str) -> float:
+    """``value``, or an `InputError` if it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise InputError(f"{where} must be a number, got {value!r}")
     return value
@@ -190,10 +192,11 @@ def _number(value: Any, where: str) -> float:
 
 def _is_depth(feature: Mapping[str, Any]) -> bool:
     """Depth maps carry one of three marks, by the version of LeRobot that wrote them."""
-    info, video_info = feature.get("info") or {}, feature.get("video_info") or {}
-    marks = (
-        info.get("is_depth_map"),
-        info.get("video.is_depth_map"),
-        video_info.get("video.is_depth_map"),
+    return any(
+        isinstance(feature.get(place), dict) and feature[place].get(mark)
+        for place, mark in (
+            ("info", "is_depth_map"),
+            ("info", "video.is_depth_map"),
+            ("video_info", "video.is_depth_map"),
+        )
     )
-    return any(marks)

@@ -10,8 +10,8 @@ from typing import Any
 from sqap.errors import InputError
 from sqap.frames.extra import import_extra
 
-# A row may hold a picture of each camera. LeRobot writes one row group per episode, its converter one per
-# file: read whole, that is half a gigabyte; in these portions it is some megabytes, and faster.
+# A row may hold a picture of each camera, and LeRobot's converter writes one row group per file: portions
+# this small keep memory at some megabytes whatever the file's size.
 _BATCH_ROWS = 64
 _BUFFER_BYTES = 2**20
 
@@ -64,12 +64,11 @@ def _row_groups(path: Path, key: str, wanted: Collection[int]) -> list[int]:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     pa, parquet = import_extra("pyarrow"), import_extra("pyarrow.parquet")
-    if not path.is_file():
-        raise InputError(f"{path} is missing")
     try:
+        if not path.is_file():
+            raise InputError(f"{path} is missing")
         with parquet.ParquetFile(str(path), buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
             yield file
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"cannot read {path}, which should be parquet: {str(error).splitlines()[0]}"
-        ) from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"cannot read {path}, which should be parquet: {reason}") from error

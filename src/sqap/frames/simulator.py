@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 from sqap import environments
 from sqap.evaluation.rollout import Actor, noise_seed
@@ -31,7 +32,8 @@ def collect_frames(
     frames: list[Observation] = []
     for task, share in zip(tasks, shares, strict=True):
         if share:
-            frames += _frames_of_task(policy, environments.make(env, task), share)
+            with closing(environments.make(env, task)) as simulator:
+                frames += _frames_of_task(policy, simulator, share)
         if progress is not None:
             progress(len(frames), count)
     return frames
@@ -50,5 +52,4 @@ def _frames_of_task(policy: Actor, env: environments.Environment, count: int) ->
                 break
             observation = env.observe()
         seed += 1
-    env.close()
     return frames

@@ -32,16 +32,16 @@ def frames_at(path: Path, times: Sequence[float], fps: float) -> Iterator[np.nda
         InputError: PyAV is missing, the video cannot be decoded, or it has no frame at such a time.
     """
     av = import_extra("av")
-    if not path.is_file():
-        raise InputError(f"{path} is missing")
     try:
-        with av.open(str(path)) as container:
+        if not path.is_file():
+            raise InputError(f"{path} is missing")
+        with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise InputError(f"{path} holds no video")
             stream = container.streams.video[0]
             for time in times:
                 yield _nearest(container, stream, time, 0.5 / fps, path).to_ndarray(format="rgb24")
-    except (av.FFmpegError, OSError) as error:
+    except (av.FFmpegError, OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot decode {path}: {getattr(error, 'strerror', None) or error}") from error
 
 

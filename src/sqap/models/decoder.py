@@ -55,7 +55,7 @@ class FloatKV:
 
 
 class KVCache:
-    """Keys and values per layer, as a `KVFormat` holds them; layers after a pruned one have kept positions only."""
+    """Keys and values per layer as a `KVFormat` holds them; behind a pruned layer, of kept positions only."""
 
     def __init__(self, layers: int) -> None:
         self._entries: list[tuple[Tensor, ...]] = [()] * layers

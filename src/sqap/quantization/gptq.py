@@ -27,6 +27,7 @@ from sqap.errors import InputError
 from sqap.quantization.grid import round_to_grid, row_chunks, rows_of, weight_levels
 
 PANEL = 128  # columns
+STRIP = 16  # columns of a panel that make up for each other one by one
 TOKENS = 512  # calibration inputs added at a time
 CHUNK = 1 << 22  # weights rounded at a time
 SMALLEST_DAMPING = 1e-4
@@ -129,72 +130,83 @@ def gptq(weight: Tensor, scale: Tensor, bits: int, factor: Factor) -> Tensor:
     """
     levels = round_to_grid(weight, scale, bits)
     for rows in row_chunks(weight, CHUNK):
-        ordered = weight[rows][:, factor.order].T.float().contiguous()
-        steps = _Steps(rows_of(scale, rows).T, factor.order * scale.shape[1] // len(factor.order))
-        nearest = ordered - levels[rows][:, factor.order].T * steps.of(slice(None))
-        found, error = _round(ordered, steps, bits, factor)
-        better = ~_is_below(error, nearest, factor)
-        levels[rows][better] = found.T[better][:, factor.order.argsort()]
+        part = _Rows(weight[rows].T.float().contiguous(), rows_of(scale, rows).T, weight_levels(bits), factor)
+        found, error = part.round()
+        better = ~part.is_nearest_below(error)
+        levels[rows][better] = found.T[better]
     return levels
 
 
 @dataclass(frozen=True)
-class _Steps:
-    """The scales of some rows: ``scale`` ``(groups, rows or 1)`` and the group of each place ``(in,)``."""
+class _Rows:
+    """Some rows of a weight ``(in, rows)`` and their scales ``(groups, rows or 1)``, transposed: one GEMM per
+    panel, and contiguous columns inside it."""
 
+    weight: Tensor
     scale: Tensor
-    group: Tensor
+    limits: tuple[int, int]
+    factor: Factor
 
-    def of(self, places: slice) -> Tensor:
-        """``(places, rows or 1)``."""
-        return self.scale[self.group[places]]
+    def round(self) -> tuple[Tensor, Tensor]:
+        """The levels ``(in, rows)``, int8, and the error of each row ``(rows,)``."""
+        levels = torch.empty_like(self.weight, dtype=torch.int8)
+        e = torch.empty_like(self.weight)  # in the factor's order
+        error = e.new_zeros(e.shape[1])
+        for places, panel in _last_to_first(self.factor.panels):
+            e[places], scale = self._columns(places)
+            target = torch.addmm(e[places], panel[panel.shape[1] :].T, e[places.stop :])
+            q = _round_columns(e[places], target, scale, panel, self.limits)
+            levels[self.factor.order[places]] = q.to(torch.int8)
+            error += self.factor.diagonal[places] @ q.mul_(scale).sub_(target).square_()
+        return levels, self._undamped(error, e)
+
+    def is_nearest_below(self, limit: Tensor) -> Tensor:
+        """Where the error of rounding to nearest is below ``limit`` ``(rows,)``."""
+        e = torch.empty_like(self.weight)
+        for places, _ in _last_to_first(self.factor.panels):
+            weight, scale = self._columns(places)
+            q = (weight / scale).round_().clamp_(*self.limits)
+            torch.addcmul(weight, q, scale, value=-1, out=e[places])
+        error = self._undamped(torch.zeros_like(limit), e)
+        for places, panel in _last_to_first(self.factor.panels):
+            error += self.factor.diagonal[places] @ (panel.T @ e[places.start :]).square_()
+            if (error >= limit).all():  # it only grows: most rows are decided by the first few panels
+                break
+        return error < limit
+
+    def _columns(self, places: slice) -> tuple[Tensor, Tensor]:
+        """Weights and scales ``(places, rows)`` in the factor's order."""
+        channels = self.factor.order[places]
+        weight = self.weight[channels]
+        return weight, self.scale[channels * len(self.scale) // len(self.weight)].expand_as(weight)
+
+    def _undamped(self, error: Tensor, e: Tensor) -> Tensor:
+        return error - self.factor.damping * torch.linalg.vector_norm(e, dim=0).square_()
 
 
-def _round(weight: Tensor, steps: _Steps, bits: int, factor: Factor) -> tuple[Tensor, Tensor]:
-    """Round rows ``(in, rows)``, transposed and in order, one column after the other.
+def _round_columns(
+    e: Tensor, target: Tensor, scale: Tensor, panel: Tensor, limits: tuple[int, int]
+) -> Tensor:
+    """Round the columns of a panel, the last one first, and return their levels; all ``(columns, rows)``.
 
-    Returns int8 levels of the same shape and the error of each row ``(rows,)``. ``weight`` is overwritten.
+    ``e`` comes with the weights and leaves with their errors; ``target`` comes with what later panels have
+    added to the weights, and gets what later columns of this one do.
     """
-    levels = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    error = weight.new_zeros(weight.shape[1])
-    for start, panel in _last_to_first(factor.panels):
-        end = start + panel.shape[1]
-        places = slice(start, end)
-        target = torch.addmm(weight[places], panel[end - start :].T, weight[end:])
-        q, scale = torch.empty_like(target), steps.of(places).expand_as(target)
-        _round_panel(weight[places], target, q, scale, panel, weight_levels(bits))
-        levels[places] = q
-        error += factor.diagonal[places] @ (target - q * scale).square_()
-    return levels, error - factor.damping * weight.square().sum(0)
+    q = torch.empty_like(target)
+    for stop in range(len(e), 0, -STRIP):
+        start = max(0, stop - STRIP)
+        target[start:stop].addmm_(panel[stop : len(e), start:stop].T, e[stop:])
+        for j in reversed(range(start, stop)):
+            target[j].addmv_(e[j + 1 : stop].T, panel[j + 1 : stop, j])
+            torch.div(target[j], scale[j], out=q[j]).round_().clamp_(*limits)
+            e[j].addcmul_(q[j], scale[j], value=-1)
+    return q
 
 
-def _round_panel(
-    weight: Tensor, target: Tensor, q: Tensor, scale: Tensor, panel: Tensor, limits: tuple[int, int]
-) -> None:
-    """Turn ``weight`` ``(columns, rows)`` into what rounding leaves of it, and fill in ``target`` and ``q``.
-
-    ``target`` comes with what later panels add to the weights, and gets what later columns of this one do.
-    """
-    for j in reversed(range(len(weight))):
-        target[j].addmv_(weight[j + 1 :].T, panel[j + 1 : len(weight), j])
-        torch.div(target[j], scale[j], out=q[j]).round_().clamp_(*limits)
-        weight[j].addcmul_(q[j], scale[j], value=-1)
-
-
-def _is_below(limit: Tensor, e: Tensor, factor: Factor) -> Tensor:
-    """Whether the error of rounding by ``e`` ``(in, rows)`` is below ``limit`` ``(rows,)``, row by row."""
-    error = e.square().sum(0).mul_(-factor.damping)
-    for start, panel in _last_to_first(factor.panels):
-        end = start + panel.shape[1]
-        error += factor.diagonal[start:end] @ (panel.T @ e[start:]).square_()
-        if (error >= limit).all():  # it only grows: most rows are decided by the first few panels
-            break
-    return error < limit
-
-
-def _last_to_first(panels: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """Each panel and the place of its first column."""
-    return ((index * PANEL, panels[index]) for index in reversed(range(len(panels))))
+def _last_to_first(panels: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    """Each panel and the places of its columns."""
+    for index in reversed(range(len(panels))):
+        yield slice(index * PANEL, index * PANEL + panels[index].shape[1]), panels[index]
 
 
 def _damp(panels: Sequence[Tensor], amount: float) -> None:
@@ -217,9 +229,11 @@ def _factorize(panels: list[Tensor]) -> int:
     return len(panels)
 
 
-def _restore(panels: list[Tensor]) -> None:
+def _restore(panels: Sequence[Tensor]) -> None:
     """Undo `_factorize`: multiply the factor out again, the last panel first, since the others make it up."""
     for index in reversed(range(len(panels))):
-        rows = [done[(index - before) * PANEL :] for before, done in enumerate(panels[: index + 1])]
-        width = panels[index].shape[1]
-        panels[index] = torch.stack([each @ each[:width].T for each in rows]).sum(0)
+        product = torch.zeros_like(panels[index])
+        for before, done in enumerate(panels[: index + 1]):
+            rows = done[(index - before) * PANEL :]
+            product.addmm_(rows, rows[: product.shape[1]].T)
+        panels[index].copy_(product)

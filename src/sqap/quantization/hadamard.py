@@ -1,8 +1,8 @@
 """Orthonormal Hadamard matrices of the widths that decoders have, and fast products with them.
 
-Sylvester's construction gives the powers of two. Paley's two constructions (1933) give matrices around a prime,
-of order 12, 20, 28, 36, 44 and so on; the Kronecker product of such a *core* with one of Sylvester's is orthonormal
-again: 8960 = 140 * 64 is one matrix, although no power of two above 256 divides it.
+Sylvester's construction gives the powers of two. Paley's two constructions (1933) give matrices around a
+prime, of order 12, 20, 28, 36, 44 and so on. The Kronecker product of such a *core* with one of Sylvester's
+is orthonormal again: 8960 = 140 * 64 has one, although no power of two above 256 divides it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sqap.errors import InputError
 
-# Butterflies of radix 16 are small matrix products: on CPUs four times as fast as radix 2, and as one big one.
+# Radix-16 butterflies are small matrix products: on CPUs four times as fast as radix 2, and as one big one.
 RADIX = 16
 # Up to here one matrix is faster than its factors: 64 taken as 16 * 4 takes four times as long.
 WHOLE = 64
@@ -55,7 +55,7 @@ def block_hadamard(x: Tensor, block: int) -> Tensor:
 class Hadamard:
     """Multiplies each ``block`` values of a row by one orthonormal matrix H; `of` finds the largest there is.
 
-    H is the Kronecker product of a core and Sylvester's matrix. Where there is a core it need not be symmetric.
+    H is the Kronecker product of a core and Sylvester's matrix; with a core it need not be symmetric.
 
     Args:
         block: size of H.
@@ -67,7 +67,7 @@ class Hadamard:
 
     @classmethod
     def of(cls, width: int) -> Hadamard:
-        """One matrix for the whole of ``width``, or the largest power of two where that takes too large a core."""
+        """One matrix for all of ``width``; where none has a core that is small enough, `largest_block`."""
         rest = largest_block(width)
         if rest == width:
             return cls(width)
@@ -128,7 +128,7 @@ def _core(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _has_core(order: int) -> bool:
-    """Whether one of Paley's constructions, over the integers modulo a prime, gives a matrix of this order."""
+    """Whether one of Paley's constructions, with integers modulo a prime, gives a matrix of this order."""
     if order > LARGEST_CORE or order % 4:
         return False
     return _is_prime(order - 1) or (order % 8 == 4 and _is_prime(order // 2 - 1))
@@ -149,7 +149,7 @@ def _paley_second(q: int) -> Tensor:
 
 
 def _residues(q: int) -> Tensor:
-    """Whether i - j is a square modulo q (+1), another number (-1) or zero, bordered with ones; 0 in the corner."""
+    """+1 where i - j is a square modulo q, -1 where not, 0 where zero; bordered with ones and a 0."""
     character = torch.full((q,), -1, dtype=torch.float64)
     character[torch.arange(q).square() % q] = 1
     character[0] = 0

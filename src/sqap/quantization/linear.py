@@ -16,6 +16,8 @@ from sqap.quantization.grid import (
     max_scale,
     quantize_activation,
     round_to_grid,
+    row_chunks,
+    rows_of,
     scale_shape,
 )
 from sqap.quantization.hadamard import block_hadamard
@@ -23,9 +25,14 @@ from sqap.quantization.packing import pack_int4, packed_width, unpack_int4
 from sqap.quantization.rotation import HadamardLinear
 from sqap.recipe import Scheme
 
+BLOCK = 1 << 20  # bytes of a packed weight that are unpacked at a time: what fits in a cache
+
 
 class QuantizedLinear(nn.Module):
     """A linear on integers: weights quantized once, activations as they come.
+
+    With scales per channel or per tensor, levels are multiplied and added as exact integers. With scales per
+    group, the dequantized weight multiplies the activations' levels in float32.
 
     Buffers: ``weight``, uint8 ``(out, in / 2)`` for 4 bits (`pack_int4`) or int8 ``(out, in)`` for 8;
     ``scale``, float32 whatever the model is cast to (`scale_shape`); ``bias``, ``(out,)`` or None.
@@ -101,9 +108,9 @@ class QuantizedLinear(nn.Module):
         quantized.weight = pack_int4(q) if bits == 4 else q
         return quantized
 
-    def levels(self) -> Tensor:
-        """The weight's integers ``(out, in)``, int8."""
-        return unpack_int4(self.weight) if self.weight_bits == 4 else self.weight
+    def levels(self, rows: slice = slice(None)) -> Tensor:
+        """The integers of the whole weight, or of some rows of it: ``(rows, in)``, int8."""
+        return unpack_int4(self.weight[rows]) if self.weight_bits == 4 else self.weight[rows]
 
     def dequantized(self) -> Tensor:
         """The float32 weight ``(out, in)`` that the integers stand for."""
@@ -117,16 +124,21 @@ class QuantizedLinear(nn.Module):
         q, scale, zero_point = quantize_activation(
             wide, self.activation_bits, self.activation_granularity, self.activation_symmetric
         )
-        if self.group_size is None:
-            levels = self.levels()
-            sums = integer_matmul(q, levels, 1 << self.activation_bits + self.weight_bits - 2)
-            if zero_point is not None:
-                sums -= zero_point * levels.sum(1, dtype=torch.int32)
-            out = sums.float().mul_(scale).mul_(self.scale.T)
-        else:
-            shifted = q.float() if zero_point is None else q - zero_point.float()
-            out = F.linear(shifted, self.dequantized()) * scale
+        out = wide.new_empty(*x.shape[:-1], self.out_features)
+        for rows in row_chunks(self.weight, BLOCK):
+            out[..., rows] = self._multiply(q, scale, zero_point, rows)
         return (out if self.bias is None else out + self.bias).to(x.dtype)
+
+    def _multiply(self, q: Tensor, scale: Tensor, zero_point: Tensor | None, rows: slice) -> Tensor:
+        """Some of the outputs, without bias: ``(..., rows)``, float32."""
+        levels, weight_scale = self.levels(rows), rows_of(self.scale, rows)
+        if self.group_size is not None:
+            shifted = q.float() if zero_point is None else q - zero_point.float()
+            return F.linear(shifted, dequantize_weight(levels, weight_scale)).mul_(scale)
+        sums = integer_matmul(q, levels, 1 << self.activation_bits + self.weight_bits - 2)
+        if zero_point is not None:
+            sums -= zero_point * levels.sum(1, dtype=torch.int32)
+        return sums.float().mul_(scale).mul_(weight_scale.T)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -151,8 +163,9 @@ class QuantizedLinear(nn.Module):
 def integer_matmul(q: Tensor, weight: Tensor, largest: int) -> Tensor:
     """int8 ``(..., in)`` times int8 ``(out, in)``: exact int32 ``(..., out)``.
 
-    ``largest`` is a bound on the magnitude of a single product. Without an integer product that is worth using,
-    float32 counts exactly up to 2**24, in as many slices of the inputs as that takes.
+    ``largest`` is a bound on the magnitude of a single product; 131071 of the largest possible fit into int32.
+    Without an integer product that is worth using, float32 counts exactly up to 2**24, in as many slices of
+    the inputs as that takes.
     """
     if q.device.type == "cpu" and _has_fast_int8():
         rows = torch._int_mm(q.reshape(-1, q.shape[-1]), weight.T)
