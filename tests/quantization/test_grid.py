@@ -1,4 +1,4 @@
-"""The grids: errors within half a step, scales of the promised shape, clipping that pays, no NaN from zeros."""
+"""The grids: errors within half a step, scales of the promised shape, no NaN from zeros."""
 
 from typing import Any
 
@@ -116,7 +116,10 @@ def test_the_clip_search_never_loses_to_the_largest_weight(
     weight = magnitude * random(seed, 6, 12) ** 3
     weight[0] = 0
     importance = random(seed + 1, 12).square() if weighted else None
-    clipped, covering = clip_scale(weight, bits, *granularity, importance), max_scale(weight, bits, *granularity)
+    clipped, covering = (
+        clip_scale(weight, bits, *granularity, importance),
+        max_scale(weight, bits, *granularity),
+    )
     assert clipped.dtype == torch.float32
     assert clipped.shape == covering.shape
     assert (clipped.abs() <= covering).all()
@@ -138,7 +141,9 @@ def test_the_clip_search_comes_close_to_trying_everything(
         for sign in (1, -1)
     ]
     best = torch.stack(tried).amin(0)
-    found = rounding_error(weight, clip_scale(weight, bits, granularity[0], size, importance), bits, importance)
+    found = rounding_error(
+        weight, clip_scale(weight, bits, granularity[0], size, importance), bits, importance
+    )
     assert found.sum() < (1.05 if bits == 4 else 1.2) * best.sum()
 
 
@@ -177,7 +182,7 @@ def test_a_weight_larger_than_a_chunk_is_treated_row_by_row() -> None:
 
 
 def test_importance_that_is_not_finite_is_refused() -> None:
-    with pytest.raises(InputError, match="importance .* not finite"):
+    with pytest.raises(InputError, match=r"importance .* not finite"):
         clip_scale(torch.ones(2, 4), 4, "channel", None, torch.tensor([1, 1, float("nan"), 1]))
 
 

@@ -1,15 +1,18 @@
 """The quantized linear against plain arithmetic."""
 
 from collections.abc import Callable
+from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import nn
 
 from sqap.quantization import QuantizedLinear
 from sqap.quantization import linear as linear_module
 from sqap.quantization.gptq import Hessian
-from sqap.quantization.grid import clip_scale, quantize_activation, quantize_weight
+from sqap.quantization.grid import clip_scale, quantize_activation, quantize_weight, weight_levels
 from sqap.quantization.hadamard import block_hadamard
 from sqap.quantization.linear import integer_matmul
 from sqap.quantization.packing import pack_int4
@@ -32,20 +35,60 @@ def random_linear(inputs: int = 64, outputs: int = 24, bias: bool = True) -> nn.
     return nn.Linear(inputs, outputs, bias=bias)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("block", [0, 32])
+@st.composite
+def schemes(draw: st.DrawFn) -> Scheme:
+    weight_bits, activation_bits = draw(st.sampled_from([(4, 4), (4, 8), (8, 8)]))
+    granularity, group_size = draw(st.sampled_from([("channel", None), ("group", 16), ("tensor", None)]))
+    activations = draw(st.sampled_from(["token", "tensor"])), draw(st.booleans())
+    return Scheme(weight_bits, activation_bits, granularity, group_size, *activations)
+
+
+@given(schemes(), st.sampled_from([0, 32]), st.booleans(), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
 @torch.no_grad()
-def test_forward_is_dequantize_and_multiply(scheme: Scheme, block: int) -> None:
+def test_forward_is_dequantize_and_multiply(scheme: Scheme, block: int, clip: bool, seed: int) -> None:
     source = random_linear()
-    quantized = QuantizedLinear.from_linear(HadamardLinear(source, block) if block else source, scheme)
-    x = torch.randn(2, 7, 64)
+    linear = HadamardLinear(source, block) if block else source
+    quantized = QuantizedLinear.from_linear(linear, scheme, clip=clip)
+    x = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(seed)) + 1
     rotated = block_hadamard(x, block) if block else x
     q, scale, zero_point = quantize_activation(
         rotated, scheme.activation_bits, scheme.activation_granularity, scheme.activation_symmetric
     )
-    levels = q.float() if zero_point is None else q.float() - zero_point
-    expected = (levels * scale) @ quantized.dequantized().T + source.bias
-    torch.testing.assert_close(quantized(x), expected, rtol=1e-5, atol=1e-5)
+    levels = q.double() if zero_point is None else q.double() - zero_point
+    expected = (levels * scale.double()) @ quantized.dequantized().double().T + source.bias.double()
+    torch.testing.assert_close(quantized(x).double(), expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "inputs"), [((4, 8), 20000), ((8, 8), 2100), ((4, 4), 64)])
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_sums_are_exact_however_large(
+    symmetric: bool, bits: tuple[int, int], inputs: int, granularity: Any
+) -> None:
+    scheme = Scheme(*bits, granularity, activation_symmetric=symmetric)
+    quantized = QuantizedLinear(inputs, 5, scheme)
+    low, high = weight_levels(bits[0])
+    levels = torch.randint(low, high + 1, (5, inputs), generator=torch.Generator().manual_seed(0)).char()
+    levels[0] = low
+    quantized.weight = pack_int4(levels) if bits[0] == 4 else levels
+    quantized.scale = torch.rand(quantized.scale.shape, generator=torch.Generator().manual_seed(1)) + 0.5
+    x = torch.randn(3, inputs, generator=torch.Generator().manual_seed(2))
+    x[0], x[0, 3] = -1, 0  # as far from the zero point as can be
+    q, scale, zero_point = quantize_activation(x, bits[1], "token", symmetric)
+    sums = (q.long() - (0 if zero_point is None else zero_point)) @ levels.long().T
+    assert inputs == 64 or sums[0, 0] > 2**24
+    assert torch.equal(quantized(x), sums.float() * scale * quantized.scale.T)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@torch.no_grad()
+def test_a_large_weight_is_unpacked_in_blocks(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized = QuantizedLinear.from_linear(random_linear(), scheme)
+    x = torch.randn(2, 3, 64)
+    whole = quantized(x)
+    monkeypatch.setattr(linear_module, "BLOCK", 7 * 64)
+    torch.testing.assert_close(quantized(x), whole, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -117,9 +160,12 @@ def test_gptq_and_clip_search_are_what_they_are_asked_for() -> None:
     hessian.add(x)
     nearest = QuantizedLinear.from_linear(source, Scheme())
     clipped = QuantizedLinear.from_linear(source, Scheme(), clip=True)
-    by_gptq = QuantizedLinear.from_linear(source, Scheme(), clip=True, factor=hessian.factor())
+    factor = hessian.factor()
+    by_gptq = QuantizedLinear.from_linear(source, Scheme(), clip=True, factor=factor)
     assert torch.equal(clipped.scale, clip_scale(source.weight, 4, "channel"))
-    assert torch.equal(by_gptq.scale, clipped.scale)
+    assert torch.equal(by_gptq.scale, clip_scale(source.weight, 4, "channel", None, factor.importance))
+    uncut = QuantizedLinear.from_linear(source, Scheme(), factor=factor)
+    assert torch.equal(uncut.scale, nearest.scale)
 
     def weight_error(linear: QuantizedLinear) -> float:
         return float((linear.dequantized() - source.weight).norm())

@@ -1,13 +1,13 @@
-"""GPTQ (Frantar et al. 2023): rounding that makes up for each weight's error in the weights still to be rounded.
+"""GPTQ (Frantar et al. 2023): what is rounded later makes up for the errors of what is rounded first.
 
 With calibration inputs X, the error of rounding a row w to q is ||X (w - q)||^2 = (w - q) H (w - q)^T, where
-H = X^T X. GPTQ is Babai's nearest plane algorithm on the lattice that H spans (Chen et al. 2025, "The Geometry
-of LLM Quantization"): with H = N diag(d) N^T, N unit lower triangular and e = w - q,
+H = X^T X. GPTQ is Babai's nearest plane algorithm on the lattice that H spans (Chen et al. 2025, "The
+Geometry of LLM Quantization"): with H = N diag(d) N^T, N unit lower triangular and e = w - q,
 
     e H e^T = sum_j d_j (e_j + sum_{i > j} e_i N_ij)^2,
 
-so that, from the last column to the first, rounding ``w_j + sum_{i > j} e_i N_ij`` is the best one can do. One
-Cholesky factor is all it takes, and no inverse.
+so that, from the last column to the first, rounding ``w_j + sum_{i > j} e_i N_ij`` to nearest makes each term
+as small as it can then be. One Cholesky factor is all it takes, and no inverse.
 
 H and N are kept as the lower halves of panels of `PANEL` columns, half of a full square: of 11008 channels
 that leaves 245 MB.
@@ -37,19 +37,21 @@ logger = logging.getLogger("sqap")
 
 @dataclass(frozen=True)
 class Factor:
-    """H + damping I = N diag(d) N^T, in the order in which GPTQ rounds the columns: from the last to the first.
+    """H + damping I = N diag(d) N^T, its columns ordered so that GPTQ rounds the last one first.
 
     Args:
         order: the input channel in each place, ``(in,)``.
         panels: N in panels of `PANEL` columns, each from its diagonal block down.
         diagonal: d, ``(in,)``.
         damping: what was added to H's diagonal.
+        importance: the diagonal of H, by input channel ``(in,)``: what errors in its weights cost.
     """
 
     order: Tensor
     panels: Sequence[Tensor]
     diagonal: Tensor
     damping: float
+    importance: Tensor
 
 
 class Hessian:
@@ -93,7 +95,8 @@ class Hessian:
             InputError: the inputs were so large that their squares are not finite.
         """
         panels, self._panels = self._panels, []
-        mean = float(torch.cat([panel.diagonal() for panel in panels]).mean(dtype=torch.float64))
+        importance = torch.cat([panel.diagonal() for panel in panels])[self.order.argsort()]
+        mean = float(importance.mean(dtype=torch.float64))
         if not math.isfinite(mean):
             raise InputError(f"calibration gives {self.name} inputs too large to square")
         unit = mean or 1.0  # inputs that are all zero leave rounding to nearest
@@ -112,11 +115,11 @@ class Hessian:
         diagonal = torch.cat([panel.diagonal() for panel in panels])
         for panel in panels:
             panel /= panel.diagonal().clone()
-        return Factor(self.order, panels, diagonal.square_(), damping * unit)
+        return Factor(self.order, panels, diagonal.square_(), damping * unit, importance)
 
 
 def gptq(weight: Tensor, scale: Tensor, bits: int, factor: Factor) -> Tensor:
-    """Round ``weight`` ``(out, in)`` to int8 levels of the same shape by GPTQ, or to nearest where that is better.
+    """Round ``weight`` ``(out, in)`` to int8 levels by GPTQ, or rows to nearest where that is better.
 
     By the calibration inputs, no row's error is larger than rounding to nearest makes it, up to the precision
     of 32-bit sums.

@@ -158,7 +158,7 @@ def row_chunks(weight: Tensor, size: int = CHUNK) -> Iterator[slice]:
 
 
 def rows_of(scale: Tensor, rows: slice) -> Tensor:
-    """The scales of some rows of a weight: ``(rows, 1)``, ``(rows, groups)`` or, shared by all, ``(1, 1)``."""
+    """The scales of some rows: ``(rows, 1)``, ``(rows, groups)`` or, shared by all rows, ``(1, 1)``."""
     return scale if len(scale) == 1 else scale[rows]
 
 

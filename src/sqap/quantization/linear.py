@@ -93,7 +93,8 @@ class QuantizedLinear(nn.Module):
         Args:
             linear: finite weights of any floating type.
             scheme: the grids.
-            clip: search the scales for the smallest squared error instead of covering the largest weight.
+            clip: search the scales for the smallest squared error instead of covering the largest weight; an
+                error counts by its input channel's importance, where a factor says it.
             factor: of the Hessian of what the weight is multiplied by: rounds by GPTQ instead of to nearest.
 
         Raises:
@@ -101,8 +102,9 @@ class QuantizedLinear(nn.Module):
         """
         quantized = cls.empty_like(linear, scheme)
         weight, bits = linear.weight.detach(), scheme.weight_bits
-        find_scale = clip_scale if clip else max_scale
-        scale = find_scale(weight, bits, scheme.weight_granularity, scheme.group_size)
+        grid = weight, bits, scheme.weight_granularity, scheme.group_size
+        importance = None if factor is None else factor.importance
+        scale = clip_scale(*grid, importance) if clip else max_scale(*grid)
         q = round_to_grid(weight, scale, bits) if factor is None else gptq(weight, scale, bits, factor)
         quantized.scale = scale
         quantized.weight = pack_int4(q) if bits == 4 else q
@@ -163,7 +165,7 @@ class QuantizedLinear(nn.Module):
 def integer_matmul(q: Tensor, weight: Tensor, largest: int) -> Tensor:
     """int8 ``(..., in)`` times int8 ``(out, in)``: exact int32 ``(..., out)``.
 
-    ``largest`` is a bound on the magnitude of a single product; 131071 of the largest possible fit into int32.
+    ``largest`` is a bound on the magnitude of a single product; int32 holds 131071 of the largest there are.
     Without an integer product that is worth using, float32 counts exactly up to 2**24, in as many slices of
     the inputs as that takes.
     """
@@ -182,8 +184,8 @@ def integer_matmul(q: Tensor, weight: Tensor, largest: int) -> Tensor:
 def _has_fast_int8() -> bool:
     """Whether PyTorch's int8 product is exact and fast here: with VNNI eight times as fast as float32.
 
-    Without it, oneDNN adds pairs of products in 16 bits on some x86 CPUs, which saturate, and on others PyTorch
-    runs a plain loop, forty times slower than float32.
+    Without it, oneDNN adds pairs of products in 16 bits on some x86 CPUs, which saturate, and on others
+    PyTorch runs a plain loop, forty times slower than float32.
     """
     has_vnni = getattr(torch.cpu, "_is_vnni_supported", None) or getattr(
         torch.cpu, "_is_avx512_vnni_supported", lambda: False
