@@ -55,6 +55,14 @@ PEERS = {
 }
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "-rtn": {"rotate": False},
+    "-gptq": {"rotate": False, "rounding": "gptq"},
+    "-hadamard": {"rotation_seed": 0},
+    "": {"rotation_seed": 0, "rounding": "gptq", "clip": True},  # as in the presets
+}
+
+
 def variants() -> dict[str, Quantization]:
     """Name -> quantization. Names without a group are the library's default, a scale per output channel."""
     table = {}
@@ -66,10 +74,8 @@ def variants() -> dict[str, Quantization]:
             " group-32": {"weight_granularity": "group", "group_size": 32},
         }
         for suffix, grid in grids.items():
-            table[f"w4a{bits}-rtn{suffix}"] = Quantization(4, bits, rotate=False, **grid)
-            table[f"w4a{bits}-gptq{suffix}"] = Quantization(4, bits, rotate=False, rounding="gptq", **grid)
-            table[f"w4a{bits}-hadamard{suffix}"] = Quantization(4, bits, **grid)
-            table[f"w4a{bits}{suffix}"] = Quantization(4, bits, rounding="gptq", **grid)
+            for method, settings in METHODS.items():
+                table[f"w4a{bits}{method}{suffix}"] = Quantization(4, bits, **grid, **settings)
     return table
 
 
@@ -210,7 +216,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"Full precision: {ours['full']:.3f}", "", "| method | per channel | group 128 | group 32 |"]
     lines.append("|---|---|---|---|")
     for bits in (4, 8):
-        for method in ("-rtn", "-gptq", "-hadamard", ""):
+        for method in METHODS:
             name = f"w4a{bits}{method}"
             cells = [f"{ours[name + suffix]:.2f}" for suffix in ("", " group-128", " group-32")]
             lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -45,10 +45,10 @@ FRAMES = 24  # to calibrate on, and as many others to evaluate on
 METHODS = {
     "w4a4-rtn": Quantization(4, 4, rotate=False),
     "w4a4-gptq": Quantization(4, 4, rotate=False, rounding="gptq"),
-    "w4a4-hadamard": Quantization(4, 4),
-    "w4a4": Quantization(4, 4, rounding="gptq"),
+    "w4a4-hadamard": Quantization(4, 4, rotation_seed=0),
+    "w4a4": Quantization(4, 4, rounding="gptq", clip=True, rotation_seed=0),  # as in the presets
     "w4a8-rtn": Quantization(4, 8, rotate=False),
-    "w4a8": Quantization(4, 8, rounding="gptq"),
+    "w4a8": Quantization(4, 8, rounding="gptq", clip=True, rotation_seed=0),
 }
 
 Inject = Callable[[DecoderLayer, Tensor], None]

@@ -1,8 +1,8 @@
 """What quantizers stumble over, layer by layer: python benchmarks/outliers.py --json docs/outliers.json
 
-On calibration frames of each policy, in full precision: how much larger than its median channel the largest one
-is, at the inputs of the decoder's linears and in the residual stream, and how much of all attention the first
-token swallows (an attention sink).
+On calibration frames of each policy, in full precision: how much larger than its median channel the largest
+one is, at the inputs of the decoder's linears and in the residual stream, and how much of all attention the
+first token swallows (an attention sink).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Channels:
 
 
 class FirstToken:
-    """A `TokenPruner` that prunes nothing and asks how much attention the first token gets from all others."""
+    """A `TokenPruner` that prunes nothing and asks how much attention the first token gets."""
 
     def __init__(self, layers: int) -> None:
         self.shares: list[list[float]] = [[] for _ in range(layers)]

@@ -1,8 +1,8 @@
 """What the quantizer is worth, on the robot: python benchmarks/quantizer.py --json docs/quantizer.json
 
-For each bundled policy: full precision; W4A8 of the whole policy; W4A4 of the decoder by the method, and rounded
-to nearest without rotation. All on the same seeds with the same diffusion noise, and replayed on calibration
-frames for the action error in millimetres. Nothing is pruned. Interrupted, it goes on where it was.
+For each bundled policy: full precision; W4A8 of the whole policy; W4A4 of the decoder by the method, and
+rounded to nearest without rotation. All on the same seeds with the same diffusion noise, and replayed on
+calibration frames for the action error in millimetres. Nothing is pruned. Interrupted, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ POLICIES = ("reference", "reference-smollm")
 def recipes() -> dict[str, Recipe]:
     """Name -> recipe, in the order of the table."""
     w4a8, w4a4 = Recipe.w4a8(keep=1).quantization, Recipe.w4a4(keep=1).quantization
-    assert w4a8 is not None and w4a4 is not None
+    assert w4a8 is not None
+    assert w4a4 is not None
     return {
         "full": Recipe(),
         "w4a8-whole": Recipe(w4a8),
@@ -76,7 +77,8 @@ def run(source: str, episodes: int, workers: int, out: Path, console: Console) -
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The report in Markdown: success in percent, differences in points."""
     lines = [
-        "| policy | variant | success | minus full | 95 % interval | wins : losses | mm a step | flips | bytes |",
+        "| policy | variant | success | minus full | 95 % interval | wins : losses "
+        "| mm a step | flips | bytes |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for policy, rows in results.items():

@@ -1,9 +1,9 @@
 """A 7B decoder through rotation and GPTQ on a small machine, one layer in memory at a time.
 
-    python -m benchmarks.stream_7b --json docs/stream-7b.json [--layers 32] [--tokens 2048] [--work build/stream-7b]
+    python benchmarks/stream_7b.py --json docs/stream-7b.json [--layers 32] [--tokens 2048] [--work DIR]
 
-Llama-2-7B's shape with random weights in bfloat16, one file per layer, mapped rather than read. Interrupted, the
-same command goes on with the next layer; times then are those of the layers that this run quantized.
+Llama-2-7B's shape with random weights in bfloat16, one file per layer, mapped rather than read. Interrupted,
+the same command goes on with the next layer; times then are those of the layers that this run quantized.
 """
 
 from __future__ import annotations
@@ -127,9 +127,10 @@ def main() -> None:
         "bytes": {"layers_bfloat16": original_bytes, "layers_quantized": stored_bytes(small.layers)},
         "peak_bytes": {"private": memory.private, "mapped_files": memory.mapped},
     }
+    quantized = stored_bytes(small.layers) / 1e9
     print(
-        f"{config.depth} layers in {total / 60:.1f} min; peak {memory.private / 1e9:.2f} GB private, of which the "
-        f"quantized layers are {report['bytes']['layers_quantized'] / 1e9:.2f} GB"
+        f"{config.depth} layers in {total / 60:.1f} min; "
+        f"peak {memory.private / 1e9:.2f} GB private, of which the quantized layers are {quantized:.2f} GB"
     )
     if args.json is not None:
         write_json(args.json, report)

@@ -86,7 +86,7 @@ def pretrained(depth: int) -> dict[str, Tensor]:
 
 
 def _halves(weight: Tensor) -> Tensor:
-    """Rows from GGUF's order, where rotary pairs are neighbours, to ours, where they are half a head apart."""
+    """Rows from GGUF's order, where rotary pairs are neighbours, to ours, half a head apart."""
     return weight.view(-1, 32, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 

@@ -60,7 +60,7 @@ def test_gptq_needs_frames(policy):
 
 def test_frames_of_another_camera_are_refused(policy, frames):
     other = dataclasses.replace(frames[0], images={"wrist": frames[0].images["corner2"]}, cameras={})
-    with pytest.raises(InputError, match="reads camera 'corner2'; the observation has .*wrist"):
+    with pytest.raises(InputError, match=r"reads camera 'corner2'; the observation has .*wrist"):
         sqap.compress(policy, Recipe.w4a8(), [*frames, other])
 
 

@@ -27,7 +27,7 @@ def test_errors_are_in_the_robots_units(policy):
     config = dataclasses.replace(policy.config, units=UNITS)
     original = np.zeros((2, 5, 4))
     original[..., 3] = [1, -1, 1, -1, 1]
-    candidate = original + [0.3, 0.4, 0, 0]
+    candidate = original + np.array([0.3, 0.4, 0, 0])
     candidate[0, 0, 3] = -0.5
     error = action_error(original, candidate, config)
     assert error.millimetres == pytest.approx(5)
@@ -49,7 +49,7 @@ def test_every_block_is_quantized_alone(replay):
     union = replay.measure("all", COARSE)
     saved = sum(full - option.weight_bytes for option in options)
     assert saved == full - union.weight_bytes
-    assert all(0 < option.error.millimetres for option in options)
+    assert all(option.error.millimetres > 0 for option in options)
     assert options[-1].overlap == 1  # the head is behind the attention
 
 
@@ -81,8 +81,9 @@ def test_a_target_error_spares_no_more_blocks_than_it_takes(replay):
     assert fitted.overrides
     assert replay.measure("", fitted).error.millimetres <= 0.7 * start
     assert fit(replay, COARSE, target_error=2 * start) == COARSE
+    fixed = dataclasses.replace(COARSE, overrides=(Override("head.*", Scheme(4, 4)),))
     with pytest.raises(InputError, match="no choice of blocks brings the error below"):
-        fit(replay, dataclasses.replace(COARSE, overrides=(Override("head.*", Scheme(4, 4)),)), target_error=1e-9)
+        fit(replay, fixed, target_error=1e-9)
 
 
 def test_exactly_one_target_is_wanted(replay):

@@ -1,4 +1,4 @@
-"""Another library reads our 4-bit weights: compressed-tensors' ``pack-quantized`` decodes them to the same values."""
+"""Another library reads our 4-bit weights: compressed-tensors decodes them to the same values."""
 
 import pytest
 import torch

@@ -126,7 +126,7 @@ def test_overrides_spare_or_widen_what_they_match(make_model: MakeModel) -> None
     assert bits["decoder.layers.0.mlp.up_proj"] == 8
     assert bits["decoder.layers.0.self_attn.q_proj"] == 4
     assert bits["decoder.layers.1.self_attn.q_proj"] == 16
-    with pytest.raises(InputError, match="'decoder.layers.7.*' matches no linear"):
+    with pytest.raises(InputError, match=r"'decoder\.layers\.7\.\*' matches no linear"):
         quantize_model(make_model(), Quantization(overrides=(Override("decoder.layers.7.*"),)))
 
 

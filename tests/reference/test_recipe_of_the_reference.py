@@ -58,7 +58,15 @@ def test_every_word_of_the_instructions_is_a_token():
     for instruction in INSTRUCTIONS.values():
         tokens = tokenizer.encode(instruction).tokens
         assert tokens == ["<s>", *instruction.lower().split(), "</s>"]
-    assert tokenizer.encode("Open the POD bay door").tokens == ["<s>", "open", "the", "<unk>", "<unk>", "door", "</s>"]
+    assert tokenizer.encode("Open the POD bay door").tokens == [
+        "<s>",
+        "open",
+        "the",
+        "<unk>",
+        "<unk>",
+        "door",
+        "</s>",
+    ]
 
 
 def test_the_learning_rate_warms_up_holds_and_ends_at_zero():

@@ -91,7 +91,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.pixel_shuffle < 1 or self.vision[0].grid % self.pixel_shuffle:
             raise InputError(
-                f"pixel_shuffle {self.pixel_shuffle} does not divide the grid of {self.vision[0].grid} patches"
+                f"pixel_shuffle {self.pixel_shuffle} does not divide a grid of {self.vision[0].grid} patches"
             )
 
     @property

@@ -11,8 +11,9 @@ from torch import nn
 from sqap.errors import CheckpointError
 from sqap.models.storage import STORAGE_DTYPE, stored_bytes
 from sqap.models.vla import VLA
+from sqap.quantization.hadamard import largest_block
 from sqap.quantization.linear import QuantizedLinear, stored_shapes
-from sqap.quantization.rotation import HadamardLinear, is_rotated, largest_block
+from sqap.quantization.rotation import HadamardLinear, is_rotated
 from sqap.recipe import Quantization, Scheme
 
 Part = Literal["vision", "projector", "decoder", "head"]
@@ -35,8 +36,8 @@ class LinearReport:
         granularity: what shares a weight scale: "channel", "group" or "tensor"; None for floats.
         group_size: input channels per scale, with granularity "group".
         activation_symmetric: whether activations have no zero point.
-        rotation: where its rotated input comes from: "residual" and "heads" cost nothing at run time, "online"
-            is a Hadamard product before the linear; None is not rotated.
+        rotation: where its rotated input comes from: "residual" and "heads" cost nothing at run time,
+            "online" is a Hadamard product before the linear; None is not rotated.
         hadamard_block: size of the online product's blocks; 0 is none.
         bytes: of weight, scales and bias as stored.
         quantized: whether the weight is stored as integers.
@@ -68,13 +69,17 @@ def list_linears(model: VLA) -> list[LinearReport]:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Weights of a part, whether they are floats or packed; scales are not counted."""
-    packed = sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, QuantizedLinear))
-    return packed + sum(parameter.numel() for parameter in module.parameters())
+    """Weights and biases of a part, whether they are floats or packed; scales are not counted."""
+    count = sum(parameter.numel() for parameter in module.parameters())
+    for linear in module.modules():
+        if isinstance(linear, QuantizedLinear):
+            count += linear.in_features * linear.out_features
+            count += 0 if linear.bias is None else linear.out_features
+    return count
 
 
 def check_coverage(model: VLA, quantization: Quantization) -> None:
-    """Make sure that the model is what the recipe says: each linear packed on its grid or float, rotated or not.
+    """Make sure that the model is what the recipe says: every linear packed on its grid, or float.
 
     Raises:
         CheckpointError: it is not; the message names the first linear that differs.

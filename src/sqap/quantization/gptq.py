@@ -77,11 +77,13 @@ class Hessian:
         Raises:
             InputError: one is not finite.
         """
-        for tokens in x.reshape(-1, len(self.order)).split(TOKENS):
-            if not tokens.isfinite().all():
+        size = len(self.order)
+        inputs = x.reshape(-1, size)
+        for tokens in row_chunks(inputs, TOKENS * size):
+            ordered = inputs[tokens, self.order].float()
+            if not ordered.isfinite().all():
                 raise InputError(f"calibration gives {self.name} inputs that are not finite")
-            ordered = tokens[:, self.order].float()
-            for start, panel in zip(range(0, len(self.order), PANEL), self._panels, strict=True):
+            for start, panel in zip(range(0, size, PANEL), self._panels, strict=True):
                 panel.addmm_(ordered[:, start:].T, ordered[:, start : start + PANEL])
 
     def factor(self, damping: float = 0.01) -> Factor:
@@ -184,7 +186,8 @@ class _Rows:
         return weight, self.scale[channels * len(self.scale) // len(self.weight)].expand_as(weight)
 
     def _undamped(self, error: Tensor, e: Tensor) -> Tensor:
-        return error - self.factor.damping * torch.linalg.vector_norm(e, dim=0).square_()
+        norm: Tensor = torch.linalg.vector_norm(e, dim=0)
+        return error - self.factor.damping * norm.square_()
 
 
 def _round_columns(

@@ -177,8 +177,9 @@ def _extremes(
     weight: Tensor, granularity: WeightGranularity, group_size: int | None
 ) -> tuple[Tensor, Tensor]:
     """Smallest and largest weight under each scale, float32, in `scale_shape`."""
-    groups = scale_shape(*weight.shape, granularity, group_size)[1]
-    low, high = weight.reshape(len(weight), groups, -1).aminmax(dim=2)
+    outputs, inputs = weight.shape
+    groups = scale_shape(outputs, inputs, granularity, group_size)[1]
+    low, high = weight.reshape(outputs, groups, -1).aminmax(dim=2)
     if granularity == "tensor":
         low, high = low.amin().reshape(1, 1), high.amax().reshape(1, 1)
     if not (low.isfinite().all() and high.isfinite().all()):

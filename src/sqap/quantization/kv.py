@@ -3,8 +3,7 @@
 Keys have a few large channels, the same for every token, which would take the range of a grid of few levels.
 Behind a Hadamard matrix per head they are spread over all channels; queries go through the same one, and
 scores stay what they were: ``(Hᵀq)ᵀ(Hᵀk) = qᵀk``. It comes after the rotary embedding, with which it does not
-commute.
-Values need none here: `rotate_layer` folds theirs into the weights.
+commute. Values need none here: `rotate_layer` folds theirs into the weights.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ def set_kv_bits(decoder: Decoder, bits: int | None) -> None:
 class QuantizedKV:
     """A `KVFormat` of integers, on an asymmetric grid per token and head.
 
-    On SmolLM2-135M the error of rotated 4-bit keys and values is a seventh below that of a symmetric grid, and the
-    next tokens' distribution is 0.07 nats from the exact one instead of 0.10. A float32 offset instead of the
-    8-bit zero point would make the rounding error 1.5 % smaller and the cache of 64-wide heads 8 % larger.
+    On SmolLM2-135M the error of rotated 4-bit keys and values is a seventh below a symmetric grid's, and
+    the next token's distribution is 0.07 nats from the exact one instead of 0.10. A float32 offset instead of
+    the 8-bit zero point would make the error 1.5 % smaller and the cache of 64-wide heads 8 % larger.
 
     Args:
         bits: 4 or 8.

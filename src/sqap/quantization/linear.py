@@ -187,9 +187,7 @@ def _has_fast_int8() -> bool:
     Without it, oneDNN adds pairs of products in 16 bits on some x86 CPUs, which saturate, and on others
     PyTorch runs a plain loop, forty times slower than float32.
     """
-    has_vnni = getattr(torch.cpu, "_is_vnni_supported", None) or getattr(
-        torch.cpu, "_is_avx512_vnni_supported", lambda: False
-    )
+    has_vnni: Callable[[], bool] = getattr(torch.cpu, "_is_vnni_supported", lambda: False)  # no public one
     if not has_vnni():
         return False
     largest = torch.full((16, 64), 127, dtype=torch.int8)

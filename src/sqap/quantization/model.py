@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from sqap.quantization.sequential import Sequential, own, prepare, wanted
 from sqap.recipe import Quantization
 
 Progress = Callable[[int, int], None]
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class ModelInputs:
     noise: Tensor
 
 
-def share(module: nn.Module) -> nn.Module:
+def share(module: M) -> M:
     """A copy of ``module`` whose tensors are those of the original until it is given others."""
     memo: dict[int, object] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in module.parameters()}
     memo |= {id(b): b for b in module.buffers()}
@@ -82,7 +83,7 @@ def quantize_model(
     """
     _check(dict(stages(model)), quantization)
     dtype = model.decoder.embed_tokens.weight.dtype
-    model = cast(VLA, share(model))
+    model = share(model)
     _float_around(model, [stage for _, stage in stages(model)])
     walk = _walker(quantization, len(list(stages(model))), progress, partial)
     rotation = _rotation(model.config.decoder, quantization)
@@ -134,7 +135,7 @@ def quantize_decoder(
     """
     _check({f"decoder.layers.{i}": layer for i, layer in enumerate(decoder.layers)}, quantization)
     dtype = decoder.embed_tokens.weight.dtype
-    decoder = cast(Decoder, share(decoder))
+    decoder = share(decoder)
     _float_around(decoder, decoder.layers)
     walk = _walker(quantization, len(decoder.layers), progress, partial)
     rotation = _rotation(decoder.config, quantization)

@@ -12,7 +12,7 @@ from sqap.files import whole_file
 
 
 class Partial:
-    """A directory that belongs to one compression: the same policy, recipe and frames, or none of it counts."""
+    """A directory that belongs to one compression: one policy, one recipe, the same frames."""
 
     def __init__(self, directory: Path, key: str) -> None:
         """Go on with what is in ``directory`` if it was left under the same ``key``, and clear it if not."""

@@ -1,8 +1,8 @@
 """Quantizing stage by stage: every linear on what the quantized ones before it produce.
 
-A stage is as much of a model as is held in 32 bits at a time: one block of a vision encoder or of the decoder,
-the projector, the head. Calibration states flow through the stages as data flows through the model, each
-quantized before the next sees what it makes of them (GPTQ, Frantar et al. 2023).
+A stage is as much of a model as is held in 32 bits at a time: a block of a vision encoder or of the decoder,
+the projector, the head. Calibration states flow through the stages as data does, each quantized before the
+next sees what it makes of them (GPTQ, Frantar et al. 2023).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -110,7 +111,7 @@ class Sequential:
     ) -> None:
         for group in _groups(stage, schemes, states, call):
             hessian = Hessian(group.squares.argsort(), f"{name}.{group.names[0]}")
-            with _inputs(stage, group.names[:1], lambda _, x, h=hessian: h.add(x), stop=True):
+            with _inputs(stage, group.names[:1], partial(_add, hessian), stop=True):
                 for state in states:
                     with suppress(_Reached):
                         call(stage, state)
@@ -128,6 +129,10 @@ class Sequential:
         except InputError as problem:
             raise InputError(f"{name}.{key} cannot be quantized: {problem}") from problem
         setattr(owner, attribute, quantized)
+
+
+def _add(hessian: Hessian, _: str, x: Tensor) -> None:
+    hessian.add(x)
 
 
 def own(module: nn.Module) -> None:

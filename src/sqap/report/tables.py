@@ -110,8 +110,9 @@ def linears_table(linears: Sequence[LinearReport]) -> Table:
 def options_table(title: str, options: Sequence[Option]) -> Table:
     """What each way to quantize costs, in bytes and on the robot."""
     table = Table(title=title, title_justify="left")
-    for column in ("", "stored", "mm a step", "mm a chunk", "gripper flips", "relative", "top-k overlap"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    table.add_column("", no_wrap=True, min_width=max(len(option.name) for option in options))
+    for column in ("stored", "mm a step", "mm a chunk", "gripper flips", "relative", "top-k overlap"):
+        table.add_column(column, justify="right")
     for option in options:
         error = option.error
         table.add_row(
