@@ -52,8 +52,9 @@ def recipes() -> dict[str, Recipe]:
     for keep in KEEPS:
         table[f"w4a4-rtn-attention-{keep}"] = Recipe(NAIVE_W4A4, Pruning(keep_ratio=keep, method="attention"))
     for keep in KEEPS:
-        table[f"method-w4a8-{keep}"] = Recipe.w4a8(keep)
-        table[f"method-w4a4-{keep}"] = Recipe.w4a4(keep)
+        mix = Recipe.w4a8(keep).pruning
+        table[f"method-w4a8-{keep}"] = Recipe(Quantization(4, 8), mix)
+        table[f"method-w4a4-{keep}"] = Recipe(Quantization(4, 4), mix)
         table[f"w4a8-random-{keep}"] = Recipe(Quantization(4, 8), Pruning(keep_ratio=keep, method="random"))
     # One layer later, where attention has become a usable ranking.
     later = Pruning(0.4, 3, score_layers=(0, 1, 2), top_share=0.25, ring_share=0.1)

@@ -2,7 +2,7 @@
 
 For each bundled policy: full precision; W4A8 of the whole policy; W4A4 of the decoder by the method, and
 rounded to nearest without rotation. All on the same seeds with the same diffusion noise, and replayed on
-calibration frames for the action error in millimetres. Nothing is pruned. Interrupted, it goes on where it was.
+calibration frames for the action error in millimetres. Nothing is pruned. Interrupted, it goes on.
 """
 
 from __future__ import annotations
