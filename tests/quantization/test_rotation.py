@@ -234,6 +234,18 @@ def test_half_precision_weights_are_rounded_once(make_model: MakeModel) -> None:
         assert torch.equal(half.state_dict()[name], weight.bfloat16()), name
 
 
+@torch.no_grad()
+def test_weights_are_rotated_in_64_bits(make_model: MakeModel) -> None:
+    model, rotated = make_model().double(), make_model().double()
+    rotate_decoder(rotated, 3)
+    rotation = Rotation.of(model.config.decoder, 3)
+    gain = model.get_parameter("decoder.layers.0.input_layernorm.weight")
+    for name, scale in (("embed_tokens", 1), ("layers.0.self_attn.q_proj", gain)):
+        expected = rotation.residual.apply(model.get_parameter(f"decoder.{name}.weight") * scale)
+        found = rotated.get_parameter(f"decoder.{name}.weight")
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+
+
 def test_rotating_twice_is_refused(make_model: MakeModel) -> None:
     model = make_model()
     assert not is_rotated(model)
