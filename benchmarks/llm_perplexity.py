@@ -2,7 +2,7 @@
 
 SmolLM2-135M's perplexity in full precision, rounded to nearest, rotated, and rotated with GPTQ, for 4- and
 8-bit activations and three sizes of weight groups; and what other tools make of the same weights on the
-same text. Interrupted, it goes on where it was.
+same text. Interrupted, it goes on where it was; after a change to the quantizer, give another ``--out``.
 """
 
 from __future__ import annotations
@@ -99,7 +99,6 @@ class Results:
 def measure_ours(tokens: dict[str, Tensor], results: Results, console: Console) -> dict[str, float]:
     """Variant -> perplexity; every one starts from the same weights and calibrates on the same windows."""
     original = smollm.load_smollm()
-    library = _digest(*(HERE.parent / "src" / "sqap").glob("quantization/*.py"))
     table: dict[str, Quantization | None] = {"full": None, **variants()}
     measured = {}
     with Progress(console=console) as progress:
@@ -115,7 +114,7 @@ def measure_ours(tokens: dict[str, Tensor], results: Results, console: Console) 
                     model = quantized(original, quantization, tokens["calibration"], show)
                 return {"perplexity": perplexity(model.logits, tokens["evaluation"], show)}
 
-            mark = _mark(tokens, repr(quantization), library if quantization else "")
+            mark = _mark(tokens, repr(quantization))
             measured[name] = results.get(name, mark, measure)["perplexity"]
             progress.update(bar, description=f"{name}: {measured[name]:.3f}", completed=1, total=1)
     return measured
