@@ -57,7 +57,6 @@ PEERS = {
 
 METHODS: dict[str, dict[str, Any]] = {
     "-rtn": {"rotate": False},
-    "-gptq": {"rotate": False, "rounding": "gptq"},
     "-hadamard": {"rotation_seed": 0},
     "": {"rotation_seed": 0, "rounding": "gptq", "clip": True},  # as in the presets
 }

@@ -27,12 +27,12 @@ from sqap.compress import model_inputs
 from sqap.environments import default_tasks
 from sqap.files import write_json
 from sqap.frames import collect_frames
-from sqap.models import VLA
+from sqap.models import VLA, ModelInputs
 from sqap.models.decoder import Decoder, DecoderLayer
 from sqap.models.vla import VISUAL_START
 from sqap.pruning.attention import query_rows
 from sqap.pruning.calibration import overlap_at_k
-from sqap.quantization import ModelInputs, quantize_decoder, quantize_model
+from sqap.quantization import quantize_decoder, quantize_model
 from sqap.recipe import Quantization
 
 FACTOR = 64.0  # a power of two, so that multiplying and dividing by it are exact
@@ -130,9 +130,9 @@ class Robot:
     def see(self) -> Seen:
         seen, tokens = Seen([], []), self.model.config.visual_tokens
         for given in self.evaluation:
-            rows = query_rows("text", tokens, tokens + given.token_ids.shape[1])
+            rows = query_rows("text", tokens, self.model.length(given.token_ids.shape[1]))
             watcher = Watcher(rows, slice(VISUAL_START, VISUAL_START + tokens))
-            seen.outputs.append(self.model(given.pixels, given.token_ids, given.noise, watcher))
+            seen.outputs.append(self.model(given, watcher))
             seen.attention.extend(watcher.scores)
         return seen
 

@@ -76,8 +76,9 @@ def layer_outliers(policy: Policy, frames: list[sqap.Observation]) -> list[dict[
     first = FirstToken(depth)
     for seed, frame in enumerate(frames):
         given = model_inputs(policy, frame, seed)
-        first.length = policy.config.model.visual_tokens + given.token_ids.shape[1]
-        model.cognition(model.see(given.pixels), given.token_ids, pruner=first)
+        x = model.embed(given)
+        first.length = x.shape[1]
+        model.decoder(x, pruner=first)
     return [
         {
             "layer": i,

@@ -23,8 +23,8 @@ def export(plan: Blueprint, directory: Path) -> int:
     model.load_state_dict(weights)
     statistics = json.loads((plan.work / "statistics.json").read_text())
     actions = ActionStatistics(
-        q01=tuple(statistics["q01"]),
-        q99=tuple(statistics["q99"]),
+        low=tuple(statistics["q01"]),
+        high=tuple(statistics["q99"]),
         mask=(True,) * plan.config.head.action_dim,
     )
     # Meta-World's units: a centimetre per unit and step; the fingers close above zero.

@@ -24,7 +24,7 @@ from reference.blueprint import Blueprint
 from reference.collect import STATE_DIM
 from reference.settings import DATA, HORIZON
 from sqap.environments.metaworld_tasks import INSTRUCTIONS
-from sqap.models import VLA, ModelConfig
+from sqap.models import VLA, ModelConfig, ModelInputs
 
 DECAY_SHARE = 0.45  # the last part of training anneals the rate to zero
 EMA_DECAY = 0.997
@@ -46,7 +46,7 @@ class Trainee(nn.Module):
 
     def features(self, pixels: Tensor, ids: Tensor, last: Tensor) -> Tensor:
         """Cognition tokens ``(batch, width)`` of right-padded ``ids``; ``last`` is each one's end."""
-        hidden = self.vla.decoder(self.vla.sequence(self.vla.see([pixels]), ids))
+        hidden = self.vla.decoder(self.vla.embed(ModelInputs([pixels], ids)))
         return hidden[torch.arange(len(ids)), last + self.vla.config.visual_tokens]
 
 

@@ -38,7 +38,7 @@ def policy() -> Policy:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    actions = ActionStatistics(q01=(-0.5,) * 4, q99=(0.5, 1.0, 2.0, 1.0), mask=(True, True, True, False))
+    actions = ActionStatistics(low=(-0.5,) * 4, high=(0.5, 1.0, 2.0, 1.0), mask=(True, True, True, False))
     return Policy(VLA(config), PolicyConfig("cogact", config, (CAMERA,), actions), tokenizer)
 
 

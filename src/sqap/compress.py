@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 
 from sqap.errors import InputError
-from sqap.models import VLA
-from sqap.models.storage import round_to_storage
+from sqap.models import VLA, ModelInputs
+from sqap.models.stages import fill_around
+from sqap.models.storage import Weights, fill, round_to_storage
 from sqap.observation import Observation
 from sqap.policy import Calibration, Policy, hash_frames
 from sqap.pruning.attention import score_layers
 from sqap.pruning.calibration import attention_scores, choose_k, overlap_curve
-from sqap.quantization import ModelInputs, Partial, quantize_model, share
+from sqap.quantization import Partial, quantize_model, share
 from sqap.recipe import Pruning, Recipe
 
 
@@ -51,14 +52,23 @@ def compress(
     _check_frames(recipe, frames)
     inputs = [model_inputs(policy, frame, seed) for seed, frame in enumerate(frames)]
     model, partial = share(policy.model), None
-    if recipe.quantization is not None:
+    if policy.weights is not None:
+        fill_around(model, policy.weights)
+    ranking = _ranking(model, recipe.pruning, inputs, policy.weights)
+    if recipe.quantization is None:
+        if policy.weights is not None:
+            fill(model, policy.weights, dtype=torch.float32)
+    else:
         if resume is not None:
             partial = Partial(resume, _key(policy, recipe, frames))
-        model = quantize_model(model, recipe.quantization, inputs, progress=progress, partial=partial)
+        model = quantize_model(
+            model, recipe.quantization, inputs, weights=policy.weights, progress=progress, partial=partial
+        )
     round_to_storage(model)
     calibration = None
     if frames and recipe != Recipe():
-        calibration = _calibrate(policy, model, recipe, frames, inputs)
+        top_k, overlap = _trust(policy, recipe.pruning, ranking, _ranking(model, recipe.pruning, inputs))
+        calibration = Calibration(len(frames), hash_frames(frames), top_k, overlap)
     if partial is not None:
         partial.remove()
     return Policy(model, policy.config, policy.tokenizer, recipe, calibration, policy.fingerprint)
@@ -66,31 +76,34 @@ def compress(
 
 def model_inputs(policy: Policy, frame: Observation, seed: int) -> ModelInputs:
     """What the policy's model is given for ``frame``, with the diffusion noise of ``seed``."""
-    noise = policy.noise(torch.Generator().manual_seed(seed))
-    return ModelInputs(policy.pixels(frame), policy.token_ids(frame), noise)
+    return policy.inputs(frame, torch.Generator().manual_seed(seed))
 
 
-@torch.inference_mode()
-def ranking_scores(model: VLA, pruning: Pruning, inputs: Sequence[ModelInputs]) -> torch.Tensor:
-    """The attention scores ``(frames, N)`` by which ``pruning`` would rank the visual tokens."""
-    layers = score_layers(pruning)
-    return torch.cat(
-        [attention_scores(model, i.pixels, i.token_ids, layers, pruning.score_queries) for i in inputs]
-    )
+def ranking_scores(
+    model: VLA, pruning: Pruning, inputs: Sequence[ModelInputs], weights: Weights | None = None
+) -> torch.Tensor:
+    """The attention scores by which ``pruning`` would rank, ``(frames * cameras, tokens of a camera)``."""
+    return attention_scores(model, inputs, score_layers(pruning), pruning.score_queries, weights)
 
 
-def _calibrate(
-    policy: Policy, quantized: VLA, recipe: Recipe, frames: Sequence[Observation], inputs: list[ModelInputs]
-) -> Calibration:
-    """Find the largest k whose quantized top k still agrees with full precision."""
-    pruning, top_k, overlap = recipe.pruning, None, None
-    if pruning is not None and pruning.method == "sqap":
-        share = round(pruning.top_share * pruning.budget(policy.config.model.visual_tokens))
-        full, low = (ranking_scores(model, pruning, inputs) for model in (policy.model, quantized))
-        curve = overlap_curve(full, low)[:share]
-        top_k = choose_k(curve, pruning.overlap)
-        overlap = float(curve[top_k - 1]) if top_k else 0.0
-    return Calibration(len(frames), hash_frames(frames), top_k, overlap)
+def _ranking(
+    model: VLA, pruning: Pruning | None, inputs: Sequence[ModelInputs], weights: Weights | None = None
+) -> torch.Tensor | None:
+    if pruning is None or pruning.method != "sqap":
+        return None
+    return ranking_scores(model, pruning, inputs, weights)
+
+
+def _trust(
+    policy: Policy, pruning: Pruning | None, full: torch.Tensor | None, quantized: torch.Tensor | None
+) -> tuple[int | None, float | None]:
+    """The largest k whose quantized top k still agrees with full precision, and how much it does."""
+    if pruning is None or full is None or quantized is None:
+        return None, None
+    share = round(pruning.top_share * pruning.budget(policy.config.model.grid**2))
+    curve = overlap_curve(full, quantized)[:share]
+    top_k = choose_k(curve, pruning.overlap)
+    return top_k, float(curve[top_k - 1]) if top_k else 0.0
 
 
 def _check_frames(recipe: Recipe, frames: Sequence[Observation]) -> None:
@@ -106,6 +119,9 @@ def _key(policy: Policy, recipe: Recipe, frames: Sequence[Observation]) -> str:
     """What an interrupted compression must share with one that goes on from it."""
     digest = hashlib.sha256(json.dumps(recipe.to_json()).encode())
     digest.update(hash_frames(frames).encode())
+    if policy.weights is not None:
+        digest.update((policy.fingerprint or "").encode())
+        return digest.hexdigest()
     for name, tensor in policy.model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())

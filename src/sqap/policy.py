@@ -12,9 +12,18 @@ import torch
 from tokenizers import Tokenizer
 
 from sqap.errors import InputError
-from sqap.models import VLA, ModelConfig
+from sqap.models import VLA, DiffusionHeadConfig, ModelConfig, ModelInputs
+from sqap.models.storage import Weights, fill
 from sqap.observation import Observation
-from sqap.processing import ActionStatistics, ActionUnits, pixel_values, prompt_ids, unnormalize
+from sqap.processing import (
+    ActionStatistics,
+    ActionUnits,
+    ProprioStatistics,
+    normalize_proprio,
+    pixel_values,
+    prompt_ids,
+    unnormalize,
+)
 from sqap.pruning.geometry import project
 from sqap.pruning.selector import Selection, Selector, StepPruner
 from sqap.recipe import Recipe
@@ -30,6 +39,9 @@ class PolicyConfig:
         cameras: names of the images the policy reads, in order.
         actions: how its outputs become robot units.
         prompt: template around the instruction.
+        append_tokens: ids that follow the prompt's, less what of them it ends with already.
+        crop: share of an image's area that is looked at, from its centre.
+        proprio: how the robot's state is normalised, for policies that read it.
         units: what the actions mean, for reports in millimetres; None if that is not known.
     """
 
@@ -38,6 +50,9 @@ class PolicyConfig:
     cameras: tuple[str, ...]
     actions: ActionStatistics
     prompt: str = "{instruction}"
+    append_tokens: tuple[int, ...] = ()
+    crop: float = 1.0
+    proprio: ProprioStatistics | None = None
     units: ActionUnits | None = None
 
 
@@ -60,10 +75,15 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Step:
-    """One policy step: ``chunk`` (horizon, action_dim) in robot units, and what the pruner kept."""
+    """One policy step: ``chunk`` (horizon, action_dim) in robot units, and what was kept per camera."""
 
     chunk: np.ndarray
-    selection: Selection | None
+    selections: tuple[Selection, ...] = ()
+
+    @property
+    def selection(self) -> Selection | None:
+        """What was kept of the first camera; None if nothing was pruned."""
+        return self.selections[0] if self.selections else None
 
 
 @dataclass
@@ -78,6 +98,8 @@ class Policy:
         calibration: what compression measured, if it needed frames.
         source: fingerprint of the policy this one was compressed from.
         fingerprint: identifies the directory it was loaded from; None if it was not.
+        weights: where the model's weights are read when they are needed first, if they are not in memory yet;
+            compressing reads them part by part, so that they never all are.
     """
 
     model: VLA = field(repr=False)
@@ -87,6 +109,7 @@ class Policy:
     calibration: Calibration | None = None
     source: str | None = None
     fingerprint: str | None = None
+    weights: Weights | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
@@ -98,7 +121,7 @@ class Policy:
                     f"pruning after layer {pruning.after_layer} would save nothing: "
                     f"the decoder has {self.config.model.decoder.depth} layers"
                 )
-            pruning.budget(self.config.model.visual_tokens)
+            pruning.budget(self.config.model.grid**2)
             top_k = self.calibration.top_k if self.calibration else None
             self._selector = Selector(pruning, self.config.model.grid, top_k)
 
@@ -115,37 +138,58 @@ class Policy:
     @torch.inference_mode()
     def step(self, observation: Observation, *, seed: int | None = None) -> Step:
         """Like `act`, and tells which visual tokens the decoder kept."""
+        self.fill()
         generator = torch.Generator()
         if seed is None:
             generator.seed()
         else:
             generator.manual_seed(seed)
-        ids, noise, pixels = self.token_ids(observation), self.noise(generator), self.pixels(observation)
-        pruner = self._pruner(observation, ids.shape[1], generator)
-        actions = self.model(pixels, ids, noise.to(pixels[0]), pruner)
+        inputs = self.inputs(observation, generator)
+        pruner = self._pruner(observation, inputs.token_ids.shape[1], generator)
+        actions = self.model(inputs, pruner)
         chunk = unnormalize(actions[0].float().numpy(), self.config.actions)
-        return Step(chunk, pruner.selection if pruner is not None else None)
+        return Step(chunk, pruner.selections if pruner is not None else ())
 
-    def token_ids(self, observation: Observation) -> torch.Tensor:
-        """The instruction in its prompt, ``(1, text tokens)``."""
-        return prompt_ids(observation.instruction, self.config.prompt, self.tokenizer)
+    def inputs(self, observation: Observation, generator: torch.Generator) -> ModelInputs:
+        """What the model is given for an observation, with noise where it starts from noise.
 
-    def noise(self, generator: torch.Generator) -> torch.Tensor:
-        """Where the diffusion head starts from, ``(1, horizon, action_dim)``."""
-        head = self.config.model.head
-        return torch.randn(1, head.horizon, head.action_dim, generator=generator)
+        Raises:
+            InputError: the observation lacks an image or the state that the policy reads.
+        """
+        config, head = self.config, self.config.model.head
+        ids = prompt_ids(observation.instruction, config.prompt, self.tokenizer, config.append_tokens)
+        noise = None
+        if isinstance(head, DiffusionHeadConfig):
+            noise = torch.randn(1, head.horizon, head.action_dim, generator=generator)
+        return ModelInputs(self.pixels(observation), ids, noise, self.proprio(observation))
 
     def pixels(self, observation: Observation) -> list[torch.Tensor]:
-        """The model's view of an observation, one ``(1, 3, size, size)`` tensor per vision encoder."""
-        (camera,) = self.config.cameras
-        if camera not in observation.images:
+        """The images as the model sees them, one ``(cameras, 3, size, size)`` tensor per vision encoder."""
+        missing = [camera for camera in self.config.cameras if camera not in observation.images]
+        if missing:
             raise InputError(
-                f"the policy reads camera {camera!r}; the observation has {sorted(observation.images)}"
+                f"the policy reads camera {missing[0]!r}; the observation has {sorted(observation.images)}"
             )
-        dtype = self.model.decoder.embed_tokens.weight.dtype
+        crop, images = self.config.crop, [observation.images[camera] for camera in self.config.cameras]
         return [
-            pixel_values(observation.images[camera], vision).to(dtype) for vision in self.config.model.vision
+            torch.cat([pixel_values(image, vision, crop) for image in images]).to(self.model.dtype)
+            for vision in self.config.model.vision
         ]
+
+    def proprio(self, observation: Observation) -> torch.Tensor | None:
+        """The normalised state ``(1, proprio_dim)``, of policies that read it."""
+        if self.config.proprio is None:
+            return None
+        if observation.state is None:
+            raise InputError("the policy reads the robot's state; the observation has none")
+        state = normalize_proprio(observation.state, self.config.proprio)
+        return state.to(self.model.dtype)
+
+    def fill(self) -> None:
+        """Read into memory what of the model is not there yet."""
+        if self.weights is not None:
+            fill(self.model, self.weights)
+            self.weights = None
 
     def save(self, directory: str | Path) -> None:
         """Write the policy, whole or not at all; see `sqap.checkpoints.native`."""
@@ -158,12 +202,15 @@ class Policy:
     ) -> StepPruner | None:
         if self._selector is None:
             return None
-        (camera,) = self.config.cameras
-        target = None
-        if camera in observation.cameras and observation.end_effector is not None:
-            shape = observation.images[camera].shape[:2]
-            target = project(observation.cameras[camera], observation.end_effector, shape)
-        return StepPruner(self._selector, text_tokens + self._selector.tokens, target, generator)
+        targets = [self._target(observation, camera) for camera in self.config.cameras]
+        return StepPruner(self._selector, self.model.length(text_tokens), targets, generator)
+
+    def _target(self, observation: Observation, camera: str) -> tuple[float, float] | None:
+        """Where the end effector is in a camera's image, if the observation tells."""
+        if camera not in observation.cameras or observation.end_effector is None:
+            return None
+        shape = observation.images[camera].shape[:2]
+        return project(observation.cameras[camera], observation.end_effector, shape)
 
 
 def hash_frames(frames: Sequence[Observation]) -> str:

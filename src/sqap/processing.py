@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from sqap.errors import InputError
 from sqap.models.config import VisionConfig
 
 
@@ -17,15 +20,26 @@ from sqap.models.config import VisionConfig
 class ActionStatistics:
     """How normalised actions become robot units, per action dimension.
 
-    ``q01`` and ``q99`` are the training data's percentiles; where ``mask`` is false the normalised value
-    is the action. Dimensions in ``binarize`` (a gripper) become 0 or 1 at 0.5 *before* the rest, as in
-    CogACT.
+    ``low`` and ``high`` are what -1 and 1 stand for: the training data's 1st and 99th percentiles, or its
+    extremes; where ``mask`` is false the normalised value is the action. Dimensions in ``binarize`` (a
+    gripper) become 0 or 1 at 0.5 *before* the rest, as in CogACT. ``clip`` cuts normalised actions to [-1, 1]
+    first.
     """
 
-    q01: tuple[float, ...]
-    q99: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
     mask: tuple[bool, ...]
     binarize: tuple[int, ...] = ()
+    clip: bool = True
+
+
+@dataclass(frozen=True)
+class ProprioStatistics:
+    """How the robot's state is normalised, per dimension; where ``mask`` is false it is taken as it is."""
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    mask: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -43,25 +57,66 @@ class ActionUnits:
 
 
 def unnormalize(actions: np.ndarray, statistics: ActionStatistics) -> np.ndarray:
-    """``(horizon, action_dim)`` in [-1, 1] to robot units: ``0.5 (a + 1)(q99 - q01) + q01``."""
-    actions = np.clip(actions, -1.0, 1.0)
+    """``(horizon, action_dim)`` in [-1, 1] to robot units: ``0.5 (a + 1)(high - low) + low``."""
+    actions = np.clip(actions, -1.0, 1.0) if statistics.clip else actions.copy()
     for dimension in statistics.binarize:
         actions[:, dimension] = actions[:, dimension] >= 0.5
-    low, high = np.array(statistics.q01), np.array(statistics.q99)
+    low, high = np.array(statistics.low), np.array(statistics.high)
     return np.where(statistics.mask, 0.5 * (actions + 1) * (high - low) + low, actions).astype(np.float32)
 
 
-def pixel_values(image: np.ndarray, config: VisionConfig) -> Tensor:
-    """A uint8 ``(H, W, 3)`` image to ``(1, 3, image_size, image_size)``: resized, then normalised."""
+def normalize_proprio(state: np.ndarray, statistics: ProprioStatistics) -> Tensor:
+    """The robot's state ``(proprio_dim,)`` to ``(1, proprio_dim)`` in [-1, 1], as OpenVLA-OFT does.
+
+    Raises:
+        InputError: the state is of another length.
+    """
+    low, high = np.array(statistics.low), np.array(statistics.high)
+    if state.shape != low.shape:
+        raise InputError(f"the policy reads a state of {len(low)} numbers, got {len(state)}")
+    scaled = 2 * (state - low) / (high - low + 1e-8) - 1
+    normalised = np.clip(np.where(statistics.mask, scaled, state), -1.0, 1.0)
+    return torch.from_numpy(normalised.astype(np.float32))[None]
+
+
+def pixel_values(image: np.ndarray, config: VisionConfig, crop: float = 1.0) -> Tensor:
+    """A uint8 ``(H, W, 3)`` image to ``(1, 3, image_size, image_size)``: resized, then normalised.
+
+    Resizing is PIL's bicubic, to the bit what OpenVLA's processor computes. With ``crop`` below one, the
+    central part with that share of the area is then enlarged to the whole (`center_crop`).
+    """
     size = (config.image_size, config.image_size)
     if image.shape[:2] != size:
         image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+    if crop < 1:
+        image = center_crop(image, crop)
     pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
     mean, std = torch.tensor(config.mean), torch.tensor(config.std)
     return ((pixels - mean[:, None, None]) / std[:, None, None])[None]
 
 
-def prompt_ids(instruction: str, prompt: str, tokenizer: Tokenizer) -> Tensor:
-    """The instruction, in lower case inside its prompt, as token ids ``(1, tokens)``."""
-    encoding = tokenizer.encode(prompt.format(instruction=instruction.lower().strip()))
-    return torch.tensor([encoding.ids])
+def center_crop(image: np.ndarray, area: float) -> np.ndarray:
+    """The central ``area`` of a uint8 ``(size, size, 3)`` image, enlarged to its size.
+
+    Bilinear between pixel centres, corner on corner, as TensorFlow's ``crop_and_resize``: what policies that
+    were trained on random crops are shown at work (OpenVLA's fine-tuned ones, OpenVLA-OFT).
+    """
+    size, side = len(image), math.sqrt(area)
+    places = torch.linspace((1 - side) / 2, (1 + side) / 2, size, dtype=torch.float64) * (size - 1)
+    below = places.floor().long().clamp(max=size - 2)
+    share = (places - below).float()
+    pixels = torch.from_numpy(image.copy()).float() / 255
+    rows = torch.lerp(pixels[below], pixels[below + 1], share[:, None, None])
+    both = torch.lerp(rows[:, below], rows[:, below + 1], share[:, None])
+    out: np.ndarray = (both * 255.5).clamp(0, 255).byte().numpy()  # TensorFlow's way to bytes
+    return out
+
+
+def prompt_ids(instruction: str, prompt: str, tokenizer: Tokenizer, append: Sequence[int] = ()) -> Tensor:
+    """The instruction, in lower case inside its prompt, as token ids ``(1, tokens)``.
+
+    ``append`` follows, less what of it the prompt ends with already.
+    """
+    ids: list[int] = tokenizer.encode(prompt.format(instruction=instruction.lower())).ids
+    repeated = next(n for n in range(len(append), -1, -1) if n == 0 or ids[-n:] == list(append[:n]))
+    return torch.tensor([[*ids, *append[repeated:]]])

@@ -115,10 +115,9 @@ class Quantization(Scheme):
             if fnmatchcase(name, override.pattern):
                 return override.scheme
         part = name.partition(".")[0]
-        if part != "decoder":
-            scheme: Scheme | None = getattr(self, part)
-            return scheme
-        return Scheme(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Scheme)})
+        if part == "decoder":
+            return Scheme(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Scheme)})
+        return {"vision": self.vision, "projector": self.projector, "head": self.head}.get(part)
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from sqap.compress import compress, model_inputs, ranking_scores
 from sqap.errors import InputError
+from sqap.models.stages import stages
 from sqap.models.storage import stored_bytes
 from sqap.observation import Observation
 from sqap.policy import Policy, PolicyConfig
 from sqap.pruning.calibration import overlap_curve
-from sqap.quantization import stages, wanted
+from sqap.quantization import wanted
 from sqap.recipe import Override, Pruning, Quantization, Recipe, Scheme
 
 Progress = Callable[[int, int], None]

@@ -47,8 +47,7 @@ def _convert(hint: Any, value: Any, where: str, error: type[SqapError]) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        (hint,) = (a for a in arguments if a is not type(None))
-        return _convert(hint, value, where, error)
+        return _convert(_variant(arguments, value, where, error), value, where, error)
     if origin is Literal:
         if value not in arguments:
             raise error(f"{where} must be one of {', '.join(map(repr, arguments))}, got {value!r}")
@@ -62,6 +61,18 @@ def _convert(hint: Any, value: Any, where: str, error: type[SqapError]) -> Any:
     if type(value) is not hint:
         raise error(f"{where} must be {hint.__name__}, got {value!r}")
     return value
+
+
+def _variant(arguments: tuple[Any, ...], value: Any, where: str, error: type[SqapError]) -> Any:
+    """The one type that is meant; several dataclasses are told apart by a field ``kind``."""
+    variants = [a for a in arguments if a is not type(None)]
+    if len(variants) == 1:
+        return variants[0]
+    kinds = {next(f.default for f in dataclasses.fields(v) if f.name == "kind"): v for v in variants}
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if kind not in kinds:
+        raise error(f"{where}.kind must be one of {', '.join(map(repr, kinds))}, got {kind!r}")
+    return kinds[kind]
 
 
 def _tuple(arguments: tuple[Any, ...], value: Any, where: str, error: type[SqapError]) -> tuple[Any, ...]:

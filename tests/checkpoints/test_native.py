@@ -98,7 +98,7 @@ def edit(directory: Path, **changes: object) -> None:
 
 def test_another_file_version_is_refused(saved):
     edit(saved, version=1)
-    with pytest.raises(CheckpointError, match="version 1; this sqap reads version 2"):
+    with pytest.raises(CheckpointError, match="version 1; this sqap reads version 3"):
         sqap.load(saved)
 
 

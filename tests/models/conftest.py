@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sqap.models import VLA, DecoderConfig, DiffusionHeadConfig, ModelConfig, VisionConfig
+from sqap.models import VLA, DecoderConfig, DiffusionHeadConfig, ModelConfig, ModelInputs, VisionConfig
 
 
 @pytest.fixture
@@ -44,10 +44,19 @@ def model(config: ModelConfig) -> VLA:
 
 
 @pytest.fixture
-def inputs(config: ModelConfig) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Pixels per encoder, token ids and noise for a batch of three."""
+def inputs(config: ModelConfig) -> ModelInputs:
+    """A batch of three."""
+    return random_inputs(config, 3)
+
+
+def random_inputs(config: ModelConfig, batch: int) -> ModelInputs:
+    """Noise for everything that a model of this configuration reads; BOS first, as ever."""
     generator = torch.Generator().manual_seed(1)
-    pixels = [torch.randn(3, 3, c.image_size, c.image_size, generator=generator) for c in config.vision]
-    token_ids = torch.randint(0, config.decoder.vocabulary, (3, 5), generator=generator)
-    noise = torch.randn(3, config.head.horizon, config.head.action_dim, generator=generator)
-    return pixels, token_ids, noise
+    pixels = [
+        torch.randn(batch * config.cameras, 3, c.image_size, c.image_size, generator=generator)
+        for c in config.vision
+    ]
+    token_ids = torch.randint(0, config.decoder.vocabulary, (batch, 5), generator=generator)
+    noise = torch.randn(batch, config.head.horizon, config.head.action_dim, generator=generator)
+    proprio = torch.randn(batch, config.proprio_dim, generator=generator) if config.proprio_dim else None
+    return ModelInputs(pixels, token_ids, noise, proprio)

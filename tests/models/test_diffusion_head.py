@@ -83,7 +83,7 @@ def test_guidance_is_two_passes(guidance: float, condition: Tensor, noise: Tenso
         return free + guidance * (given - free)
 
     expected = ddim_sample(two_passes, noise, head.alpha_bar, CONFIG.sample_steps)
-    torch.testing.assert_close(head(condition, noise), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(head.sample(condition, noise), expected, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def test_guidance_of_one_never_asks_without_the_condition(condition: Tensor, noi
 
     head.uncondition.fill_(torch.nan)
 
-    torch.testing.assert_close(head(condition, noise), expected)
+    torch.testing.assert_close(head.sample(condition, noise), expected)
 
 
 @torch.no_grad()
@@ -111,8 +111,8 @@ def test_condition_and_time_matter(condition: Tensor, noise: Tensor) -> None:
 @torch.no_grad()
 def test_samples_of_a_batch_do_not_mix(condition: Tensor, noise: Tensor) -> None:
     head = build()
-    alone = torch.cat([head(condition[i : i + 1], noise[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(head(condition, noise), alone, atol=1e-4, rtol=1e-4)
+    alone = torch.cat([head.sample(condition[i : i + 1], noise[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(head.sample(condition, noise), alone, atol=1e-4, rtol=1e-4)
 
 
 def test_loss_reaches_every_parameter() -> None:
@@ -167,9 +167,9 @@ def test_training_drops_some_conditions(monkeypatch: pytest.MonkeyPatch) -> None
 @torch.no_grad()
 def test_bfloat16_keeps_the_schedule_exact(condition: Tensor, noise: Tensor) -> None:
     head = build()
-    exact, schedule = head(condition, noise), head.alpha_bar.clone()
+    exact, schedule = head.sample(condition, noise), head.alpha_bar.clone()
 
-    rough = head.bfloat16()(condition.bfloat16(), noise.bfloat16())
+    rough = head.bfloat16().sample(condition.bfloat16(), noise.bfloat16())
 
     assert rough.dtype == torch.bfloat16
     assert torch.equal(head.alpha_bar, schedule)

@@ -115,6 +115,10 @@ def siglip() -> SiglipVisionModel:
 def ours(config: VisionConfig, theirs: nn.Module, names: dict[str, str | list[str]]) -> VisionEncoder:
     """Our encoder with their weights; every tensor of ours must be found among theirs."""
     encoder, state = VisionEncoder(config), theirs.state_dict()
+    if config.class_token:  # its position, which only DINOv2's own layout keeps apart from it
+        positions = state["embeddings.position_embeddings"][0]
+        state["embeddings.cls_token"] = state["embeddings.cls_token"] + positions[0]
+        state["embeddings.position_embeddings"] = positions[1:]
 
     def find(name: str) -> Tensor:
         stem, end = (name.rsplit(".", 1)) if name.endswith((".weight", ".bias")) else (name, "")

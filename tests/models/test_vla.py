@@ -1,15 +1,17 @@
-"""The whole model: the order of its tokens, batches, devices and number formats."""
+"""The whole model: the order of its tokens, batches, cameras, devices and number formats."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sqap.models import VLA, ModelConfig
+from sqap.models import VLA, ModelConfig, ModelInputs, RegressionHeadConfig, TokenHeadConfig
 from sqap.models.projector import Projector
 
-Inputs = tuple[list[Tensor], Tensor, Tensor]
+from .conftest import random_inputs
 
 
 class KeepFirst:
@@ -27,88 +29,164 @@ class KeepFirst:
         return torch.cat([torch.arange(1 + self.kept), text]).expand(received.shape[0], -1)
 
 
+def rows(inputs: ModelInputs, i: int, cameras: int = 1) -> ModelInputs:
+    """One observation of a batch."""
+    one, images = slice(i, i + 1), slice(i * cameras, (i + 1) * cameras)
+    return ModelInputs(
+        [p[images] for p in inputs.pixels],
+        inputs.token_ids[one],
+        inputs.noise if inputs.noise is None else inputs.noise[one],
+        inputs.proprio if inputs.proprio is None else inputs.proprio[one],
+    )
+
+
+def variant(config: ModelConfig, name: str) -> ModelConfig:
+    """The families' features: ``config`` itself is CogACT's."""
+    decoder = dataclasses.replace(config.decoder, causal=False)
+    vision = tuple(dataclasses.replace(v, film=True) for v in config.vision)
+    regression = RegressionHeadConfig(action_dim=4, horizon=6, width=24)
+    return {
+        "diffusion": config,
+        "tokens": dataclasses.replace(
+            config, head=TokenHeadConfig(action_dim=4, vocabulary=20, bins=9, last_token=17)
+        ),
+        "regression": dataclasses.replace(
+            config, vision=vision, decoder=decoder, head=regression, cameras=2, proprio_dim=5
+        ),
+    }[name]
+
+
+FAMILIES = pytest.mark.parametrize("family", ["diffusion", "tokens", "regression"])
+
+
+def make(config: ModelConfig) -> VLA:
+    torch.manual_seed(0)
+    return VLA(config).eval()
+
+
+@FAMILIES
 @torch.no_grad()
-def test_shapes(model: VLA, config: ModelConfig, inputs: Inputs) -> None:
-    pixels, token_ids, noise = inputs
-    assert config.visual_tokens == 16
+def test_shapes(config: ModelConfig, family: str) -> None:
+    config = variant(config, family)
+    model, inputs = make(config), random_inputs(config, 3)
+    assert config.visual_tokens == 16 * config.cameras
 
-    visual = model.see(pixels)
-
-    assert visual.shape == (3, 16, 32)
-    assert model.sequence(visual, token_ids).shape == (3, 16 + 5, 32)
-    assert model.cognition(visual, token_ids).shape == (3, 32)
-    actions = model(pixels, token_ids, noise)
-    assert actions.shape == (3, 6, 4)
+    assert model.see(inputs.pixels, model.language(inputs.token_ids)).shape == (3, config.visual_tokens, 32)
+    assert model.embed(inputs).shape == (3, model.length(5), 32)
+    actions = model(inputs)
+    assert actions.shape == (3, config.head.horizon, 4)
     assert actions.dtype == torch.float32
     assert actions.isfinite().all()
+    assert actions.std() > 0
 
 
 @torch.no_grad()
-def test_visual_tokens_follow_the_first_text_token(model: VLA, inputs: Inputs) -> None:
-    _, token_ids, _ = inputs
+def test_visual_tokens_follow_the_first_text_token(model: VLA, inputs: ModelInputs) -> None:
     visual = torch.randn(3, 16, 32)
 
-    sequence = model.sequence(visual, token_ids)
+    sequence = model.sequence(visual, inputs)
 
-    text = model.decoder.embed_tokens(token_ids)
+    text = model.decoder.embed(inputs.token_ids)
     assert torch.equal(sequence[:, 0], text[:, 0])
     assert torch.equal(sequence[:, 1:17], visual)
     assert torch.equal(sequence[:, 17:], text[:, 1:])
 
 
 @torch.no_grad()
-def test_cognition_is_the_last_token(model: VLA, inputs: Inputs) -> None:
-    pixels, token_ids, _ = inputs
-    visual = model.see(pixels)
+def test_state_and_room_for_actions_have_their_places(config: ModelConfig) -> None:
+    """As in OpenVLA-OFT: the state behind the images, empty tokens between the prompt and the stop token."""
+    config = variant(config, "regression")
+    model, inputs = make(config), random_inputs(config, 3)
+    visual = torch.randn(3, 32, 32)
 
-    hidden = model.decoder(model.sequence(visual, token_ids))
+    sequence = model.sequence(visual, inputs)
 
-    assert torch.equal(model.cognition(visual, token_ids), hidden[:, -1])
+    text = model.decoder.embed(inputs.token_ids)
+    assert model.proprio is not None
+    assert torch.equal(sequence[:, 33], model.proprio(inputs.proprio))
+    assert torch.equal(sequence[:, 34:37], text[:, 1:-1])
+    assert torch.equal(sequence[:, 37:-1], torch.zeros(3, 24, 32))
+    assert torch.equal(sequence[:, -1], text[:, -1])
 
 
+@FAMILIES
 @torch.no_grad()
-def test_batch_equals_singles(model: VLA, inputs: Inputs) -> None:
-    pixels, token_ids, noise = inputs
+def test_batch_equals_singles(config: ModelConfig, family: str) -> None:
+    config = variant(config, family)
+    model, inputs = make(config), random_inputs(config, 3)
 
-    together = model(pixels, token_ids, noise)
+    together = model(inputs)
 
     for i in range(3):
-        alone = model([p[i : i + 1] for p in pixels], token_ids[i : i + 1], noise[i : i + 1])
+        alone = model(rows(inputs, i, config.cameras))
         torch.testing.assert_close(alone, together[i : i + 1], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_deterministic_in_its_noise(model: VLA, inputs: Inputs) -> None:
-    pixels, token_ids, noise = inputs
-    once = model(pixels, token_ids, noise)
-    assert torch.equal(once, model(pixels, token_ids, noise))
-    assert not torch.allclose(once, model(pixels, token_ids, noise + 0.1))
+def test_deterministic_in_its_noise(model: VLA, inputs: ModelInputs) -> None:
+    once = model(inputs)
+    assert torch.equal(once, model(inputs))
+    assert inputs.noise is not None
+    assert not torch.allclose(once, model(dataclasses.replace(inputs, noise=inputs.noise + 0.1)))
+
+
+@pytest.mark.parametrize("family", ["diffusion", "regression"])
+@torch.no_grad()
+def test_all_that_is_read_reaches_the_action(config: ModelConfig, family: str) -> None:
+    config = variant(config, family)
+    model, inputs = make(config), random_inputs(config, 1)
+    base = model(inputs)
+
+    others = [dataclasses.replace(inputs, token_ids=(inputs.token_ids + 1) % 20)]
+    for encoder in range(2):
+        for camera in range(config.cameras):
+            pixels = [p.clone() for p in inputs.pixels]
+            pixels[encoder][camera] += 1
+            others.append(dataclasses.replace(inputs, pixels=pixels))
+    if inputs.proprio is not None:
+        others.append(dataclasses.replace(inputs, proprio=inputs.proprio + 1))
+    for other in others:
+        assert not torch.equal(base, model(other))
 
 
 @torch.no_grad()
-def test_image_and_instruction_reach_the_action(model: VLA, inputs: Inputs) -> None:
-    pixels, token_ids, noise = inputs
-    base = model(pixels, token_ids, noise)
-
-    for i in range(2):
-        other = [p + 1 if i == j else p for j, p in enumerate(pixels)]
-        assert not torch.equal(base, model(other, token_ids, noise))
-    assert not torch.equal(base, model(pixels, (token_ids + 1) % 20, noise))
+def test_cameras_are_seen_alone_and_in_order(config: ModelConfig) -> None:
+    two = make(dataclasses.replace(config, cameras=2))
+    inputs = random_inputs(two.config, 2)
+    visual = two.see(inputs.pixels)
+    for i in range(4):
+        alone = make(config).see([p[i : i + 1] for p in inputs.pixels])
+        part = visual[i // 2, 16 * (i % 2) : 16 * (i % 2 + 1)]
+        torch.testing.assert_close(part, alone[0], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_pruner_shortens_the_sequence(model: VLA, inputs: Inputs) -> None:
+def test_film_modulates_between_attention_and_mlp(config: ModelConfig) -> None:
+    """Kim, Finn & Liang 2025: (1 + scale) x + shift, of the mean text embedding."""
+    config = variant(config, "regression")
+    model = make(config)
+    block, x, language = model.vision[0].blocks[0], torch.randn(2, 7, 16), torch.randn(2, 32)
+    attended = x + block.ls1(block.attn(block.norm1(x)))
+    scale, shift = block.film.scale(language), block.film.shift(language)
+    modulated = attended * (1 + scale[:, None]) + shift[:, None]
+    expected = modulated + block.ls2(block.mlp(block.norm2(modulated)))
+    torch.testing.assert_close(block(x, language), expected)
+    ids = torch.tensor([[1, 4, 4, 2]])
+    mean = model.decoder.embed_tokens.weight[[1, 4, 4, 2]].mean(0)
+    torch.testing.assert_close(model.language(ids), mean.expand(2, -1))
+
+
+@torch.no_grad()
+def test_pruner_shortens_the_sequence(model: VLA, inputs: ModelInputs) -> None:
     """Tokens that a pruner drops can no longer be heard; those it keeps can."""
-    pixels, token_ids, _ = inputs
-    visual = model.see(pixels)
-    keep_all, keep_few = KeepFirst(16, 16, 21), KeepFirst(16, 4, 21)
+    x, keep_all, keep_few = model.embed(inputs), KeepFirst(16, 16, 21), KeepFirst(16, 4, 21)
 
-    full = model.cognition(visual, token_ids)
+    full = model.decoder(x)
 
-    torch.testing.assert_close(model.cognition(visual, token_ids, keep_all), full)
-    assert not torch.allclose(model.cognition(visual, token_ids, keep_few), full)
-    hidden = model.decoder(model.sequence(visual, token_ids), pruner=keep_few)
-    assert hidden.shape == (3, 1 + 4 + 4, 32)
+    torch.testing.assert_close(model.decoder(x, pruner=keep_all), full)
+    few = model.decoder(x, pruner=keep_few)
+    assert few.shape == (3, 1 + 4 + 4, 32)
+    assert not torch.allclose(few[:, -1], full[:, -1])
 
 
 @torch.no_grad()
@@ -121,51 +199,67 @@ def test_projector_has_gelu_between_its_linears() -> None:
     torch.testing.assert_close(projector(x), reference(x))
 
 
+@FAMILIES
 @torch.no_grad()
-def test_no_tensor_is_tied_to_the_cpu(config: ModelConfig) -> None:
+def test_no_tensor_is_tied_to_the_cpu(config: ModelConfig, family: str) -> None:
     """On the meta device any hidden CPU tensor would be an error, as it would be on a GPU."""
+    config = variant(config, family)
     with torch.device("meta"):
         model = VLA(config)
-        pixels = [torch.empty(2, 3, c.image_size, c.image_size) for c in config.vision]
-        token_ids, noise = torch.empty(2, 5, dtype=torch.long), torch.empty(2, 6, 4)
-    pruner = KeepFirst(16, 4, 21)
+    inputs = random_inputs(config, 2)
+    empty = ModelInputs(
+        [p.to("meta") for p in inputs.pixels],
+        inputs.token_ids.to("meta"),
+        inputs.noise if inputs.noise is None else inputs.noise.to("meta"),
+        inputs.proprio if inputs.proprio is None else inputs.proprio.to("meta"),
+    )
+    pruner = KeepFirst(config.visual_tokens, 4, model.length(5))
+    assert model(empty, pruner).device.type == "meta"
 
-    assert model(pixels, token_ids, noise).shape == (2, 6, 4)
-    assert model.cognition(model.see(pixels), token_ids, pruner).device.type == "meta"
 
-
+@FAMILIES
 @torch.no_grad()
-def test_built_on_meta_and_filled_it_is_the_same_model(
-    model: VLA, config: ModelConfig, inputs: Inputs
-) -> None:
+def test_built_on_meta_and_filled_it_is_the_same_model(config: ModelConfig, family: str) -> None:
     """How large checkpoints are loaded: nothing outside the state dict may stay behind on meta."""
+    config = variant(config, family)
+    model, inputs = make(config), random_inputs(config, 2)
     with torch.device("meta"):
         filled = VLA(config)
     filled.load_state_dict(model.state_dict(), strict=True, assign=True)
 
-    assert torch.equal(filled.eval()(*inputs), model(*inputs))
+    assert torch.equal(filled.eval()(inputs), model(inputs))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @torch.no_grad()
-def test_gpu_equals_cpu(model: VLA, inputs: Inputs) -> None:
-    pixels, token_ids, noise = inputs
+def test_gpu_equals_cpu(model: VLA, inputs: ModelInputs) -> None:
     pruner = KeepFirst(16, 4, 21)
-    on_cpu = model(pixels, token_ids, noise, pruner)
+    on_cpu = model(inputs, pruner)
+    assert inputs.noise is not None
 
-    on_gpu = model.cuda()([p.cuda() for p in pixels], token_ids.cuda(), noise.cuda(), pruner)
+    there = ModelInputs([p.cuda() for p in inputs.pixels], inputs.token_ids.cuda(), inputs.noise.cuda())
+    on_gpu = model.cuda()(there, pruner)
 
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=1e-2, rtol=1e-2)
 
 
 @torch.no_grad()
-def test_runs_in_bfloat16(model: VLA, inputs: Inputs) -> None:
-    pixels, token_ids, noise = inputs
-    exact = model.cognition(model.see(pixels), token_ids)
+def test_runs_in_bfloat16(model: VLA, inputs: ModelInputs) -> None:
+    exact = model.decoder(model.embed(inputs))[:, -1]
 
     model.bfloat16()
-    rough = model.cognition(model.see([p.bfloat16() for p in pixels]), token_ids)
+    low = dataclasses.replace(inputs, pixels=[p.bfloat16() for p in inputs.pixels])
+    rough = model.decoder(model.embed(low))[:, -1]
 
     assert rough.dtype == torch.bfloat16
     assert (rough.float() - exact).norm() / exact.norm() < 0.1
-    assert model([p.bfloat16() for p in pixels], token_ids, noise.bfloat16()).isfinite().all()
+    assert model(low).isfinite().all()
+
+
+@torch.no_grad()
+def test_an_embedding_table_in_bfloat16_is_read_in_the_models_type(model: VLA, inputs: ModelInputs) -> None:
+    table = model.decoder.embed_tokens
+    table.weight.copy_(table.weight.bfloat16())
+    exact = model(inputs)
+    table.bfloat16()
+    assert torch.equal(model(inputs), exact)

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sqap.models import VLA
+from sqap.models import VLA, ModelInputs
+from sqap.pruning.attention import AttentionWatcher, query_rows
 from sqap.pruning.calibration import attention_scores, choose_k, overlap_at_k, overlap_curve
 
 
@@ -44,26 +47,37 @@ def test_k_is_the_largest_that_reaches_the_threshold(curve: list[float], thresho
 def test_scores_are_distributions_and_see_the_image(
     model: VLA, pixels: list[Tensor], token_ids: Tensor
 ) -> None:
-    scores = attention_scores(model, pixels, token_ids, (1, 3), "text")
+    scores = attention_scores(model, [ModelInputs(pixels, token_ids)], (1, 3), "text")
     assert scores.shape == (1, 16)
     assert scores.min() >= 0
     torch.testing.assert_close(scores.sum(-1), torch.ones(1, dtype=scores.dtype))
-    other = attention_scores(model, [1 - pixels[0]], token_ids, (1, 3), "text")
+    other = attention_scores(model, [ModelInputs([1 - pixels[0]], token_ids)], (1, 3), "text")
     assert not torch.allclose(scores, other)
 
 
-def test_scores_treat_a_batch_as_its_frames(model: VLA, pixels: list[Tensor], token_ids: Tensor) -> None:
+def test_scores_are_what_a_pruner_sees(model: VLA, pixels: list[Tensor], token_ids: Tensor) -> None:
+    inputs = ModelInputs(pixels, token_ids)
+    watcher = AttentionWatcher((1, 3), query_rows("text", 16, 22), 16)
+    model(replace(inputs, noise=torch.zeros(1, 2, 2)), watcher)
+    assert watcher.scores is not None
+    torch.testing.assert_close(attention_scores(model, [inputs], (1, 3), "text"), watcher.scores)
+
+
+def test_scores_of_frames_come_in_their_order(model: VLA, pixels: list[Tensor], token_ids: Tensor) -> None:
     frames = [pixels[0], pixels[0].flip(-1)]
-    batch = attention_scores(model, [torch.cat(frames)], token_ids.expand(2, -1), (2,), "last")
-    alone = [attention_scores(model, [f], token_ids, (2,), "last") for f in frames]
-    torch.testing.assert_close(batch, torch.cat(alone))
+    inputs = [ModelInputs([f], token_ids) for f in frames]
+    together = attention_scores(model, inputs, (2,), "last")
+    alone = [attention_scores(model, [given], (2,), "last") for given in inputs]
+    torch.testing.assert_close(together, torch.cat(alone))
+    assert not torch.allclose(alone[0], alone[1])
 
 
 def test_scores_of_several_layers_average_their_attention(
     model: VLA, pixels: list[Tensor], token_ids: Tensor
 ) -> None:
     one, two, both = (
-        attention_scores(model, pixels, token_ids, layers, "text") for layers in ((0,), (3,), (0, 3))
+        attention_scores(model, [ModelInputs(pixels, token_ids)], layers, "text")
+        for layers in ((0,), (3,), (0, 3))
     )
     # Layers weigh by how much attention they spend on the image at all, so the mean lies in between.
     assert (torch.minimum(one, two) <= both + 1e-7).all()

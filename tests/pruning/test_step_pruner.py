@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sqap.models import VLA
+from sqap.models import VLA, ModelInputs
 from sqap.models.decoder import Decoder, KVCache, rope_angles, rotate
 from sqap.pruning import Selector, StepPruner
 from sqap.recipe import Pruning
@@ -51,24 +51,25 @@ def explicit(decoder: Decoder, x: Tensor, keep_after: dict[int, Tensor]) -> tupl
 
 
 def positions_kept(pruner: StepPruner) -> Tensor:
-    assert pruner.selection is not None
-    return torch.cat([torch.tensor([0]), 1 + pruner.selection.kept, torch.arange(1 + VISUAL, LENGTH)])
+    (selection,) = pruner.selections
+    return torch.cat([torch.tensor([0]), 1 + selection.kept, torch.arange(1 + VISUAL, LENGTH)])
 
 
 @pytest.fixture(scope="module")
 def x(model: VLA, pixels: list[Tensor], token_ids: Tensor) -> Tensor:
-    return model.sequence(model.see(pixels), token_ids)
+    return model.embed(ModelInputs(pixels, token_ids))
 
 
 def make(settings: Pruning) -> StepPruner:
-    return StepPruner(Selector(settings, 4), LENGTH, (0.4, 0.6), torch.Generator().manual_seed(0))
+    return StepPruner(Selector(settings, 4), LENGTH, [(0.4, 0.6)], torch.Generator().manual_seed(0))
 
 
 def test_keeping_everything_changes_nothing(model: VLA, pixels: list[Tensor], token_ids: Tensor) -> None:
     noise = torch.ones(1, 2, 2, dtype=torch.float64)
     pruner = make(Pruning(keep_ratio=1.0))
-    assert torch.equal(model(pixels, token_ids, noise), model(pixels, token_ids, noise, pruner=pruner))
-    assert pruner.selection is None
+    inputs = ModelInputs(pixels, token_ids, noise)
+    assert torch.equal(model(inputs), model(inputs, pruner))
+    assert pruner.selections == ()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -102,8 +103,8 @@ def test_tokens_are_ranked_by_the_attention_the_whole_softmax_shows(
     rows = slice(1 + VISUAL, None) if queries == "text" else slice(LENGTH - 1, None)
     received = torch.stack([maps[i][0, :, rows].mean((0, 1)) for i in layers or (2,)]).mean(0)
     expected = received[1 : 1 + VISUAL].topk(4).indices
-    assert pruner.selection is not None
-    assert pruner.selection.kept.tolist() == sorted(expected.tolist())
+    (selection,) = pruner.selections
+    assert selection.kept.tolist() == sorted(expected.tolist())
 
 
 def test_a_pruned_cache_continues_as_if_the_rest_had_never_been(model: VLA, x: Tensor) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from sqap.models import VLA, DecoderConfig, DiffusionHeadConfig, ModelConfig, VisionConfig
+from sqap.models import VLA, DecoderConfig, DiffusionHeadConfig, ModelConfig, ModelInputs, VisionConfig
 from sqap.models.decoder import RMSNorm
 
 MakeModel = Callable[..., VLA]
@@ -34,8 +34,8 @@ def make_model() -> MakeModel:
 
 
 @pytest.fixture
-def inputs() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """What `VLA.forward` takes: pixels, token ids, diffusion noise."""
+def inputs() -> ModelInputs:
+    """A batch of two."""
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(2, 3, 32, 32, generator=generator)
-    return [pixels], TOKENS, torch.randn(2, 8, 4, generator=generator)
+    return ModelInputs([pixels], TOKENS, torch.randn(2, 8, 4, generator=generator))

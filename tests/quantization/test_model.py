@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sqap.errors import InputError
-from sqap.models import VLA
+from sqap.models import VLA, ModelInputs
+from sqap.models.stages import stages
 from sqap.quantization import (
-    ModelInputs,
     Partial,
     QuantizedLinear,
     list_linears,
@@ -20,13 +20,11 @@ from sqap.quantization import (
     quantize_decoder,
     quantize_model,
     rotate_decoder,
-    stages,
 )
 from sqap.quantization.rotation import is_rotated
 from sqap.recipe import Override, Quantization, Scheme
 
 MakeModel = Callable[..., VLA]
-Inputs = tuple[list[Tensor], Tensor, Tensor]
 W8A8 = Quantization(8, 8)
 WHOLE = Quantization(
     4,
@@ -48,19 +46,20 @@ RECIPES = [
 
 
 @pytest.fixture
-def calibration(inputs: Inputs) -> list[ModelInputs]:
-    pixels, ids, noise = inputs
-    return [ModelInputs([pixels[0][i : i + 1]], ids[i : i + 1], noise[i : i + 1]) for i in range(2)]
+def calibration(inputs: ModelInputs) -> list[ModelInputs]:
+    (pixels,), ids, noise = inputs.pixels, inputs.token_ids, inputs.noise
+    assert noise is not None
+    return [ModelInputs([pixels[i : i + 1]], ids[i : i + 1], noise[i : i + 1]) for i in range(2)]
 
 
-def hidden(model: VLA, inputs: Inputs) -> Tensor:
-    return model.cognition(model.see(inputs[0]), inputs[1])
+def hidden(model: VLA, inputs: ModelInputs) -> Tensor:
+    return model.decoder(model.embed(inputs))[:, -1]
 
 
 @pytest.mark.parametrize(("recipe", "error"), [(W8A8, 0.03), (Quantization(4, 8), 0.35)])
 @torch.no_grad()
 def test_a_quantized_policy_stays_close(
-    make_model: MakeModel, inputs: Inputs, recipe: Quantization, error: float
+    make_model: MakeModel, inputs: ModelInputs, recipe: Quantization, error: float
 ) -> None:
     model = make_model()
     exact, found = hidden(model, inputs), hidden(quantize_model(model, recipe), inputs)
@@ -69,7 +68,7 @@ def test_a_quantized_policy_stays_close(
 
 @torch.no_grad()
 def test_gptq_on_what_quantized_layers_produce_beats_rounding(
-    make_model: MakeModel, inputs: Inputs, calibration: list[ModelInputs]
+    make_model: MakeModel, inputs: ModelInputs, calibration: list[ModelInputs]
 ) -> None:
     model = make_model()
     exact = hidden(model, inputs)
@@ -82,10 +81,10 @@ def test_gptq_on_what_quantized_layers_produce_beats_rounding(
 
 
 @torch.no_grad()
-def test_a_policy_in_bfloat16_is_quantized_in_32_bits(make_model: MakeModel, inputs: Inputs) -> None:
+def test_a_policy_in_bfloat16_is_quantized_in_32_bits(make_model: MakeModel, inputs: ModelInputs) -> None:
     exact = hidden(make_model(), inputs)
     small = quantize_model(make_model().bfloat16(), W8A8)
-    found = hidden(small, ([inputs[0][0].bfloat16()], *inputs[1:]))
+    found = hidden(small, dataclasses.replace(inputs, pixels=[p.bfloat16() for p in inputs.pixels]))
     assert found.dtype == torch.bfloat16
     assert (found.float() - exact).norm() < 0.05 * exact.norm()
 
@@ -141,13 +140,13 @@ def test_the_original_is_left_alone(make_model: MakeModel, calibration: list[Mod
 @pytest.mark.parametrize("recipe", RECIPES)
 @torch.no_grad()
 def test_a_quantized_policy_loads_into_a_prepared_one(
-    make_model: MakeModel, inputs: Inputs, calibration: list[ModelInputs], recipe: Quantization
+    make_model: MakeModel, inputs: ModelInputs, calibration: list[ModelInputs], recipe: Quantization
 ) -> None:
     loaded = make_model()
     saved = quantize_model(make_model(), recipe, calibration)
     prepare_quantized(loaded, recipe)
     loaded.load_state_dict(saved.state_dict())
-    assert torch.equal(loaded(*inputs), saved(*inputs))
+    assert torch.equal(loaded(inputs), saved(inputs))
 
 
 @torch.no_grad()

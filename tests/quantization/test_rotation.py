@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from sqap.errors import InputError
-from sqap.models import VLA, DecoderConfig
+from sqap.models import VLA, DecoderConfig, ModelInputs
 from sqap.models.decoder import Decoder, DecoderLayer, RMSNorm, rope_angles
 from sqap.quantization import prepare_rotated, quantize_model, rotate_decoder
 from sqap.quantization import rotation as rotation_module
@@ -23,11 +23,11 @@ from sqap.quantization.rotation import (
     rotate_input,
     rotate_layer,
     rotate_norm,
+    rotate_output,
 )
 from sqap.recipe import Quantization
 
 MakeModel = Callable[..., VLA]
-Inputs = tuple[list[Tensor], Tensor, Tensor]
 seeds = pytest.mark.parametrize("seed", [None, 3])
 
 
@@ -54,15 +54,13 @@ SHAPES = [
 @seeds
 @torch.no_grad()
 def test_a_rotated_policy_is_the_same_function(
-    make_model: MakeModel, inputs: Inputs, shape: dict[str, int], seed: int | None
+    make_model: MakeModel, inputs: ModelInputs, shape: dict[str, int], seed: int | None
 ) -> None:
     model, rotated = make_model(**shape), make_model(**shape)
     rotate_decoder(rotated, seed)
-    pixels, tokens, _ = inputs
-    before = model.decoder(model.sequence(model.see(pixels), tokens))
-    after = rotated.decoder(rotated.sequence(rotated.see(pixels), tokens))
+    before, after = model.decoder(model.embed(inputs)), rotated.decoder(rotated.embed(inputs))
     assert (after - before).norm() < 1e-5 * before.norm()
-    torch.testing.assert_close(rotated(*inputs), model(*inputs), rtol=0, atol=1e-4)
+    torch.testing.assert_close(rotated(inputs), model(inputs), rtol=0, atol=1e-4)
 
 
 @given(
@@ -87,10 +85,10 @@ def test_a_decoder_alone_is_the_same_function(
 
 
 @torch.no_grad()
-def test_everything_inside_is_in_another_basis(make_model: MakeModel, inputs: Inputs) -> None:
+def test_everything_inside_is_in_another_basis(make_model: MakeModel, inputs: ModelInputs) -> None:
     model, rotated = make_model(), make_model()
     rotate_decoder(rotated)
-    before, after = model.see(inputs[0]), rotated.see(inputs[0])
+    before, after = model.see(inputs.pixels), rotated.see(inputs.pixels)
     torch.testing.assert_close(after, block_hadamard(before, 128), rtol=0, atol=1e-5)
     for name, weight in model.decoder.layers.named_parameters():
         changed = (rotated.decoder.layers.get_parameter(name) - weight).norm() / weight.norm()
@@ -98,7 +96,7 @@ def test_everything_inside_is_in_another_basis(make_model: MakeModel, inputs: In
 
 
 @torch.no_grad()
-def test_signs_are_another_basis_again(make_model: MakeModel, inputs: Inputs) -> None:
+def test_signs_are_another_basis_again(make_model: MakeModel, inputs: ModelInputs) -> None:
     plain, signed, other = make_model(), make_model(), make_model()
     for model, seed in ((plain, None), (signed, 3), (other, 4)):
         rotate_decoder(model, seed)
@@ -108,8 +106,8 @@ def test_signs_are_another_basis_again(make_model: MakeModel, inputs: Inputs) ->
         for a, b in ((0, 1), (1, 2), (0, 2)):
             assert (matrices[a] - matrices[b]).norm() > 0.1 * matrices[a].norm(), name
     rotation = Rotation.of(signed.config.decoder, 3)
-    expected = rotation.residual.apply(make_model().see(inputs[0]))
-    torch.testing.assert_close(signed.see(inputs[0]), expected, rtol=0, atol=1e-5)
+    expected = rotation.residual.apply(make_model().see(inputs.pixels))
+    torch.testing.assert_close(signed.see(inputs.pixels), expected, rtol=0, atol=1e-5)
 
 
 def test_the_same_seed_gives_the_same_bytes(make_model: MakeModel) -> None:
@@ -142,8 +140,8 @@ def test_stages_rotated_one_by_one_are_the_whole(make_model: MakeModel, seed: in
     whole, staged = make_model(), make_model()
     rotate_decoder(whole, seed)
     rotation = Rotation.of(staged.config.decoder, seed)
-    last: Any = staged.projector.layers[-1]
-    rotate_input(staged.decoder.embed_tokens, last, rotation)
+    rotate_input(staged.decoder.embed_tokens, None, rotation)
+    rotate_output(staged.projector, rotation)
     staged.decoder.norm = rotate_norm(staged.decoder.norm, rotation)
     for layer in reversed(staged.decoder.layers):
         assert isinstance(layer, DecoderLayer)
@@ -187,7 +185,7 @@ def test_weights_rotated_piece_by_piece_are_the_same(
 
 
 @torch.no_grad()
-def test_attention_is_what_it_was(make_model: MakeModel, inputs: Inputs) -> None:
+def test_attention_is_what_it_was(make_model: MakeModel, inputs: ModelInputs) -> None:
     class Recorder:
         def __init__(self) -> None:
             self.received: list[Tensor] = []
@@ -203,7 +201,7 @@ def test_attention_is_what_it_was(make_model: MakeModel, inputs: Inputs) -> None
         model, recorder = make_model(), Recorder()
         if rotate:
             rotate_decoder(model)
-        model.cognition(model.see(inputs[0]), inputs[1], recorder)
+        model.decoder(model.embed(inputs), pruner=recorder)
         records.append(torch.stack(recorder.received))
     torch.testing.assert_close(records[1], records[0], rtol=1e-4, atol=1e-6)
 
@@ -211,7 +209,7 @@ def test_attention_is_what_it_was(make_model: MakeModel, inputs: Inputs) -> None
 @seeds
 @torch.no_grad()
 def test_rotated_weights_load_into_a_prepared_model(
-    make_model: MakeModel, inputs: Inputs, seed: int | None
+    make_model: MakeModel, inputs: ModelInputs, seed: int | None
 ) -> None:
     rotated, loaded = make_model(), make_model()
     names = set(rotated.state_dict())
@@ -222,7 +220,7 @@ def test_rotated_weights_load_into_a_prepared_model(
     for name, weight in loaded.state_dict().items():
         assert torch.equal(weight, weights[name])
     loaded.load_state_dict(rotated.state_dict())
-    assert torch.equal(loaded(*inputs), rotated(*inputs))
+    assert torch.equal(loaded(inputs), rotated(inputs))
 
 
 @torch.no_grad()

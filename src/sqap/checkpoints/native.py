@@ -26,13 +26,13 @@ from tokenizers import Tokenizer
 
 from sqap.errors import CheckpointError
 from sqap.models import VLA
-from sqap.models.storage import stored_tensors
+from sqap.models.storage import STORAGE_DTYPE, stored_tensors
 from sqap.policy import Calibration, Policy, PolicyConfig
 from sqap.quantization import check_coverage, list_linears, prepare_quantized
 from sqap.recipe import Recipe
 from sqap.serialization import from_json, read_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST, WEIGHTS, TOKENIZER = "policy.json", "model.safetensors", "tokenizer.json"
 
 
@@ -43,6 +43,7 @@ def save_policy(policy: Policy, directory: Path) -> None:
         CheckpointError: the place cannot be written, holds something else, or a linear that the recipe
             wants quantized is not really packed. Whatever was there before is intact.
     """
+    policy.fill()
     if policy.recipe.quantization is not None:
         check_coverage(policy.model, policy.recipe.quantization)
     if _is_foreign(directory):
@@ -80,6 +81,7 @@ def load_policy(directory: Path) -> Policy:
     recipe: Recipe = from_json(Recipe, manifest["recipe"], f"{where}: recipe", CheckpointError)
     calibration = manifest["calibration"]
     model = VLA(config.model)
+    model.decoder.embed_tokens.to(STORAGE_DTYPE)
     if recipe.quantization is not None:
         prepare_quantized(model, recipe.quantization)
     _fill(model, directory / WEIGHTS)

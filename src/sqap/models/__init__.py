@@ -1,6 +1,24 @@
 """The model skeleton: vision -> projector -> decoder -> action head, in plain PyTorch."""
 
-from sqap.models.config import DecoderConfig, DiffusionHeadConfig, ModelConfig, VisionConfig
-from sqap.models.vla import VLA
+from sqap.models.config import (
+    DecoderConfig,
+    DiffusionHeadConfig,
+    HeadConfig,
+    ModelConfig,
+    RegressionHeadConfig,
+    TokenHeadConfig,
+    VisionConfig,
+)
+from sqap.models.vla import VLA, ModelInputs
 
-__all__ = ["VLA", "DecoderConfig", "DiffusionHeadConfig", "ModelConfig", "VisionConfig"]
+__all__ = [
+    "VLA",
+    "DecoderConfig",
+    "DiffusionHeadConfig",
+    "HeadConfig",
+    "ModelConfig",
+    "ModelInputs",
+    "RegressionHeadConfig",
+    "TokenHeadConfig",
+    "VisionConfig",
+]

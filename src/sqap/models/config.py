@@ -15,7 +15,9 @@ class VisionConfig:
     ``take_block`` is the block whose output becomes the visual tokens, counted as Python does: -1 the
     last one, -2 the one before (what OpenVLA and CogACT read). ``mean`` and ``std`` normalise pixels
     in [0, 1]. ``stem`` is a single patch convolution, or early convolutions for policies trained from
-    scratch (Xiao et al. 2021).
+    scratch (Xiao et al. 2021). Positions belong to patches alone, as in timm's DINOv2 with registers: a class
+    token's would be a constant added to a constant. ``film`` lets the instruction modulate every block, as in
+    OpenVLA-OFT+.
     """
 
     image_size: int
@@ -34,6 +36,7 @@ class VisionConfig:
     norm_eps: float = 1e-6
     take_block: int = -1
     final_norm: bool = True
+    film: bool = False
 
     @property
     def grid(self) -> int:
@@ -43,7 +46,11 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A Llama-style decoder. ``vocabulary`` counts the rows of the embedding table."""
+    """A Llama-style decoder.
+
+    ``vocabulary`` counts the rows of the embedding table. Without ``causal`` every token sees every other, as
+    in OpenVLA-OFT's parallel decoding.
+    """
 
     vocabulary: int
     width: int
@@ -54,6 +61,7 @@ class DecoderConfig:
     mlp_width: int
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
+    causal: bool = True
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,7 @@ class DiffusionHeadConfig:
     train_steps: int = 100
     sample_steps: int = 10
     guidance: float = 1.5
+    kind: Literal["diffusion"] = "diffusion"
 
     def __post_init__(self) -> None:
         if not 1 <= self.sample_steps <= self.train_steps:
@@ -75,18 +84,55 @@ class DiffusionHeadConfig:
 
 
 @dataclass(frozen=True)
+class TokenHeadConfig:
+    """OpenVLA's actions: one token of the language model per dimension, decoded one after the other.
+
+    The ids right below ``last_token`` stand for the ``bins - 1`` centres of [-1, 1] cut at ``bins`` points,
+    the first centre for the highest id. ``vocabulary`` counts the rows of the output matrix.
+    """
+
+    action_dim: int
+    vocabulary: int
+    bins: int = 256
+    last_token: int = 32_000
+    kind: Literal["tokens"] = "tokens"
+
+    @property
+    def horizon(self) -> int:
+        """One action at a time."""
+        return 1
+
+
+@dataclass(frozen=True)
+class RegressionHeadConfig:
+    """OpenVLA-OFT's actions: a residual MLP reads all dimensions of an action off the decoder in parallel."""
+
+    action_dim: int
+    horizon: int
+    width: int
+    depth: int = 2
+    kind: Literal["regression"] = "regression"
+
+
+HeadConfig = DiffusionHeadConfig | TokenHeadConfig | RegressionHeadConfig
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A whole policy.
 
     ``projector`` lists the output widths of its linears; GELU stands between them. ``pixel_shuffle`` r makes
-    one visual token of each r x r square of patches, as in SmolVLM.
+    one visual token of each r x r square of patches, as in SmolVLM. Every one of ``cameras`` images goes
+    through the same encoders; ``proprio_dim`` numbers of the robot's state become one more token.
     """
 
     vision: tuple[VisionConfig, ...]
     projector: tuple[int, ...]
     decoder: DecoderConfig
-    head: DiffusionHeadConfig
+    head: HeadConfig
     pixel_shuffle: int = 1
+    cameras: int = 1
+    proprio_dim: int | None = None
 
     def __post_init__(self) -> None:
         if self.pixel_shuffle < 1 or self.vision[0].grid % self.pixel_shuffle:
@@ -96,10 +142,10 @@ class ModelConfig:
 
     @property
     def grid(self) -> int:
-        """Visual tokens along one side of the image."""
+        """Visual tokens along one side of an image."""
         return self.vision[0].grid // self.pixel_shuffle
 
     @property
     def visual_tokens(self) -> int:
-        """Visual tokens per image; several encoders see the same patches and are concatenated."""
-        return self.grid**2
+        """Visual tokens of all images; several encoders see the same patches and are concatenated."""
+        return self.cameras * self.grid**2

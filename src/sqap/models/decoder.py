@@ -94,6 +94,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
+        self.causal = config.causal
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.q_proj = nn.Linear(config.width, config.heads * config.head_dim, bias=False)
         self.k_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
@@ -118,20 +119,21 @@ class Attention(nn.Module):
         if cache is not None:
             stored = cache.extend(layer, stored)
         k, v = self.kv_format.load(stored, q.dtype)
-        past = k.shape[2] - tokens
-        mask = None if past == 0 or tokens == 1 else _causal_mask(tokens, past, x.device)
-        mixed = attend(q, k, v, causal=past == 0 and tokens > 1, mask=mask)
-        received = None if rows is None else attention_received(q, k, rows)
+        past, ahead = k.shape[2] - tokens, self.causal and tokens > 1
+        mask = _causal_mask(tokens, past, x.device) if ahead and past else None
+        mixed = attend(q, k, v, causal=ahead and not past, mask=mask)
+        received = None if rows is None else attention_received(q, k, rows, causal=self.causal)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, tokens, -1)), received
 
 
-def attention_received(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
+def attention_received(q: Tensor, k: Tensor, rows: Tensor, *, causal: bool = True) -> Tensor:
     """Attention that each key gets from a few query rows: one row block, not a second full attention.
 
     Args:
         q: ``(batch, heads, tokens, head_dim)`` rotated queries.
         k: ``(batch, kv_heads, keys, head_dim)`` rotated keys, of which the last ``tokens`` are q's own.
         rows: ``(rows,)`` indices of the queries that count.
+        causal: whether a query sees only the keys up to its own.
 
     Returns:
         ``(batch, keys)`` probabilities averaged over heads and rows; each batch entry sums to one.
@@ -139,8 +141,10 @@ def attention_received(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
     past, rows = k.shape[2] - q.shape[2], rows.to(q.device)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores: Tensor = q[:, :, rows].float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
-    future = torch.arange(k.shape[2], device=k.device) > (rows + past)[:, None]
-    return scores.masked_fill(future, -torch.inf).softmax(-1).mean((1, 2))
+    if causal:
+        future = torch.arange(k.shape[2], device=k.device) > (rows + past)[:, None]
+        scores = scores.masked_fill(future, -torch.inf)
+    return scores.softmax(-1).mean((1, 2))
 
 
 class SwiGLU(nn.Module):
@@ -190,19 +194,30 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.depth))
         self.norm = RMSNorm(config.width, config.norm_eps)
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids ``(batch, tokens)`` to ``(batch, tokens, width)``, in the type that is computed in."""
+        out: Tensor = self.embed_tokens(ids).to(self.norm.weight.dtype)
+        return out
+
     def forward(
-        self, x: Tensor, *, cache: KVCache | None = None, pruner: TokenPruner | None = None
+        self,
+        x: Tensor,
+        *,
+        cache: KVCache | None = None,
+        pruner: TokenPruner | None = None,
+        depth: int | None = None,
     ) -> Tensor:
         """Run ``x`` ``(batch, tokens, width)``; with a pruner, fewer tokens come out than went in.
 
-        Positions continue where ``cache`` ended, and a kept token keeps the position it had.
+        Positions continue where ``cache`` ended, and a kept token keeps the position it had. ``depth`` ends
+        the run after so many layers, for those who only want to see their attention.
         """
         start = cache.next_position if cache is not None else 0
         if cache is not None:
             cache.next_position += x.shape[1]
         positions = torch.arange(start, start + x.shape[1], device=x.device).expand(x.shape[0], -1)
         rope = rope_angles(positions, self.config, x.dtype)
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.layers[:depth]):
             rows = pruner.score_rows(i) if pruner is not None else None
             x, received = layer(x, rope, i, cache, rows)
             if pruner is not None and received is not None:

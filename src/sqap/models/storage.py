@@ -1,11 +1,45 @@
-"""What weights are on disk: bfloat16 where they are floats, as they are where they are packed."""
+"""Weights on disk: bfloat16 where they are floats, as they are where they are packed; and read from there."""
 
 from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 STORAGE_DTYPE = torch.bfloat16
+
+
+class Weights(Protocol):
+    """A model's tensors, read from files when they are asked for."""
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors of their own by the model's parameter names, in the type they are stored in."""
+
+
+def fill(
+    module: nn.Module,
+    weights: Weights,
+    *,
+    prefix: str = "",
+    skip: Collection[str] = (),
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Give a module the weights that it has on the meta device.
+
+    Args:
+        module: whose parameters go by ``prefix`` and their own names.
+        weights: where they are.
+        prefix: the module's name in its model, with a dot behind.
+        skip: parameters to be left on the meta device.
+        dtype: what they become; None leaves them in the types they are stored in.
+    """
+    missing = [n for n, parameter in module.named_parameters() if parameter.is_meta and n not in skip]
+    found = weights.read(prefix + name for name in missing)
+    named = {name: found[prefix + name].to(dtype or found[prefix + name].dtype) for name in missing}
+    module.load_state_dict(named, assign=True, strict=False)
+    module.requires_grad_(False)
 
 
 def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -27,6 +61,12 @@ def stored_bytes(module: nn.Module) -> int:
 
 
 def round_to_storage(module: nn.Module) -> None:
-    """Give parameters the values they will have on disk, so that saving and loading change nothing."""
+    """Give parameters the values they will have on disk, so that saving and loading change nothing.
+
+    Embedding tables, of which a step reads a few rows, stay in that type in memory too.
+    """
     for parameter in module.parameters():
         parameter.data = parameter.data.to(STORAGE_DTYPE).to(parameter.dtype)
+    for table in module.modules():
+        if isinstance(table, nn.Embedding):
+            table.to(STORAGE_DTYPE)

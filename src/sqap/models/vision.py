@@ -20,62 +20,76 @@ class LayerScale(nn.Module):
         return x * self.scale_factor
 
 
-class Block(nn.Module):
-    """Attention and MLP, each behind a LayerNorm and on a residual branch."""
+class FiLM(nn.Module):
+    """Features scaled and shifted, channel by channel, by what the instruction says (Perez et al. 2018)."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, language_width: int, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Linear(language_width, width)
+        self.shift = nn.Linear(language_width, width)
+
+    def forward(self, x: Tensor, language: Tensor) -> Tensor:
+        """``x`` ``(batch, tokens, width)`` and ``language`` ``(batch, language width)``."""
+        out: Tensor = x * (1 + self.scale(language)[:, None]) + self.shift(language)[:, None]
+        return out
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a LayerNorm and on a residual branch; FiLM, if any, between the two."""
+
+    def __init__(self, config: VisionConfig, language_width: int) -> None:
         super().__init__()
         width = config.width
         self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)
         self.attn = SelfAttention(width, config.heads)
         self.ls1 = LayerScale(width) if config.layer_scale else nn.Identity()
+        self.film = FiLM(language_width, width) if config.film else None
         self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
         self.mlp = MLP(width, config.mlp_width, config.activation)
         self.ls2 = LayerScale(width) if config.layer_scale else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, language: Tensor | None = None) -> Tensor:
         x = x + self.ls1(self.attn(self.norm1(x)))
+        if self.film is not None:
+            x = self.film(x, language)
         x = x + self.ls2(self.mlp(self.norm2(x)))
         return x
 
 
 class VisionEncoder(nn.Module):
-    """An image to one token per patch, row by row from the top left."""
+    """An image to one token per patch, row by row from the top left.
 
-    def __init__(self, config: VisionConfig) -> None:
+    Args:
+        config: sizes.
+        language_width: of the mean text embedding that modulates an encoder with FiLM.
+    """
+
+    def __init__(self, config: VisionConfig, language_width: int = 0) -> None:
         super().__init__()
         self.config = config
         self.patch_embed = _stem(config)
-        prefix = int(config.class_token)
-        self.pos_embed = nn.Parameter(torch.randn(prefix + config.grid**2, config.width) * 0.02)
+        self.pos_embed = nn.Parameter(torch.randn(config.grid**2, config.width) * 0.02)
         self.cls_token = nn.Parameter(torch.zeros(1, config.width)) if config.class_token else None
         self.reg_token = (
             nn.Parameter(torch.zeros(config.registers, config.width)) if config.registers else None
         )
         # Blocks after the one that is read would be computed for nothing.
         depth = config.depth + 1 + config.take_block if config.take_block < 0 else config.take_block + 1
-        self.blocks = nn.ModuleList(Block(config) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(config, language_width) for _ in range(depth))
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.final_norm else nn.Identity()
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, language: Tensor | None = None) -> Tensor:
         """``(batch, 3, image_size, image_size)`` normalised to ``(batch, grid * grid, width)``."""
         x = self.embed(pixels)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, language)
         return self.features(x)
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Pixels to what the blocks are given: ``(batch, prefix + grid * grid, width)``."""
-        x: Tensor = self.patch_embed(pixels).flatten(2).transpose(1, 2)
-        batch = x.shape[0]
-        if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(batch, -1, -1), x], dim=1)
-        x = x + self.pos_embed
-        if self.reg_token is not None:  # after the class token, and without a position
-            prefix = int(self.config.class_token)
-            registers = self.reg_token.expand(batch, -1, -1)
-            x = torch.cat([x[:, :prefix], registers, x[:, prefix:]], dim=1)
-        return x
+        patches: Tensor = self.patch_embed(pixels).flatten(2).transpose(1, 2) + self.pos_embed
+        prefix = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        return torch.cat([*(token.expand(len(patches), -1, -1) for token in prefix), patches], dim=1)
 
     def features(self, x: Tensor) -> Tensor:
         """What the blocks return to the patches' features ``(batch, grid * grid, width)``."""

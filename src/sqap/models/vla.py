@@ -4,18 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sqap.models.config import ModelConfig
 from sqap.models.decoder import Decoder, TokenPruner
-from sqap.models.heads.diffusion import DiffusionHead
+from sqap.models.heads import make_head
 from sqap.models.projector import Projector
 from sqap.models.vision import VisionEncoder
 
-# Visual tokens stand right after the first text token (BOS), as in OpenVLA and CogACT.
+# Visual tokens stand right after the first text token (BOS), as in OpenVLA and its offspring.
 VISUAL_START = 1
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """What the model is given for a batch of observations.
+
+    Args:
+        pixels: one ``(batch * cameras, 3, size, size)`` per vision encoder, an observation's images adjacent.
+        token_ids: ``(batch, text tokens)``.
+        noise: ``(batch, horizon, action_dim)``, of policies that sample their actions.
+        proprio: normalised ``(batch, proprio_dim)``, of policies that know the robot's state.
+    """
+
+    pixels: Sequence[Tensor]
+    token_ids: Tensor
+    noise: Tensor | None = None
+    proprio: Tensor | None = None
 
 
 class VLA(nn.Module):
@@ -24,39 +42,54 @@ class VLA(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision = nn.ModuleList(VisionEncoder(c) for c in config.vision)
+        width = config.decoder.width
+        self.vision = nn.ModuleList(VisionEncoder(c, width) for c in config.vision)
         features = sum(c.width for c in config.vision) * config.pixel_shuffle**2
         self.projector = Projector(features, config.projector)
+        self.proprio = Projector(config.proprio_dim, (width, width)) if config.proprio_dim else None
         self.decoder = Decoder(config.decoder)
-        self.head = DiffusionHead(config.head, config.decoder.width)
+        self.head = make_head(config.head, width)
 
-    def see(self, pixels: Sequence[Tensor]) -> Tensor:
-        """One ``(batch, 3, size, size)`` per encoder to visual tokens ``(batch, N, decoder width)``."""
-        features = [encoder(p) for encoder, p in zip(self.vision, pixels, strict=True)]
-        out: Tensor = self.projector(pixel_shuffle(torch.cat(features, dim=-1), self.config.pixel_shuffle))
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in: the type of the decoder's norms, which are never quantized."""
+        return self.decoder.norm.weight.dtype
+
+    def forward(self, inputs: ModelInputs, pruner: TokenPruner | None = None) -> Tensor:
+        """Normalised actions ``(batch, horizon, action_dim)``."""
+        out: Tensor = self.head(self.decoder, self.embed(inputs), inputs.noise, pruner)
         return out
 
-    def sequence(self, visual: Tensor, token_ids: Tensor) -> Tensor:
-        """The decoder's input ``(batch, 1 + N + rest, width)``: BOS, visual tokens, the other text."""
-        text = self.decoder.embed_tokens(token_ids)
-        return torch.cat([text[:, :VISUAL_START], visual.to(text), text[:, VISUAL_START:]], dim=1)
+    def embed(self, inputs: ModelInputs) -> Tensor:
+        """What the decoder reads: ``(batch, tokens, decoder width)``."""
+        return self.sequence(self.see(inputs.pixels, self.language(inputs.token_ids)), inputs)
 
-    def cognition(self, visual: Tensor, token_ids: Tensor, pruner: TokenPruner | None = None) -> Tensor:
-        """The last token's final hidden state ``(batch, width)``: all the head gets to know."""
-        hidden: Tensor = self.decoder(self.sequence(visual, token_ids), pruner=pruner)
-        return hidden[:, -1]
+    def language(self, token_ids: Tensor) -> Tensor | None:
+        """The mean text embedding ``(batch * cameras, decoder width)`` that FiLM goes by, if there is any."""
+        if not any(vision.film for vision in self.config.vision):
+            return None
+        return self.decoder.embed(token_ids).mean(1).repeat_interleave(self.config.cameras, dim=0)
 
-    def forward(
-        self,
-        pixels: Sequence[Tensor],
-        token_ids: Tensor,
-        noise: Tensor,
-        pruner: TokenPruner | None = None,
-    ) -> Tensor:
-        """Normalised actions ``(batch, horizon, action_dim)`` from diffusion noise of that shape."""
-        condition = self.cognition(self.see(pixels), token_ids, pruner)
-        out: Tensor = self.head(condition, noise)
-        return out
+    def see(self, pixels: Sequence[Tensor], language: Tensor | None = None) -> Tensor:
+        """``(batch * cameras, 3, size, size)`` per encoder to visual tokens ``(batch, N, decoder width)``."""
+        features = [encoder(p, language) for encoder, p in zip(self.vision, pixels, strict=True)]
+        joined = pixel_shuffle(torch.cat(features, dim=-1), self.config.pixel_shuffle)
+        visual: Tensor = self.projector(joined)
+        return visual.reshape(-1, self.config.visual_tokens, visual.shape[-1])
+
+    def sequence(self, visual: Tensor, inputs: ModelInputs) -> Tensor:
+        """BOS, visual tokens, the robot's state, the other text; before its last token, room for actions."""
+        text = self.decoder.embed(inputs.token_ids)
+        parts = [text[:, :VISUAL_START], visual.to(text)]
+        if self.proprio is not None:
+            assert inputs.proprio is not None, "the model reads the robot's state"
+            parts.append(self.proprio(inputs.proprio)[:, None].to(text))
+        room = text.new_zeros(len(text), self.head.placeholders, text.shape[-1])
+        return torch.cat([*parts, text[:, VISUAL_START:-1], room, text[:, -1:]], dim=1)
+
+    def length(self, text_tokens: int) -> int:
+        """Tokens in the decoder's sequence for that many text tokens."""
+        return self.config.visual_tokens + text_tokens + (self.proprio is not None) + self.head.placeholders
 
 
 def pixel_shuffle(x: Tensor, side: int) -> Tensor:

@@ -32,10 +32,11 @@ class AttentionWatcher:
         layers: decoder layers to watch, counted from 0.
         rows: ``(rows,)`` query positions whose attention is averaged.
         tokens: number of visual tokens.
+        cameras: images they are of, equally many each.
     """
 
-    def __init__(self, layers: Collection[int], rows: Tensor, tokens: int) -> None:
-        self._layers, self._rows, self._tokens = layers, rows, tokens
+    def __init__(self, layers: Collection[int], rows: Tensor, tokens: int, cameras: int = 1) -> None:
+        self._layers, self._rows, self._tokens, self._cameras = layers, rows, tokens, cameras
         self._received: list[Tensor] = []
 
     def score_rows(self, layer: int) -> Tensor | None:
@@ -48,7 +49,11 @@ class AttentionWatcher:
 
     @property
     def scores(self) -> Tensor | None:
-        """``(batch, N)``, averaged over the layers, each row with sum one; None before the first layer."""
+        """``(batch * cameras, N / cameras)``, averaged over the layers; None before the first layer.
+
+        Each row sums to one, because cameras do not compete: each has a budget of its own.
+        """
         if not self._received:
             return None
-        return F.normalize(torch.stack(self._received).mean(0), p=1.0, dim=-1)
+        received = torch.stack(self._received).mean(0)
+        return F.normalize(received.view(-1, self._tokens // self._cameras), p=1.0, dim=-1)

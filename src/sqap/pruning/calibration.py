@@ -7,7 +7,9 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from sqap.models.vla import VLA
+from sqap.models.stages import embed_through, loaded, run_layer, streamed
+from sqap.models.storage import Weights
+from sqap.models.vla import VLA, ModelInputs
 from sqap.pruning.attention import AttentionWatcher, query_rows
 from sqap.pruning.criteria import top_k
 from sqap.recipe import ScoreQueries
@@ -40,24 +42,34 @@ def choose_k(curve: Tensor, threshold: float) -> int:
 
 @torch.inference_mode()
 def attention_scores(
-    model: VLA, pixels: Sequence[Tensor], token_ids: Tensor, layers: Collection[int], queries: ScoreQueries
+    model: VLA,
+    inputs: Sequence[ModelInputs],
+    layers: Collection[int],
+    queries: ScoreQueries,
+    weights: Weights | None = None,
 ) -> Tensor:
-    """The scores ``(batch, N)`` that a pruner would see, each row with sum one; nothing is pruned.
+    """The scores a pruner would see: ``(frames * cameras, tokens of one)``, each row's sum one.
 
     Args:
-        model: full-precision or quantized.
-        pixels: one ``(batch, 3, size, size)`` per vision encoder.
-        token_ids: ``(batch, text tokens)``.
+        model: full-precision or quantized; nothing of it is pruned.
+        inputs: of one frame each.
         layers: decoder layers, counted from 0, whose attention is averaged; at least one.
         queries: whose attention counts.
+        weights: where to read stages that ``model`` has on the meta device, one at a time.
     """
-    tokens = model.config.visual_tokens
-    rows = query_rows(queries, tokens, tokens + token_ids.shape[1])
-    watcher = AttentionWatcher(layers, rows, tokens)
-    model.cognition(model.see(pixels), token_ids, pruner=watcher)
-    scores = watcher.scores
-    assert scores is not None, "no decoder layer was watched"
-    return scores
+    cameras, tokens = model.config.cameras, model.config.visual_tokens
+    hidden = embed_through(model, inputs, streamed(weights))
+    watchers = [
+        AttentionWatcher(layers, query_rows(queries, tokens, x.shape[1]), tokens, cameras) for x in hidden
+    ]
+    for i, layer in enumerate(model.decoder.layers[: max(layers) + 1]):
+        with loaded(f"decoder.layers.{i}", layer, weights):
+            for frame, watcher in enumerate(watchers):
+                rows = watcher.score_rows(i)
+                hidden[frame], received = run_layer(model.decoder, layer, hidden[frame], rows)
+                if received is not None:
+                    watcher.keep(i, received)
+    return torch.cat([watcher.scores for watcher in watchers if watcher.scores is not None])
 
 
 def _ranks(scores: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,7 +47,7 @@ class Selection:
 
 @dataclass
 class Selector:
-    """Applies one pruning setting to one grid of visual tokens. One serves all steps of a policy.
+    """Applies one pruning setting to the visual tokens of one camera. One serves all steps of a policy.
 
     Args:
         settings: the recipe's pruning.
@@ -139,30 +140,33 @@ class Selector:
 class StepPruner:
     """The decoder's `TokenPruner` for one forward pass over one observation (batch 1).
 
+    Every camera has a budget of its own, and the ring where its place and the end effector's are known.
+
     Args:
-        selector: what to keep.
+        selector: what to keep of each camera's tokens.
         length: tokens in the decoder's sequence, visual ones included.
-        target: the end effector in image coordinates, if known.
-        generator: randomness of method "random".
+        targets: per camera, the end effector in its image's coordinates, if known.
+        generator: randomness of method "random", and of ties.
 
     Attributes:
-        selection: what was kept; None until the pruning layer has run, and when nothing is pruned.
+        selections: what was kept, per camera; empty before the pruning layer, and if nothing is pruned.
     """
 
     def __init__(
         self,
         selector: Selector,
         length: int,
-        target: tuple[float, float] | None = None,
+        targets: Sequence[tuple[float, float] | None] = (None,),
         generator: torch.Generator | None = None,
     ) -> None:
         settings = selector.settings
-        self.selection: Selection | None = None
+        self.selections: tuple[Selection, ...] = ()
         self._selector, self._length = selector, length
-        self._target, self._generator = target, generator
+        self._targets, self._generator = targets, generator
         self._prunes_after = settings.after_layer - 1
-        rows = query_rows(settings.score_queries, selector.tokens, length)
-        self._watcher = AttentionWatcher(score_layers(settings), rows, selector.tokens)
+        self._tokens = len(targets) * selector.tokens
+        rows = query_rows(settings.score_queries, self._tokens, length)
+        self._watcher = AttentionWatcher(score_layers(settings), rows, self._tokens, len(targets))
         # The decoder asks what to keep only where scores were asked for; one row is the cheapest.
         self._any_row = rows[-1:]
 
@@ -177,9 +181,10 @@ class StepPruner:
         if layer != self._prunes_after:
             return None
         scores = self._watcher.scores
-        self.selection = self._selector.select(
-            None if scores is None else scores[0], self._target, self._generator
+        self.selections = tuple(
+            self._selector.select(None if scores is None else scores[i], target, self._generator)
+            for i, target in enumerate(self._targets)
         )
         kept = torch.ones(self._length, dtype=torch.bool)
-        kept[VISUAL_START : VISUAL_START + self._selector.tokens] = self.selection.mask
+        kept[VISUAL_START : VISUAL_START + self._tokens] = torch.cat([s.mask for s in self.selections])
         return kept.nonzero().T

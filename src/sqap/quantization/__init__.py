@@ -2,21 +2,13 @@
 
 from sqap.quantization.coverage import LinearReport, check_coverage, count_parameters, list_linears
 from sqap.quantization.linear import QuantizedLinear
-from sqap.quantization.model import (
-    ModelInputs,
-    prepare_quantized,
-    quantize_decoder,
-    quantize_model,
-    share,
-    stages,
-)
+from sqap.quantization.model import prepare_quantized, quantize_decoder, quantize_model, share
 from sqap.quantization.partial import Partial
 from sqap.quantization.rotation import prepare_rotated, rotate_decoder
 from sqap.quantization.sequential import wanted
 
 __all__ = [
     "LinearReport",
-    "ModelInputs",
     "Partial",
     "QuantizedLinear",
     "check_coverage",
@@ -28,6 +20,5 @@ __all__ = [
     "quantize_model",
     "rotate_decoder",
     "share",
-    "stages",
     "wanted",
 ]

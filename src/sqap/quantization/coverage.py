@@ -16,7 +16,7 @@ from sqap.quantization.linear import QuantizedLinear, stored_shapes
 from sqap.quantization.rotation import HadamardLinear, is_rotated
 from sqap.recipe import Quantization, Scheme
 
-Part = Literal["vision", "projector", "decoder", "head"]
+Part = Literal["vision", "projector", "proprio", "decoder", "head"]
 SETTINGS = tuple(setting.name for setting in fields(Scheme))
 # Whose inputs a rotated decoder rotates by rewriting weights; down's is rotated as the model runs.
 RESIDUAL_READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -28,7 +28,7 @@ class LinearReport:
 
     Args:
         name: its path in the model, as ``decoder.layers.0.self_attn.q_proj``.
-        part: which of the policy's four parts it belongs to.
+        part: which of the policy's parts it belongs to.
         in_features: input channels.
         out_features: output channels.
         weight_bits: bits per weight, scales not counted.

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TypeVar, cast
+from functools import partial as partial_
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sqap.errors import InputError
 from sqap.models.config import DecoderConfig
-from sqap.models.decoder import Decoder, DecoderLayer, rope_angles
+from sqap.models.decoder import Decoder, DecoderLayer
+from sqap.models.heads import DiffusionHead, RegressionHead, TokenHead
 from sqap.models.heads.ddim import ddim_sample
-from sqap.models.heads.diffusion import DiffusionHead
-from sqap.models.vision import VisionEncoder
-from sqap.models.vla import VLA, pixel_shuffle
+from sqap.models.projector import Projector
+from sqap.models.stages import decode_through, embed_through, fill_around, stages
+from sqap.models.storage import Weights, fill
+from sqap.models.vision import Block
+from sqap.models.vla import VISUAL_START, VLA, ModelInputs
 from sqap.quantization.kv import set_kv_bits
 from sqap.quantization.linear import QuantizedLinear
 from sqap.quantization.partial import Partial
@@ -25,30 +28,17 @@ from sqap.quantization.rotation import (
     HadamardLinear,
     Rotation,
     prepare_rotated,
+    rotate_film,
     rotate_input,
     rotate_layer,
     rotate_norm,
+    rotate_output,
 )
 from sqap.quantization.sequential import Sequential, own, prepare, wanted
 from sqap.recipe import Quantization
 
 Progress = Callable[[int, int], None]
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class ModelInputs:
-    """What a model is given for one calibration observation.
-
-    Args:
-        pixels: one ``(1, 3, size, size)`` per vision encoder.
-        token_ids: ``(1, text tokens)``.
-        noise: ``(1, horizon, action_dim)``.
-    """
-
-    pixels: list[Tensor]
-    token_ids: Tensor
-    noise: Tensor
 
 
 def share(module: M) -> M:
@@ -64,6 +54,7 @@ def quantize_model(
     quantization: Quantization,
     inputs: Sequence[ModelInputs] = (),
     *,
+    weights: Weights | None = None,
     progress: Progress | None = None,
     partial: Partial | None = None,
 ) -> VLA:
@@ -73,6 +64,7 @@ def quantize_model(
         model: a float model, neither rotated nor quantized.
         quantization: what to do.
         inputs: calibration observations; rounding "gptq" needs at least one.
+        weights: where to read what ``model`` has on the meta device.
         progress: gets (stages done, stages).
         partial: keeps finished stages, so that an interrupted run goes on from them.
 
@@ -82,31 +74,26 @@ def quantize_model(
             input is not finite.
     """
     _check(dict(stages(model)), quantization)
-    dtype = model.decoder.embed_tokens.weight.dtype
+    dtype = model.dtype
     model = share(model)
+    if weights is not None:
+        fill_around(model, weights)
     _float_around(model, [stage for _, stage in stages(model)])
-    walk = _walker(quantization, len(list(stages(model))), progress, partial)
+    walk = Sequential(quantization, partial=partial, weights=weights)
+    if progress is not None:
+        walk.done = _counter(progress, len(list(stages(model))))
     rotation = _rotation(model.config.decoder, quantization)
-
-    features = [_see(walk, model, i, inputs) for i in range(len(model.vision))]
-    joined = [
-        pixel_shuffle(torch.cat(f, -1), model.config.pixel_shuffle) for f in zip(*features, strict=True)
-    ]
     if rotation is not None:
-        last = cast(nn.Linear, model.projector.layers[-1])
-        walk.before = lambda _, __: rotate_input(model.decoder.embed_tokens, last, rotation)
         own(model.decoder.embed_tokens)
-    visual = walk.through("projector", model.projector, joined, lambda m, x: m(x))
+        rotate_input(model.decoder.embed_tokens, model.proprio, rotation)
+        walk.before = partial_(_rotate_stage, rotation)
 
-    hidden = [model.sequence(v, i.token_ids) for v, i in zip(visual, inputs, strict=True)]
+    hidden = embed_through(model, inputs, walk.through)
     hidden = quantize_layers(walk, model.decoder, hidden, rotation)
     set_kv_bits(model.decoder, quantization.kv_bits)
-    if hidden:
-        condition = torch.cat([h[:, -1] for h in hidden])
-        states = _denoising(model.head, condition, torch.cat([i.noise.float() for i in inputs]))
-    else:
-        states = []
-    walk.through("head", model.head, states, lambda m, s: cast(DiffusionHead, m).predict_noise(*s))
+    if weights is not None:
+        fill(model.head, weights, prefix="head.", dtype=torch.float32)
+    walk.through("head", model.head, *_head_states(model, hidden, inputs))
     return model.to(dtype)
 
 
@@ -137,11 +124,14 @@ def quantize_decoder(
     dtype = decoder.embed_tokens.weight.dtype
     decoder = share(decoder)
     _float_around(decoder, decoder.layers)
-    walk = _walker(quantization, len(decoder.layers), progress, partial)
+    walk = Sequential(quantization, partial=partial)
+    if progress is not None:
+        walk.done = _counter(progress, len(decoder.layers))
     rotation = _rotation(decoder.config, quantization)
     if rotation is not None:
         own(decoder.embed_tokens)
         rotate_input(decoder.embed_tokens, None, rotation)
+        walk.before = partial_(_rotate_stage, rotation)
     hidden = [h.float() if rotation is None else rotation.residual.apply(h.float()) for h in hidden]
     quantize_layers(walk, decoder, hidden, rotation)
     set_kv_bits(decoder, quantization.kv_bits)
@@ -151,18 +141,8 @@ def quantize_decoder(
 def quantize_layers(
     walk: Sequential, decoder: Decoder, hidden: list[Tensor], rotation: Rotation | None
 ) -> list[Tensor]:
-    """Quantize a decoder's layers in place; ``hidden`` ``(1, tokens, width)`` goes in and comes out."""
-
-    def call(layer: nn.Module, x: Tensor) -> Tensor:
-        positions = torch.arange(x.shape[1], device=x.device)[None]
-        out: Tensor = layer(x, rope_angles(positions, decoder.config, x.dtype))[0]
-        return out
-
-    if rotation is not None:
-        walk.before = lambda _, layer: rotate_layer(cast(DecoderLayer, layer), rotation)
-    for i, layer in enumerate(decoder.layers):
-        hidden = walk.through(f"decoder.layers.{i}", layer, hidden, call)
-    walk.before = lambda _, __: None
+    """Quantize a decoder's layers in place; ``hidden`` ``(1, tokens, width)`` goes in, final states out."""
+    hidden = decode_through(decoder, hidden, walk.through)
     if rotation is not None:
         decoder.norm = rotate_norm(decoder.norm, rotation)
     return [decoder.norm(x) for x in hidden]
@@ -182,17 +162,6 @@ def prepare_quantized(model: VLA, quantization: Quantization) -> None:
     set_kv_bits(model.decoder, quantization.kv_bits)
 
 
-def stages(model: VLA) -> Iterator[tuple[str, nn.Module]]:
-    """The model's stages by name, in the order the data takes; together they hold every linear."""
-    for i, encoder in enumerate(model.vision):
-        for j, block in enumerate(cast(VisionEncoder, encoder).blocks):
-            yield f"vision.{i}.blocks.{j}", block
-    yield "projector", model.projector
-    for j, layer in enumerate(model.decoder.layers):
-        yield f"decoder.layers.{j}", layer
-    yield "head", model.head
-
-
 def _float_around(model: nn.Module, inner: Iterable[nn.Module]) -> None:
     """Compute in 32 bits between the stages too; they themselves get there one by one."""
     staged = {id(parameter) for stage in inner for parameter in stage.parameters()}
@@ -201,12 +170,21 @@ def _float_around(model: nn.Module, inner: Iterable[nn.Module]) -> None:
             parameter.data = parameter.data.float()
 
 
-def _see(walk: Sequential, model: VLA, i: int, inputs: Sequence[ModelInputs]) -> list[Tensor]:
-    encoder = cast(VisionEncoder, model.vision[i])
-    states = [encoder.embed(given.pixels[i].float()) for given in inputs]
-    for j, block in enumerate(encoder.blocks):
-        states = walk.through(f"vision.{i}.blocks.{j}", block, states, lambda m, x: m(x))
-    return [encoder.features(x) for x in states]
+def _head_states(
+    model: VLA, hidden: list[Tensor], inputs: Sequence[ModelInputs]
+) -> tuple[list[Any], Callable[[nn.Module, Any], Any]]:
+    """What the head's linears are calibrated on, and what runs them on one of it."""
+    head = model.head
+    if isinstance(head, RegressionHead):
+        return [head.gather(h) for h in hidden], lambda m, x: m.regress(x)
+    if isinstance(head, TokenHead):
+        text = VISUAL_START + model.config.visual_tokens
+        return [h[:, text:] for h in hidden], lambda m, x: m.lm_head(x)
+    if not hidden:
+        return [], lambda m, s: m.predict_noise(*s)
+    condition = torch.cat([h[:, -1] for h in hidden])
+    noise = torch.cat([given.noise.float() for given in inputs if given.noise is not None])
+    return _denoising(head, condition, noise), lambda m, s: m.predict_noise(*s)
 
 
 def _denoising(head: DiffusionHead, condition: Tensor, noise: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -226,13 +204,18 @@ def _rotation(config: DecoderConfig, quantization: Quantization) -> Rotation | N
     return Rotation.of(config, quantization.rotation_seed) if quantization.rotate else None
 
 
-def _walker(
-    quantization: Quantization, total: int, progress: Progress | None, partial: Partial | None
-) -> Sequential:
-    walk = Sequential(quantization, partial=partial)
-    if progress is not None:
-        walk.done = lambda count: progress(count, total)
-    return walk
+def _rotate_stage(rotation: Rotation, name: str, stage: nn.Module) -> None:
+    """Rotate what a stage reads of the residual stream, and what it writes to it."""
+    if isinstance(stage, DecoderLayer):
+        rotate_layer(stage, rotation)
+    elif isinstance(stage, Projector):
+        rotate_output(stage, rotation)
+    elif isinstance(stage, Block) and stage.film is not None:
+        rotate_film(stage.film, rotation)
+
+
+def _counter(progress: Progress, total: int) -> Callable[[int], None]:
+    return lambda count: progress(count, total)
 
 
 def _check(staged: Mapping[str, nn.Module], quantization: Quantization) -> None:

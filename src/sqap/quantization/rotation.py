@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from sqap.errors import InputError
 from sqap.models.config import DecoderConfig
 from sqap.models.decoder import Decoder, DecoderLayer, RMSNorm
+from sqap.models.projector import Projector
+from sqap.models.vision import Block, FiLM, VisionEncoder
 from sqap.models.vla import VLA
 from sqap.quantization.hadamard import Hadamard, block_hadamard, largest_block, random_signs
 
@@ -152,19 +154,38 @@ def rotate_decoder(model: VLA | Decoder, seed: int | None = None) -> None:
     """
     decoder = _rotatable(model)
     rotation = Rotation.of(decoder.config, seed)
-    last = cast(nn.Linear, model.projector.layers[-1]) if isinstance(model, VLA) else None
-    rotate_input(decoder.embed_tokens, last, rotation)
+    if isinstance(model, VLA):
+        rotate_input(decoder.embed_tokens, model.proprio, rotation)
+        rotate_output(model.projector, rotation)
+        for block in (b for encoder in model.vision for b in cast(VisionEncoder, encoder).blocks):
+            if cast(Block, block).film is not None:
+                rotate_film(cast(FiLM, block.film), rotation)
+    else:
+        rotate_input(decoder.embed_tokens, None, rotation)
     for layer in _layers(decoder):
         rotate_layer(layer, rotation)
     decoder.norm = rotate_norm(decoder.norm, rotation)
 
 
 @torch.no_grad()
-def rotate_input(table: nn.Embedding, projector: nn.Linear | None, rotation: Rotation) -> None:
-    """Rotate in place what a decoder reads: its embeddings, and what the projector's last linear writes."""
+def rotate_input(table: nn.Embedding, proprio: Projector | None, rotation: Rotation) -> None:
+    """Rotate in place what a decoder reads beside the image: its embeddings, and the robot's state."""
     _turn(table.weight, inputs=rotation.residual)
-    if projector is not None:
-        _rewrite(projector, outputs=rotation.residual)
+    if proprio is not None:
+        rotate_output(proprio, rotation)
+
+
+@torch.no_grad()
+def rotate_output(projector: Projector, rotation: Rotation) -> None:
+    """Rotate in place what a projector writes to the residual stream."""
+    _rewrite(cast(nn.Linear, projector.layers[-1]), outputs=rotation.residual)
+
+
+@torch.no_grad()
+def rotate_film(film: FiLM, rotation: Rotation) -> None:
+    """Let FiLM read rotated embeddings."""
+    for linear in (film.scale, film.shift):
+        _rewrite(linear, inputs=rotation.residual)
 
 
 @torch.no_grad()

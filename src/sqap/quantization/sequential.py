@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sqap.errors import InputError
+from sqap.models.storage import Weights, fill
 from sqap.quantization.gptq import Factor, Hessian
 from sqap.quantization.linear import QuantizedLinear, stored_shapes
 from sqap.quantization.partial import Partial
@@ -48,12 +49,14 @@ class Sequential:
         before: called with each stage's name and float32 module first, to rotate it, for one.
         done: called with the number of stages done so far.
         partial: keeps finished stages, so that an interrupted run goes on from them.
+        weights: where stages on the meta device are read from.
     """
 
     quantization: Quantization
     before: Callable[[str, nn.Module], None] = lambda name, stage: None
     done: Callable[[int], None] = lambda count: None
     partial: Partial | None = None
+    weights: Weights | None = None
     _count: int = field(default=0, init=False)
 
     def through(
@@ -74,6 +77,8 @@ class Sequential:
         Raises:
             InputError: a linear's shape does not fit its scheme, or a weight or an input is not finite.
         """
+        if self.weights is not None:
+            fill(stage, self.weights, prefix=f"{name}.")
         own(stage)
         self.before(name, stage)
         if self.partial is None or not self.partial.has(name):

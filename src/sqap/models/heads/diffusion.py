@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sqap.models.config import DiffusionHeadConfig
+from sqap.models.decoder import Decoder, TokenPruner
 from sqap.models.heads.ddim import add_noise, cosine_alpha_bar, ddim_sample
 from sqap.models.transformer import MLP, SelfAttention, sinusoidal_embedding
 
@@ -33,8 +34,11 @@ class DiffusionHead(nn.Module):
     """Noise prediction, its training loss, and guided DDIM sampling.
 
     Matches CogACT's ``ActionModel`` (Li et al. 2024): 100 squared-cosine training steps, the condition
-    dropped one time in ten during training, classifier-free guidance at sampling.
+    dropped one time in ten during training, classifier-free guidance at sampling. The condition is the last
+    token's final hidden state, the cognition token's: all that the head gets to know.
     """
+
+    placeholders = 0
 
     def __init__(self, config: DiffusionHeadConfig, condition_width: int) -> None:
         super().__init__()
@@ -72,8 +76,16 @@ class DiffusionHead(nn.Module):
         noisy = add_noise(actions, noise, t, self.alpha_bar)
         return (self.predict_noise(noisy, t, condition) - noise).square().mean()
 
-    def forward(self, condition: Tensor, noise: Tensor) -> Tensor:
-        """Sample normalised chunks ``(batch, horizon, action_dim)`` from ``noise`` of that shape.
+    def forward(
+        self, decoder: Decoder, sequence: Tensor, noise: Tensor | None, pruner: TokenPruner | None
+    ) -> Tensor:
+        """``(batch, tokens, width)`` to actions ``(batch, horizon, action_dim)``."""
+        assert noise is not None, "a diffusion head starts from noise"
+        condition = decoder(sequence, pruner=pruner)[:, -1]
+        return self.sample(condition.to(self.uncondition), noise.to(self.uncondition))
+
+    def sample(self, condition: Tensor, noise: Tensor) -> Tensor:
+        """Chunks ``(batch, horizon, action_dim)`` from ``noise`` of that shape, given ``(batch, width)``.
 
         Both halves of the guidance (with and without the condition) run as one batch.
         """

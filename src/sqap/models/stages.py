@@ -1,0 +1,105 @@
+"""The model stage by stage, for what is done to one part at a time and for models larger than memory.
+
+A stage is as much of a model as is held in 32 bits at once: a block of a vision encoder or of the decoder,
+the projector, the head. Together they hold every linear but those of the robot's state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sqap.models.decoder import Decoder, rope_angles
+from sqap.models.storage import STORAGE_DTYPE, Weights, fill
+from sqap.models.vision import VisionEncoder
+from sqap.models.vla import VLA, ModelInputs, pixel_shuffle
+
+# Takes a stage's name, the stage, states and what runs the stage on one; gives what becomes of the states.
+Through = Callable[[str, nn.Module, Sequence[Any], Callable[[nn.Module, Any], Any]], list[Any]]
+
+
+def stages(model: VLA) -> Iterator[tuple[str, nn.Module]]:
+    """The model's stages by name, in the order the data takes."""
+    for i, encoder in enumerate(model.vision):
+        for j, block in enumerate(cast(VisionEncoder, encoder).blocks):
+            yield f"vision.{i}.blocks.{j}", block
+    yield "projector", model.projector
+    for j, layer in enumerate(model.decoder.layers):
+        yield f"decoder.layers.{j}", layer
+    yield "head", model.head
+
+
+def embed_through(model: VLA, inputs: Sequence[ModelInputs], through: Through) -> list[Tensor]:
+    """What the decoder reads, ``(batch, tokens, width)`` for each of ``inputs``."""
+    language = [model.language(given.token_ids) for given in inputs]
+    features = [_see(model, i, inputs, language, through) for i in range(len(model.vision))]
+    side = model.config.pixel_shuffle
+    joined = [pixel_shuffle(torch.cat(parts, -1), side) for parts in zip(*features, strict=True)]
+    projected = through("projector", model.projector, joined, lambda stage, x: stage(x))
+    tokens = model.config.visual_tokens
+    visual = [x.reshape(-1, tokens, x.shape[-1]) for x in projected]
+    return [model.sequence(v, given) for v, given in zip(visual, inputs, strict=True)]
+
+
+def decode_through(
+    decoder: Decoder, hidden: list[Tensor], through: Through, depth: int | None = None
+) -> list[Tensor]:
+    """Sequences ``(batch, tokens, width)`` behind the first ``depth`` layers, or all; without the norm."""
+    for i, layer in enumerate(decoder.layers[:depth]):
+        hidden = through(
+            f"decoder.layers.{i}", layer, hidden, lambda stage, x: run_layer(decoder, stage, x)[0]
+        )
+    return hidden
+
+
+def run_layer(
+    decoder: Decoder, layer: nn.Module, x: Tensor, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """One of the decoder's layers on a whole sequence ``(batch, tokens, width)``, and what ``rows`` see."""
+    positions = torch.arange(x.shape[1], device=x.device)[None]
+    out: tuple[Tensor, Tensor | None] = layer(x, rope_angles(positions, decoder.config, x.dtype), rows=rows)
+    return out
+
+
+def fill_around(model: VLA, weights: Weights) -> None:
+    """Read what belongs to no stage: in 32 bits, but for the embedding table."""
+    staged = {f"{name}.{key}" for name, stage in stages(model) for key, _ in stage.named_parameters()}
+    fill(model.decoder.embed_tokens, weights, prefix="decoder.embed_tokens.", dtype=STORAGE_DTYPE)
+    fill(model, weights, skip=staged, dtype=torch.float32)
+
+
+def streamed(weights: Weights | None) -> Through:
+    """Runs stages as they are, each in memory only while it runs if its weights have to be read."""
+
+    def through(name: str, stage: nn.Module, states: Sequence[Any], call: Callable[..., Any]) -> list[Any]:
+        with loaded(name, stage, weights):
+            return [call(stage, state) for state in states]
+
+    return through
+
+
+@contextmanager
+def loaded(name: str, stage: nn.Module, weights: Weights | None) -> Iterator[None]:
+    """A stage with its weights in memory: read in 32 bits if it is on the meta device, then dropped."""
+    missing = [key for key, parameter in stage.named_parameters() if parameter.is_meta]
+    if missing and weights is not None:
+        fill(stage, weights, prefix=f"{name}.", dtype=torch.float32)
+    yield
+    empty = {key: stage.get_parameter(key).to("meta") for key in missing}
+    stage.load_state_dict(empty, assign=True, strict=False)
+
+
+def _see(
+    model: VLA, i: int, inputs: Sequence[ModelInputs], language: Sequence[Tensor | None], through: Through
+) -> list[Tensor]:
+    encoder = cast(VisionEncoder, model.vision[i])
+    dtype = encoder.pos_embed.dtype
+    states = [encoder.embed(given.pixels[i].to(dtype)) for given in inputs]
+    for j, block in enumerate(encoder.blocks):
+        pairs = list(zip(states, language, strict=True))
+        states = through(f"vision.{i}.blocks.{j}", block, pairs, lambda stage, pair: stage(*pair))
+    return [encoder.features(x) for x in states]

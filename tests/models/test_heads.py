@@ -1,0 +1,112 @@
+"""OpenVLA's action tokens and OpenVLA-OFT's parallel regression, each against the paper written out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sqap.models import DecoderConfig, RegressionHeadConfig, TokenHeadConfig
+from sqap.models.decoder import Decoder
+from sqap.models.heads import RegressionHead, TokenHead
+
+TOKENS = TokenHeadConfig(action_dim=5, vocabulary=300, bins=256, last_token=290)
+DECODER = DecoderConfig(vocabulary=300, width=32, depth=3, heads=4, kv_heads=2, head_dim=8, mlp_width=48)
+
+
+@pytest.fixture
+def decoder() -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(DECODER).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def sequence() -> Tensor:
+    return torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1))
+
+
+def token_head() -> TokenHead:
+    torch.manual_seed(1)
+    return TokenHead(TOKENS, 32).eval().requires_grad_(False)
+
+
+def test_tokens_are_greedy_whether_cached_or_not(decoder: Decoder, sequence: Tensor) -> None:
+    head, x, expected = token_head(), sequence, []
+    for _ in range(5):
+        expected.append(head.lm_head(decoder(x)[:, -1]).argmax(-1))
+        x = torch.cat([x, decoder.embed_tokens(expected[-1])[:, None]], dim=1)
+    found = head.generate(decoder, sequence)
+    assert torch.equal(found, torch.stack(expected, dim=1))
+    assert len(found.unique()) > 2
+
+
+def test_tokens_are_bins_counted_from_the_end() -> None:
+    """OpenVLA: 256 points of [-1, 1] make 255 bins; the last token but one is the lowest."""
+    centres = np.linspace(-1, 1, 256)
+    centres = (centres[1:] + centres[:-1]) / 2
+    head = token_head()
+    ids = torch.tensor([[289, 288, 35, 34, 299]])
+    expected = centres[[0, 1, 254, 254, 0]]
+    np.testing.assert_allclose(head.actions(ids)[0], expected, atol=1e-7)
+    assert head.actions(torch.tensor([[12, 0, 40]])).tolist()[0][:2] == [pytest.approx(centres[-1])] * 2
+
+
+def test_what_is_pruned_stays_out_of_the_cache(decoder: Decoder, sequence: Tensor) -> None:
+    class Keep:
+        """Drops positions 1 to 5 after the first layer, once."""
+
+        def score_rows(self, layer: int) -> Tensor | None:
+            return torch.tensor([8]) if layer == 0 else None
+
+        def keep(self, layer: int, received: Tensor) -> Tensor:
+            return torch.tensor([[0, 6, 7, 8]]).expand(len(received), -1)
+
+    head = token_head()
+    assert not torch.equal(head.generate(decoder, sequence, Keep()), head.generate(decoder, sequence))
+
+
+def test_regression_reads_each_action_one_place_early(decoder: Decoder) -> None:
+    config = RegressionHeadConfig(action_dim=3, horizon=2, width=24)
+    torch.manual_seed(2)
+    head = RegressionHead(config, 32).eval().requires_grad_(False)
+    sequence = torch.randn(2, 4 + 6 + 1, 32)  # a prompt of four, room for six, the stop token
+    w = head.state_dict()
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
+
+    hidden = decoder(sequence)[:, 3:9]
+    for step in range(2):
+        x = torch.cat([hidden[:, 3 * step + i] for i in range(3)], dim=-1)
+        x = torch.relu(norm(x, "norm1") @ w["fc1.weight"].T + w["fc1.bias"])
+        for i in range(2):
+            inner = norm(x, f"blocks.{i}.norm") @ w[f"blocks.{i}.fc.weight"].T + w[f"blocks.{i}.fc.bias"]
+            x = x + torch.relu(inner)
+        expected = norm(x, "norm2") @ w["fc2.weight"].T + w["fc2.bias"]
+        torch.testing.assert_close(head(decoder, sequence, None, None)[:, step], expected)
+
+
+def test_without_causality_every_token_sees_every_other(sequence: Tensor) -> None:
+    torch.manual_seed(0)
+    config = DecoderConfig(**{**DECODER.__dict__, "causal": False, "depth": 1})
+    decoder = Decoder(config).eval().requires_grad_(False)
+    later = sequence.clone()
+    later[:, -1] += 1
+    assert not torch.allclose(decoder(later)[:, 0], decoder(sequence)[:, 0])
+
+    class Watch:
+        received: Tensor | None = None
+
+        def score_rows(self, layer: int) -> Tensor:
+            return torch.tensor([0])
+
+        def keep(self, layer: int, received: Tensor) -> None:
+            self.received = received
+
+    watch = Watch()
+    decoder(sequence, pruner=watch)
+    assert watch.received is not None
+    assert (watch.received > 0).all()
+    torch.testing.assert_close(watch.received.sum(-1), torch.ones(2))
