@@ -10,6 +10,7 @@ import torch
 import sqap
 from sqap import Recipe
 from sqap.errors import InputError
+from sqap.models.stages import stages
 from sqap.quantization import list_linears
 from sqap.recipe import Pruning, Quantization
 
@@ -46,6 +47,60 @@ def test_an_interrupted_compression_leaves_what_it_has_and_a_finished_one_nothin
     assert not place.exists()
     whole = sqap.compress(policy, Recipe.w4a8(), frames).model.state_dict()
     assert all(torch.equal(whole[name], value) for name, value in resumed.items())
+
+
+class OnDisk:
+    """The weights of a policy as if they were in files; remembers what was read together."""
+
+    fingerprint = "abc"
+
+    def __init__(self, model):
+        self.tensors = {name: value.clone() for name, value in model.state_dict().items()}
+        self.reads = []
+
+    def read(self, names):
+        self.reads.append(list(names))
+        return {name: self.tensors[name].clone() for name in self.reads[-1]}
+
+
+def on_disk(policy):
+    with torch.device("meta"):
+        model = type(policy.model)(policy.config.model)
+    return sqap.Policy(model, policy.config, policy.tokenizer, weights=OnDisk(policy.model))
+
+
+@pytest.mark.parametrize("recipe", [Recipe.w4a8(), Recipe.paper(), Recipe(pruning=Pruning())])
+def test_a_policy_on_disk_is_compressed_as_if_it_were_in_memory(policy, frames, recipe):
+    for parameter in policy.model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    expected, lazy = sqap.compress(policy, recipe, frames), on_disk(policy)
+    found = sqap.compress(lazy, recipe, frames)
+    assert found.calibration == expected.calibration
+    assert found.source == "abc"
+    for name, value in expected.model.state_dict().items():
+        assert torch.equal(found.model.state_dict()[name], value), name
+    assert all(parameter.is_meta for parameter in lazy.model.parameters())
+
+
+def test_compressing_from_disk_reads_one_stage_at_a_time(policy, frames):
+    lazy = on_disk(policy)
+    sqap.compress(lazy, Recipe.w4a8(), frames)
+    for names in lazy.weights.reads:
+        inside = [name for name, _ in stages(policy.model) if any(n.startswith(f"{name}.") for n in names)]
+        assert len(inside) <= 1, names
+    read = [name for names in lazy.weights.reads for name in names]
+    assert set(read) == set(lazy.weights.tensors)
+
+
+def test_a_policy_on_disk_acts_and_is_saved_as_if_it_were_in_memory(policy, observe, tmp_path):
+    lazy = on_disk(policy)
+    assert np.array_equal(lazy.act(observe(), seed=0), policy.act(observe(), seed=0))
+    lazy.act(observe(), seed=0)
+    assert len(lazy.weights.reads) == 1
+    on_disk(policy).save(tmp_path / "lazy")
+    policy.save(tmp_path / "policy")
+    for name in ("policy.json", "model.safetensors"):
+        assert (tmp_path / "lazy" / name).read_bytes() == (tmp_path / "policy" / name).read_bytes()
 
 
 def test_calibration_without_ranking_only_remembers_its_frames(policy, frames):

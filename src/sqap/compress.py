@@ -71,7 +71,8 @@ def compress(
         calibration = Calibration(len(frames), hash_frames(frames), top_k, overlap)
     if partial is not None:
         partial.remove()
-    return Policy(model, policy.config, policy.tokenizer, recipe, calibration, policy.fingerprint)
+    source = policy.fingerprint if policy.weights is None else policy.weights.fingerprint
+    return Policy(model, policy.config, policy.tokenizer, recipe, calibration, source)
 
 
 def model_inputs(policy: Policy, frame: Observation, seed: int) -> ModelInputs:
@@ -120,7 +121,7 @@ def _key(policy: Policy, recipe: Recipe, frames: Sequence[Observation]) -> str:
     digest = hashlib.sha256(json.dumps(recipe.to_json()).encode())
     digest.update(hash_frames(frames).encode())
     if policy.weights is not None:
-        digest.update((policy.fingerprint or "").encode())
+        digest.update(policy.weights.fingerprint.encode())
         return digest.hexdigest()
     for name, tensor in policy.model.state_dict().items():
         digest.update(name.encode())

@@ -98,8 +98,8 @@ class Policy:
         calibration: what compression measured, if it needed frames.
         source: fingerprint of the policy this one was compressed from.
         fingerprint: identifies the directory it was loaded from; None if it was not.
-        weights: where the model's weights are read when they are needed first, if they are not in memory yet;
-            compressing reads them part by part, so that they never all are.
+        weights: where to read what the model has on the meta device. Acting reads all of it, once;
+            compressing reads it stage by stage, so that it never is in memory as a whole.
     """
 
     model: VLA = field(repr=False)
@@ -187,9 +187,8 @@ class Policy:
 
     def fill(self) -> None:
         """Read into memory what of the model is not there yet."""
-        if self.weights is not None:
+        if self.weights is not None and self.model.decoder.norm.weight.is_meta:
             fill(self.model, self.weights)
-            self.weights = None
 
     def save(self, directory: str | Path) -> None:
         """Write the policy, whole or not at all; see `sqap.checkpoints.native`."""

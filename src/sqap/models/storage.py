@@ -14,10 +14,15 @@ STORAGE_DTYPE = torch.bfloat16
 class Weights(Protocol):
     """A model's tensors, read from files when they are asked for."""
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the content of the files."""
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors of their own by the model's parameter names, in the type they are stored in."""
 
 
+@torch.inference_mode(False)  # or the weights could never be changed outside of it
 def fill(
     module: nn.Module,
     weights: Weights,
