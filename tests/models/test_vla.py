@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sqap.models import VLA, ModelConfig, ModelInputs, RegressionHeadConfig, TokenHeadConfig
+from sqap.models import VLA, ModelConfig, ModelInputs
 from sqap.models.projector import Projector
-
-from .conftest import random_inputs
+from tests.families import FAMILIES, family_config, random_inputs, random_model
 
 
 class KeepFirst:
@@ -40,35 +39,11 @@ def rows(inputs: ModelInputs, i: int, cameras: int = 1) -> ModelInputs:
     )
 
 
-def variant(config: ModelConfig, name: str) -> ModelConfig:
-    """The families' features: ``config`` itself is CogACT's."""
-    decoder = dataclasses.replace(config.decoder, causal=False)
-    vision = tuple(dataclasses.replace(v, film=True) for v in config.vision)
-    regression = RegressionHeadConfig(action_dim=4, horizon=6, width=24)
-    return {
-        "diffusion": config,
-        "tokens": dataclasses.replace(
-            config, head=TokenHeadConfig(action_dim=4, vocabulary=20, bins=9, last_token=17)
-        ),
-        "regression": dataclasses.replace(
-            config, vision=vision, decoder=decoder, head=regression, cameras=2, proprio_dim=5
-        ),
-    }[name]
-
-
-FAMILIES = pytest.mark.parametrize("family", ["diffusion", "tokens", "regression"])
-
-
-def make(config: ModelConfig) -> VLA:
-    torch.manual_seed(0)
-    return VLA(config).eval()
-
-
-@FAMILIES
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_shapes(config: ModelConfig, family: str) -> None:
-    config = variant(config, family)
-    model, inputs = make(config), random_inputs(config, 3)
+def test_shapes(family: str) -> None:
+    config = family_config(family)
+    model, inputs = random_model(config), random_inputs(config, 3)
     assert config.visual_tokens == 16 * config.cameras
 
     assert model.see(inputs.pixels, model.language(inputs.token_ids)).shape == (3, config.visual_tokens, 32)
@@ -93,10 +68,10 @@ def test_visual_tokens_follow_the_first_text_token(model: VLA, inputs: ModelInpu
 
 
 @torch.no_grad()
-def test_state_and_room_for_actions_have_their_places(config: ModelConfig) -> None:
+def test_state_and_room_for_actions_have_their_places() -> None:
     """As in OpenVLA-OFT: the state behind the images, empty tokens between the prompt and the stop token."""
-    config = variant(config, "regression")
-    model, inputs = make(config), random_inputs(config, 3)
+    config = family_config("regression")
+    model, inputs = random_model(config), random_inputs(config, 3)
     visual = torch.randn(3, 32, 32)
 
     sequence = model.sequence(visual, inputs)
@@ -109,11 +84,11 @@ def test_state_and_room_for_actions_have_their_places(config: ModelConfig) -> No
     assert torch.equal(sequence[:, -1], text[:, -1])
 
 
-@FAMILIES
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_batch_equals_singles(config: ModelConfig, family: str) -> None:
-    config = variant(config, family)
-    model, inputs = make(config), random_inputs(config, 3)
+def test_batch_equals_singles(family: str) -> None:
+    config = family_config(family)
+    model, inputs = random_model(config), random_inputs(config, 3)
 
     together = model(inputs)
 
@@ -132,9 +107,9 @@ def test_deterministic_in_its_noise(model: VLA, inputs: ModelInputs) -> None:
 
 @pytest.mark.parametrize("family", ["diffusion", "regression"])
 @torch.no_grad()
-def test_all_that_is_read_reaches_the_action(config: ModelConfig, family: str) -> None:
-    config = variant(config, family)
-    model, inputs = make(config), random_inputs(config, 1)
+def test_all_that_is_read_reaches_the_action(family: str) -> None:
+    config = family_config(family)
+    model, inputs = random_model(config), random_inputs(config, 1)
     base = model(inputs)
 
     others = [dataclasses.replace(inputs, token_ids=(inputs.token_ids + 1) % 20)]
@@ -151,20 +126,19 @@ def test_all_that_is_read_reaches_the_action(config: ModelConfig, family: str) -
 
 @torch.no_grad()
 def test_cameras_are_seen_alone_and_in_order(config: ModelConfig) -> None:
-    two = make(dataclasses.replace(config, cameras=2))
+    two = random_model(dataclasses.replace(config, cameras=2))
     inputs = random_inputs(two.config, 2)
     visual = two.see(inputs.pixels)
     for i in range(4):
-        alone = make(config).see([p[i : i + 1] for p in inputs.pixels])
+        alone = random_model(config).see([p[i : i + 1] for p in inputs.pixels])
         part = visual[i // 2, 16 * (i % 2) : 16 * (i % 2 + 1)]
         torch.testing.assert_close(part, alone[0], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_film_modulates_between_attention_and_mlp(config: ModelConfig) -> None:
+def test_film_modulates_between_attention_and_mlp() -> None:
     """Kim, Finn & Liang 2025: (1 + scale) x + shift, of the mean text embedding."""
-    config = variant(config, "regression")
-    model = make(config)
+    model = random_model(family_config("regression"))
     block, x, language = model.vision[0].blocks[0], torch.randn(2, 7, 16), torch.randn(2, 32)
     attended = x + block.ls1(block.attn(block.norm1(x)))
     scale, shift = block.film.scale(language), block.film.shift(language)
@@ -199,11 +173,11 @@ def test_projector_has_gelu_between_its_linears() -> None:
     torch.testing.assert_close(projector(x), reference(x))
 
 
-@FAMILIES
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_no_tensor_is_tied_to_the_cpu(config: ModelConfig, family: str) -> None:
+def test_no_tensor_is_tied_to_the_cpu(family: str) -> None:
     """On the meta device any hidden CPU tensor would be an error, as it would be on a GPU."""
-    config = variant(config, family)
+    config = family_config(family)
     with torch.device("meta"):
         model = VLA(config)
     inputs = random_inputs(config, 2)
@@ -217,12 +191,12 @@ def test_no_tensor_is_tied_to_the_cpu(config: ModelConfig, family: str) -> None:
     assert model(empty, pruner).device.type == "meta"
 
 
-@FAMILIES
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_built_on_meta_and_filled_it_is_the_same_model(config: ModelConfig, family: str) -> None:
+def test_built_on_meta_and_filled_it_is_the_same_model(family: str) -> None:
     """How large checkpoints are loaded: nothing outside the state dict may stay behind on meta."""
-    config = variant(config, family)
-    model, inputs = make(config), random_inputs(config, 2)
+    config = family_config(family)
+    model, inputs = random_model(config), random_inputs(config, 2)
     with torch.device("meta"):
         filled = VLA(config)
     filled.load_state_dict(model.state_dict(), strict=True, assign=True)

@@ -85,6 +85,8 @@ def quantize_model(
     rotation = _rotation(model.config.decoder, quantization)
     if rotation is not None:
         own(model.decoder.embed_tokens)
+        if model.proprio is not None:
+            own(model.proprio)
         rotate_input(model.decoder.embed_tokens, model.proprio, rotation)
         walk.before = partial_(_rotate_stage, rotation)
 
