@@ -107,11 +107,11 @@ def main() -> None:
     original_bytes = stored_bytes(decoder.layers)
     memory, started, marks = PeakMemory(), time.monotonic(), []
     with Progress() as bar:
-        task = bar.add_task("layers", total=config.depth)
+        task = bar.add_task("weights", total=None)
 
         def advance(done: int, total: int) -> None:
             marks.append(time.monotonic())
-            bar.update(task, completed=done)
+            bar.update(task, completed=done, total=total)
 
         partial = Partial(args.work / "quantized", f"{config}{quantization}{args.tokens}")
         small = quantize_decoder(decoder, quantization, hidden, progress=advance, partial=partial)

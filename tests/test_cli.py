@@ -97,6 +97,8 @@ def test_sensitivity_shows_options_and_blocks(saved, pictures, tmp_path):
         (["compress", "POLICY", "--out", "OUT", "--keep", 1.5], "keep_ratio must be in (0, 1], got 1.5"),
         (["compress", "POLICY", "--out", "OUT", "--recipe", "w3"], "cannot read w3"),
         (["eval", "POLICY", "--tasks", "make-coffee"], "unknown metaworld task 'make-coffee'"),
+        (["eval", "POLICY", "--ensemble", 0], "an ensemble must be of at least 1 chunk, got 0"),
+        (["eval", "POLICY", "--ensemble", 2, "--video", "OUT"], "leave out --video or --ensemble"),
         (["eval", "POLICY", "--env", "mars"], "unknown environment 'mars'"),
     ],
 )

@@ -13,7 +13,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 import sqap
 from sqap import environments
@@ -36,7 +43,18 @@ app = typer.Typer(
 console = Console()
 PRESETS = {"w4a8": Recipe.w4a8, "w4a4": Recipe.w4a4}
 
-SourceArgument = Annotated[str, typer.Argument(help="Directory of a policy, or a bundled one's name.")]
+SourceArgument = Annotated[
+    str, typer.Argument(help="Directory of a policy, org/name on the hub, or a bundled one's name.")
+]
+UnnormKeyOption = Annotated[
+    str | None, typer.Option(help="Data set whose statistics turn actions into robot units.")
+]
+CamerasOption = Annotated[
+    str | None, typer.Option(help="Names for the images that are read, comma-separated, in order.")
+]
+TokenizerOption = Annotated[
+    Path | None, typer.Option(help="tokenizer.json, where it is not beside the weights.")
+]
 RecipeOption = Annotated[str, typer.Option(help="w4a8, w4a4, paper, or a recipe file.")]
 KeepOption = Annotated[float | None, typer.Option(help="Share of visual tokens kept, in (0, 1].")]
 FramesOption = Annotated[int, typer.Option(help="Calibration frames.", min=1)]
@@ -72,16 +90,19 @@ def compress(
     frames: FramesOption = 48,
     frames_from: FramesFromOption = "metaworld",
     camera: CameraOption = None,
+    unnorm_key: UnnormKeyOption = None,
+    cameras: CamerasOption = None,
+    tokenizer: TokenizerOption = None,
     json_path: JsonOption = None,
 ) -> None:
     """Quantize a policy and prune its visual tokens."""
     with _user_errors():
         settings = _recipe(recipe, keep)
-        policy = sqap.load(source)
+        policy = _load(source, unnorm_key, cameras, tokenizer)
         observations = _frames(policy, frames_from, frames, camera)
         if target_bytes is not None or target_error is not None:
             settings = _fitted(policy, settings, observations, target_bytes, target_error)
-        with _progress("quantizing") as advance:
+        with _progress("quantizing", percent=True) as advance:
             partial = out.with_name(f".{out.name}.partial")
             small = sqap.compress(policy, settings, observations, progress=advance, resume=partial)
         small.save(out)
@@ -116,6 +137,9 @@ def sensitivity(
     frames: FramesOption = 24,
     frames_from: FramesFromOption = "metaworld",
     camera: CameraOption = None,
+    unnorm_key: UnnormKeyOption = None,
+    cameras: CamerasOption = None,
+    tokenizer: TokenizerOption = None,
     json_path: JsonOption = None,
 ) -> None:
     """Replay observations through the policy quantized in many ways: which settings and blocks hurt."""
@@ -125,7 +149,7 @@ def sensitivity(
         settings = _recipe(recipe, keep)
         if settings.quantization is None:
             raise InputError(f"recipe {recipe} quantizes nothing, so there is nothing to measure")
-        policy = sqap.load(source)
+        policy = _load(source, unnorm_key, cameras, tokenizer)
         replay = Replay(policy, _frames(policy, frames_from, frames, camera), settings.pruning)
         with _progress("options") as advance:
             options = compare_options(replay, settings.quantization, advance)
@@ -154,6 +178,7 @@ def evaluate_command(
     episodes: Annotated[int, typer.Option(help="Episodes per task.", min=1)] = 20,
     seed: Annotated[int, typer.Option(help="Seed of each task's first episode.", min=0)] = 1_000_000,
     against: Annotated[str | None, typer.Option(help="Policy to compare with, in pairs.")] = None,
+    ensemble: Annotated[int | None, typer.Option(help="Look every step, average so many chunks.")] = None,
     video: Annotated[Path | None, typer.Option(help="Directory for one video per task.")] = None,
     log: Annotated[Path | None, typer.Option(help="Episode log; an interrupted run resumes from it.")] = None,
     workers: Annotated[int, typer.Option(help="Episodes at a time; read latency at 1.", min=1)] = 1,
@@ -164,10 +189,12 @@ def evaluate_command(
         from sqap.evaluation.executors import evaluate
         from sqap.evaluation.summary import summarize
 
+        if ensemble is not None and video is not None:
+            raise InputError("videos show whole chunks executed; leave out --video or --ensemble")
         chosen = tuple(tasks.split(",")) if tasks else environments.default_tasks(env)
         policies = [policy] if against is None else [policy, against]
         fingerprints = [fingerprint(locate(p)) for p in policies]
-        log = log or _default_log(fingerprints, env, workers)
+        log = log or _default_log(fingerprints, env, workers, ensemble)
         with _progress("episodes") as advance:
             runs = evaluate(
                 policies,
@@ -176,6 +203,7 @@ def evaluate_command(
                 episodes,
                 seed,
                 fingerprints=fingerprints,
+                ensemble=ensemble,
                 log=log,
                 workers=workers,
                 progress=lambda _, done, total: advance(done, total),
@@ -200,13 +228,16 @@ def evaluate_command(
 
 @app.command()
 def inspect(
-    policy: Annotated[str, typer.Argument(help="Directory of a policy, or 'reference'.")],
+    source: SourceArgument,
     linears: Annotated[bool, typer.Option(help="List every linear.")] = False,
+    unnorm_key: UnnormKeyOption = None,
+    cameras: CamerasOption = None,
+    tokenizer: TokenizerOption = None,
     json_path: JsonOption = None,
 ) -> None:
     """Show a policy's parts, bytes and bit-widths, and what is quantized and what is not."""
     with _user_errors():
-        loaded = sqap.load(policy)
+        loaded = _load(source, unnorm_key, cameras, tokenizer)
         reports = list_linears(loaded.model)
         parts = {
             name: {"parameters": count_parameters(part), "bytes": stored_bytes(part)}
@@ -219,7 +250,7 @@ def inspect(
         _write_json(
             json_path,
             {
-                "policy": policy,
+                "policy": source,
                 "family": loaded.config.family,
                 "recipe": loaded.recipe.to_json(),
                 "calibration": loaded.calibration and dataclasses.asdict(loaded.calibration),
@@ -258,12 +289,18 @@ def _user_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Any]:
-    """A progress bar; yields ``advance(done, total)``."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def _progress(what: str, *, percent: bool = False) -> Iterator[Any]:
+    """A progress bar that counts, or shows the share that is done; yields ``advance(done, total)``."""
+    count = TaskProgressColumn() if percent else MofNCompleteColumn()
+    columns = (TextColumn(what), BarColumn(), count, TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not sys.stdout.isatty()) as progress:
         bar = progress.add_task(what)
         yield lambda done, total: progress.update(bar, completed=done, total=total)
+
+
+def _load(source: str, unnorm_key: str | None, cameras: str | None, tokenizer: Path | None) -> Policy:
+    names = None if cameras is None else tuple(cameras.split(","))
+    return sqap.load(source, unnorm_key=unnorm_key, cameras=names, tokenizer=tokenizer)
 
 
 def _recipe(name: str, keep: float | None) -> Recipe:
@@ -317,9 +354,10 @@ def _fitted(
     return dataclasses.replace(recipe, quantization=quantization)
 
 
-def _default_log(fingerprints: list[str], env: str, workers: int) -> Path:
+def _default_log(fingerprints: list[str], env: str, workers: int, ensemble: int | None) -> Path:
     policies = "-".join(mark[:12] for mark in fingerprints)
-    return Path("runs") / f"{env}-{policies}-workers{workers}.jsonl"
+    averaged = "" if ensemble is None else f"-ensemble{ensemble}"
+    return Path("runs") / f"{env}-{policies}-workers{workers}{averaged}.jsonl"
 
 
 def _write_json(path: Path | None, data: Any) -> None:

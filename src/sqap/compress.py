@@ -40,7 +40,7 @@ def compress(
         recipe: what to do; `Recipe.w4a8`, `Recipe.w4a4` and `Recipe.paper` are good starts.
         frames: observations to calibrate on, typical of the policy's work. Needed by rounding "gptq" and by
             pruning method "sqap".
-        progress: gets (stages quantized, stages).
+        progress: gets (weights quantized, weights to quantize), part by part.
         resume: a directory for what is finished; the same call, interrupted, goes on from there. It is
             removed at the end.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -101,14 +100,18 @@ def center_crop(image: np.ndarray, area: float) -> np.ndarray:
     Bilinear between pixel centres, corner on corner, as TensorFlow's ``crop_and_resize``: what policies that
     were trained on random crops are shown at work (OpenVLA's fine-tuned ones, OpenVLA-OFT).
     """
-    size, side = len(image), math.sqrt(area)
-    places = torch.linspace((1 - side) / 2, (1 + side) / 2, size, dtype=torch.float64) * (size - 1)
-    below = places.floor().long().clamp(max=size - 2)
-    share = (places - below).float()
-    pixels = torch.from_numpy(image.copy()).float() / 255
-    rows = torch.lerp(pixels[below], pixels[below + 1], share[:, None, None])
-    both = torch.lerp(rows[:, below], rows[:, below + 1], share[:, None])
-    out: np.ndarray = (both * 255.5).clamp(0, 255).byte().numpy()  # TensorFlow's way to bytes
+    # In 32 bits and in TensorFlow's order of operations, so that the bytes are the same.
+    single, size = np.float32, len(image)
+    side = np.sqrt(single(area))
+    start = (1 - side) / single(2)  # of the part, as a share of the image
+    step = (start + side - start) * single(size - 1) / single(size - 1)
+    places = start * single(size - 1) + np.arange(size, dtype=single) * step
+    below, above = np.floor(places).astype(int), np.ceil(places).astype(int)
+    share = places - below.astype(single)
+    pixels = image.astype(single) * single(1 / 255)
+    columns = pixels[:, below] + (pixels[:, above] - pixels[:, below]) * share[:, None]
+    both = columns[below] + (columns[above] - columns[below]) * share[:, None, None]
+    out: np.ndarray = (np.clip(both, 0, 1) * single(255.5)).astype(np.uint8)
     return out
 
 

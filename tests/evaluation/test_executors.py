@@ -67,6 +67,22 @@ def test_processes_execute_as_much_of_a_chunk_as_asked():
     assert len(record.episode.latencies_ms) == record.episode.steps - WARMUP_CALLS
 
 
+def test_every_policy_uses_the_ensemble(tmp_path):
+    log = tmp_path / "log.jsonl"
+    policies, options = ["walker", "crawler"], {"ensemble": 2, "episodes": 1, "tasks": TASKS[:1]}
+    walker, crawler = (result.records[0] for result in run(policies, log, **options))
+    for record, stride in ((walker, 1.0), (crawler, 0.1)):
+        policy, env = fakes.Walker(stride), fakes.Corridor(TASKS[0])
+        here = run_episode(policy, env, 10, units=action_units("metaworld"), ensemble=2)
+        assert (record.episode.steps, record.episode.jerk) == (here.steps, here.jerk)
+        assert len(record.episode.latencies_ms) == here.steps - WARMUP_CALLS
+    before = log.read_bytes()
+    for other in (None, 1):
+        with pytest.raises(InputError, match=rf"ensemble=2, now it is {other}"):
+            run(policies, log, **options | {"ensemble": other}, load=None)
+    assert log.read_bytes() == before
+
+
 def test_policies_that_act_alike_have_identical_episodes(finished):
     (walker, hungry), _, _ = finished
     assert outcomes(walker) == outcomes(hungry)
@@ -138,6 +154,7 @@ def test_parallel_workers_do_the_same_episodes(finished):
     [
         ("missing", {}, CheckpointError, r"^there is no policy at 'missing'$"),
         ("threads", {"threads": 3}, InputError, r"^running with 3 threads$"),
+        ("walker", {"ensemble": 5}, InputError, r"^an ensemble must be of 1 to 4 chunks.* got 5$"),
         ("buggy", {}, RuntimeError, r"ZeroDivisionError"),
         ("dying", {}, SqapError, r"dying ended with exit code 3 "),
     ],
@@ -196,6 +213,8 @@ def test_ctrl_c_ends_everything_without_a_trace(tmp_path):
         ({"episodes": 0}, "episodes must be at least 1, got 0"),
         ({"workers": 0}, "workers must be at least 1, got 0"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"ensemble": 0}, "an ensemble must be of at least 1 chunk, got 0"),
+        ({"ensemble": 2, "execute": 1}, "execute=1 cannot be asked for too"),
         ({"seed": -1}, "must not be negative, got -1"),
         ({"tasks": ["fly"]}, "unknown metaworld task 'fly'"),
         ({"tasks": []}, "no tasks are named"),

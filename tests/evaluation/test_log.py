@@ -83,13 +83,23 @@ def test_a_spoiled_line_in_the_middle_is_refused(path):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("env", "libero"), ("execute", 4), ("workers", 2), ("threads", 1)]
+    ("field", "value"), [("env", "libero"), ("execute", 4), ("workers", 2), ("threads", 1), ("ensemble", 7)]
 )
 def test_a_log_of_other_settings_is_refused(path, field, value):
     write(path, record(1))
     changed = dataclasses.replace(SETTINGS, **{field: value})
     with pytest.raises(InputError, match=f"{field}={getattr(SETTINGS, field)}, now it is {value}"):
         read(path, settings=changed)
+
+
+def test_a_log_from_before_there_were_ensembles_had_none(path):
+    write(path, record(1))
+    line = json.loads(path.read_text())
+    del line["settings"]["ensemble"]
+    path.write_text(json.dumps(line) + "\n")
+    assert read(path) == {record(1).key: record(1)}
+    with pytest.raises(InputError, match="ensemble=None, now it is 2"):
+        read(path, settings=dataclasses.replace(SETTINGS, ensemble=2))
 
 
 def test_a_log_of_another_policy_is_refused(path):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sqap.environments import ActionUnits
 from sqap.errors import InputError
+from sqap.evaluation.ensemble import AdaptiveEnsemble
 from sqap.evaluation.rollout import Episode, noise_seed, run_episode
 from sqap.evaluation.statistics import jerk
 
@@ -51,6 +52,58 @@ class TestLoop:
     def test_latency_is_the_policys_time(self):
         episode = run_episode(Walker(pause=0.01), Corridor(goal=10), seed=0)
         assert min(episode.latencies_ms) >= 10
+
+
+class Recorder(Corridor):
+    """Keeps the actions it was given."""
+
+    def reset(self, seed):
+        self.given = []
+        return super().reset(seed)
+
+    def step(self, action):
+        self.given.append(action)
+        return super().step(action)
+
+
+class TestEnsemble:
+    def test_the_policy_looks_at_every_control_step(self):
+        policy = Walker()
+        episode = run_episode(policy, Corridor(goal=6), seed=0, ensemble=3)
+        assert (episode.success, episode.steps) == (True, 6)
+        assert policy.seen == [0, 1, 2, 3, 4, 5]
+        assert policy.seeds == [noise_seed(0, call) for call in range(6)]
+        assert len(episode.latencies_ms) == 6
+
+    def test_each_action_is_what_the_latest_chunks_agree_on(self):
+        env = Recorder(goal=8)
+        run_episode(Walker(), env, seed=4, ensemble=3)
+        ensemble = AdaptiveEnsemble(3)
+        chunks = [Walker().step(env.observe(), seed=noise_seed(4, call)).chunk for call in range(8)]
+        np.testing.assert_array_equal(env.given, [ensemble.add(chunk) for chunk in chunks])
+        assert {action.dtype for action in env.given} == {np.dtype(np.float32)}
+
+    def test_of_one_chunk_is_executing_one_action_at_a_time(self):
+        averaged, plain = Recorder(), Recorder()
+        run_episode(Walker(), averaged, seed=4, ensemble=1)
+        run_episode(Walker(), plain, seed=4, execute=1)
+        np.testing.assert_array_equal(averaged.given, plain.given)
+
+    def test_nothing_is_left_from_the_episode_before(self):
+        policy, env = Walker(), Recorder(goal=5)
+        run_episode(policy, env, seed=2, ensemble=4)
+        first = env.given
+        run_episode(policy, env, seed=2, ensemble=4)
+        np.testing.assert_array_equal(env.given, first)
+
+    def test_watching_shows_the_look_of_each_step(self):
+        frames = []
+
+        def watch(observation, selection, step):
+            frames.append((int(observation.images["camera"][0, 0, 0]), selection, step))
+
+        run_episode(Walker(), Corridor(goal=3), seed=0, ensemble=2, watch=watch)
+        assert frames == [(0, "look 1", 0), (1, "look 2", 1), (2, "look 3", 2), (3, "look 3", 3)]
 
 
 class TestNoise:
@@ -116,6 +169,21 @@ class TestChecks:
     def test_execute_outside_the_chunk_is_refused(self, execute):
         with pytest.raises(InputError, match=f"from 1 to {HORIZON}.*got {execute}"):
             run_episode(Walker(), Corridor(), seed=0, execute=execute)
+
+    @pytest.mark.parametrize(
+        ("ensemble", "message"),
+        [
+            (0, "an ensemble must be of at least 1 chunk, got 0"),
+            (HORIZON + 1, f"an ensemble must be of 1 to {HORIZON} chunks.*got {HORIZON + 1}"),
+        ],
+    )
+    def test_an_ensemble_that_does_not_fit_the_chunk_is_refused(self, ensemble, message):
+        with pytest.raises(InputError, match=message):
+            run_episode(Walker(), Corridor(), seed=0, ensemble=ensemble)
+
+    def test_an_ensemble_and_several_actions_a_look_exclude_each_other(self):
+        with pytest.raises(InputError, match="execute=2 cannot be asked for too"):
+            run_episode(Walker(), Corridor(), seed=0, ensemble=2, execute=2)
 
     def test_actions_that_are_not_finite_are_refused(self):
         with pytest.raises(InputError, match="not finite"):

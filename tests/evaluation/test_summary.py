@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -13,6 +14,7 @@ SHARED_KEYS = {
     "policy",
     "env",
     "seed",
+    "ensemble",
     "tasks",
     "success",
     "success_ci95",
@@ -23,14 +25,14 @@ SHARED_KEYS = {
 }
 
 
-def run(policy, successes, latencies=(10.0, 20.0)):
+def run(policy, successes, latencies=(10.0, 20.0), settings=SETTINGS):
     """Two tasks, the outcomes of one after those of the other."""
     half = len(successes) // 2
     records = []
     for i, success in enumerate(successes):
         task = "door-open" if i < half else "door-close"
         episode = Episode(task, 50 + i % half, success, 10 * (i + 1), float(i), latencies)
-        records.append(Record(policy, SETTINGS, (100 + i) << 20, episode))
+        records.append(Record(policy, settings, (100 + i) << 20, episode))
     return Run(f"runs/{policy}", "metaworld", 50, tuple(records))
 
 
@@ -48,6 +50,14 @@ def test_one_policy():
     assert summary["jerk"] == 1.5
     assert summary["step_latency_ms"] == pytest.approx({"p50": 15.0, "p95": 20.0, "p99": 20.0})
     assert summary["peak_rss_bytes"] == 103 << 20
+
+
+def test_the_ensemble_is_told_for_both_policies():
+    settings = dataclasses.replace(SETTINGS, ensemble=2)
+    runs = [run(name, [True, False], settings=settings) for name in ("a", "b")]
+    summary = summarize(*runs)
+    assert summary["ensemble"] == summary["against"]["ensemble"] == 2
+    assert summarize(run("a", [True, False]))["ensemble"] is None
 
 
 def test_two_policies_are_compared_episode_by_episode():

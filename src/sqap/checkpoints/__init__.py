@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sqap.checkpoints.native import fingerprint, load_policy
+import torch
+
+from sqap.checkpoints import hub, native, published
 from sqap.errors import CheckpointError
+from sqap.models import VLA
 from sqap.policy import Policy
 
 _PACKAGE = Path(__file__).parent.parent
@@ -17,31 +20,81 @@ BUNDLED = {
 
 
 def locate(source: str | Path) -> Path:
-    """The directory of a bundled policy's name, or the directory itself.
+    """The directory of a bundled policy's name or of a repository on the hub, or the directory itself.
+
+    ``org/name`` and ``org/name@revision`` are downloaded from the Hugging Face hub, unless there is a
+    directory of that name.
 
     Raises:
-        CheckpointError: there is neither.
+        CheckpointError: there is none of them.
     """
     directory = BUNDLED.get(str(source), Path(source))
-    if not directory.is_dir() and str(source) in BUNDLED:
+    if directory.is_dir():
+        return directory
+    if str(source) in BUNDLED:
         raise CheckpointError(
             f"{source} is not part of the installed package; it is policies/{source} of sqap's repository, "
             "from a checkout of which sqap finds it"
         )
-    if not directory.is_dir():
-        raise CheckpointError(
-            f"no policy at {source}: give a directory, or the name of a bundled policy ({', '.join(BUNDLED)})"
-        )
-    return directory
+    if hub.parse(str(source)) is not None:
+        return hub.download(str(source)).directory
+    raise CheckpointError(
+        f"no policy at {source}: give a directory, a repository of the hub as org/name, or the name of a "
+        f"bundled policy ({', '.join(BUNDLED)})"
+    )
 
 
-def load(source: str | Path) -> Policy:
-    """Load a policy from a directory, or a bundled one by name.
+def load(
+    source: str | Path,
+    *,
+    unnorm_key: str | None = None,
+    cameras: tuple[str, ...] | None = None,
+    tokenizer: str | Path | None = None,
+) -> Policy:
+    """Load a policy: sqap's own directories, and CogACT, OpenVLA and OpenVLA-OFT as they are published.
+
+    Published weights are read from disk when they are needed: by acting all at once, by compressing part by
+    part.
+
+    Args:
+        source: a directory, a repository of the Hugging Face hub (``org/name`` or ``org/name@revision``), or
+            the name of a bundled policy.
+        unnorm_key: the data set whose statistics turn actions into robot units, where there are several.
+        cameras: names for the images the policy reads, in order; the family's own if None.
+        tokenizer: ``tokenizer.json``, or the directory it is in, where it is not beside the weights.
 
     Raises:
-        CheckpointError: the directory is missing, foreign, incomplete or altered.
+        CheckpointError: the directory is missing, foreign, incomplete or altered, or a choice does not fit.
     """
-    return load_policy(locate(source))
+    directory = locate(source)
+    if native.is_policy(directory):
+        if unnorm_key is not None or cameras is not None or tokenizer is not None:
+            raise CheckpointError(
+                f"{directory} is sqap's own: data set, cameras and tokenizer were chosen when it was made"
+            )
+        return native.load_policy(directory)
+    found = published.recognise(directory).open(
+        directory,
+        unnorm_key=unnorm_key,
+        cameras=cameras,
+        tokenizer=None if tokenizer is None else Path(tokenizer),
+    )
+    with torch.device("meta"):
+        model = VLA(found.config.model)
+    return Policy(model, found.config, found.tokenizer, weights=found.weights)
+
+
+def fingerprint(directory: Path) -> str:
+    """SHA-256 by which a policy is known: over all files that it is made of.
+
+    Raises:
+        CheckpointError: there is no policy.
+    """
+    if native.is_policy(directory):
+        return native.fingerprint(directory)
+    weights = load(directory).weights
+    assert weights is not None
+    return weights.fingerprint
 
 
 __all__ = ["BUNDLED", "fingerprint", "load", "locate"]

@@ -99,6 +99,11 @@ def load_policy(directory: Path) -> Policy:
     )
 
 
+def is_policy(directory: Path) -> bool:
+    """Whether ``directory`` is sqap's own."""
+    return (directory / MANIFEST).is_file()
+
+
 def fingerprint(directory: Path) -> str:
     """SHA-256 of ``policy.json``, which itself holds the hashes of all the rest.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from sqap import environments
 from sqap.errors import InputError
 from sqap.evaluation.log import EpisodeLog, Record, Settings
+from sqap.evaluation.rollout import make_ensemble
 from sqap.evaluation.worker import Load, Make, PolicyWorker, WorkerSpec, available_cores, load_policy
 
 Progress = Callable[[Record, int, int], None]
@@ -43,6 +44,7 @@ def evaluate(
     *,
     fingerprints: Sequence[str],
     execute: int | None = None,
+    ensemble: int | None = None,
     log: Path | None = None,
     workers: int = 1,
     threads: int | None = None,
@@ -63,6 +65,7 @@ def evaluate(
         seed: not negative.
         fingerprints: one a policy, changing whenever its files do.
         execute: actions of each chunk that are executed; None for all.
+        ensemble: chunks averaged into each action, as in `run_episode`; None for none.
         log: file of JSON lines that every finished episode is appended to at once. Episodes that are in
             it are not run again.
         workers: episodes run at the same time, each with a process per policy. Successes come faster so,
@@ -83,7 +86,8 @@ def evaluate(
     """
     environments.check_tasks(env, tasks)
     _check(policies, fingerprints, episodes, seed, workers, threads)
-    settings = Settings(env, execute, workers, threads or max(1, available_cores() // workers))
+    make_ensemble(ensemble, execute)  # what it refuses is refused before any policy is loaded
+    settings = Settings(env, execute, workers, threads or max(1, available_cores() // workers), ensemble)
     grid = [(task, seed + e) for task in tasks for e in range(episodes)]
     specs = [
         WorkerSpec(str(policy), fingerprint, settings, load, make)

@@ -28,12 +28,14 @@ class Settings:
         execute: actions of each chunk that are executed; None for all.
         workers: policies running at the same time: it decides the latencies.
         threads: torch threads of each.
+        ensemble: chunks averaged into each action; None for none, as in logs from before there were any.
     """
 
     env: str
     execute: int | None
     workers: int
     threads: int
+    ensemble: int | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 
 from sqap.environments import ActionUnits, Environment
 from sqap.errors import InputError
+from sqap.evaluation.ensemble import AdaptiveEnsemble
 from sqap.evaluation.statistics import jerk
 from sqap.observation import Observation
 from sqap.serialization import from_json
@@ -82,6 +83,7 @@ def run_episode(
     *,
     units: ActionUnits = _RAW_UNITS,
     execute: int | None = None,
+    ensemble: int | None = None,
     watch: Watch | None = None,
 ) -> Episode:
     """Run ``policy`` until the task succeeds or ``env`` says that time is up.
@@ -92,12 +94,16 @@ def run_episode(
         seed: not negative.
         units: what the jerk is measured in.
         execute: actions of each chunk that are executed before the policy looks again; None for all.
+        ensemble: if given, the policy looks at every control step, and one action is executed: what this
+            many of its latest chunks say for that step, averaged (`sqap.evaluation.ensemble`).
         watch: called with the observation, the policy's latest selection of visual tokens and the number
             of control steps done, before every control step and after the last. Each call renders.
 
     Raises:
-        InputError: the chunk does not fit the environment or ``execute``, or an action is not finite.
+        InputError: the chunk does not fit the environment, ``execute`` or ``ensemble``, an action is not
+            finite, or both ``execute`` and ``ensemble`` are given.
     """
+    averaged = make_ensemble(ensemble, execute)
     observation = env.reset(seed)
     actions: list[np.ndarray] = []
     latencies: list[float] = []
@@ -106,7 +112,8 @@ def run_episode(
         step = policy.step(observation, seed=noise_seed(seed, len(latencies)))
         latencies.append(round(1e3 * (time.perf_counter() - begin), 3))
         _check_chunk(step.chunk, env, execute)
-        for position, action in enumerate(step.chunk[:execute]):
+        planned = step.chunk[:execute] if averaged is None else averaged.add(step.chunk)[None]
+        for position, action in enumerate(planned):
             if watch is not None:
                 watch(env.observe() if position else observation, step.selection, len(actions))
             actions.append(np.clip(action, -units.limit, units.limit))
@@ -123,6 +130,19 @@ def run_episode(
                     latencies_ms=tuple(latencies),
                 )
         observation = env.observe()
+
+
+def make_ensemble(window: int | None, execute: int | None) -> AdaptiveEnsemble | None:
+    """One episode's ensemble; None if ``window`` is None.
+
+    Raises:
+        InputError: ``window`` is smaller than 1, or ``execute`` is given too.
+    """
+    if window is None:
+        return None
+    if execute is not None:
+        raise InputError(f"an ensemble executes one action a look; execute={execute} cannot be asked for too")
+    return AdaptiveEnsemble(window)
 
 
 def _check_chunk(chunk: np.ndarray, env: Environment, execute: int | None) -> None:

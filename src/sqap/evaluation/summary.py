@@ -11,13 +11,13 @@ from sqap.evaluation.statistics import mcnemar_exact, mean, paired_difference, p
 def summarize(run: Run, against: Run | None = None) -> dict[str, Any]:
     """The success, smoothness, speed and memory of a policy, and of a rival on the same episodes.
 
-    Keys: ``policy``, ``env``, ``seed``; ``tasks``, name -> ``successes`` and ``episodes``; ``success``, the
-    share, and ``success_ci95``, its Wilson interval; ``completion_steps``, mean control steps of the
-    successful episodes, None if there are none; ``jerk``, mean over all episodes;
-    ``step_latency_ms`` with ``p50``, ``p95`` and ``p99`` of the policy's calls, without each process's first
-    two; ``peak_rss_bytes`` of the process, simulator included. With a rival, ``against`` holds the same
-    keys for it, and ``difference``, success of ``run`` minus the rival's, ``difference_ci95`` and
-    ``mcnemar_p``, all paired.
+    Keys: ``policy``, ``env``, ``seed``; ``ensemble``, chunks averaged into each action, None if whole chunks
+    were executed; ``tasks``, name -> ``successes`` and ``episodes``; ``success``, the share, and
+    ``success_ci95``, its Wilson interval; ``completion_steps``, mean control steps of the successful
+    episodes, None if there are none; ``jerk``, mean over all episodes; ``step_latency_ms`` with ``p50``,
+    ``p95`` and ``p99`` of the policy's calls, without each process's first two; ``peak_rss_bytes`` of the
+    process, simulator included. With a rival, ``against`` holds the same keys for it, and ``difference``,
+    success of ``run`` minus the rival's, ``difference_ci95`` and ``mcnemar_p``, all paired.
     """
     summary = _one(run)
     if against is not None:
@@ -38,6 +38,7 @@ def _one(run: Run) -> dict[str, Any]:
         "policy": run.policy,
         "env": run.env,
         "seed": run.seed,
+        "ensemble": run.records[0].settings.ensemble,
         "tasks": tasks,
         "success": successes / len(episodes),
         "success_ci95": list(wilson(successes, len(episodes))),

@@ -173,6 +173,7 @@ class _Session:
             seed,
             units=environments.action_units(settings.env),
             execute=settings.execute,
+            ensemble=settings.ensemble,
         )
         cold = min(self._cold_calls, len(episode.latencies_ms))
         self._cold_calls -= cold

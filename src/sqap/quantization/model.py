@@ -65,7 +65,7 @@ def quantize_model(
         quantization: what to do.
         inputs: calibration observations; rounding "gptq" needs at least one.
         weights: where to read what ``model`` has on the meta device.
-        progress: gets (stages done, stages).
+        progress: gets (weights done, weights in all) after each stage.
         partial: keeps finished stages, so that an interrupted run goes on from them.
 
     Raises:
@@ -81,7 +81,7 @@ def quantize_model(
     _float_around(model, [stage for _, stage in stages(model)])
     walk = Sequential(quantization, partial=partial, weights=weights)
     if progress is not None:
-        walk.done = _counter(progress, len(list(stages(model))))
+        walk.done = _counter(progress, [stage for _, stage in stages(model)])
     rotation = _rotation(model.config.decoder, quantization)
     if rotation is not None:
         own(model.decoder.embed_tokens)
@@ -116,7 +116,7 @@ def quantize_decoder(
         decoder: float weights of any type, which may be mapped from a file: a layer is in memory at a time.
         quantization: what to do; the grids of the other parts do not matter.
         hidden: embedded calibration sequences ``(1, tokens, width)``; rounding "gptq" needs at least one.
-        progress: gets (layers done, layers).
+        progress: gets (weights done, weights in all) after each layer.
         partial: keeps finished layers, so that an interrupted run goes on from them.
 
     Raises:
@@ -128,7 +128,7 @@ def quantize_decoder(
     _float_around(decoder, decoder.layers)
     walk = Sequential(quantization, partial=partial)
     if progress is not None:
-        walk.done = _counter(progress, len(decoder.layers))
+        walk.done = _counter(progress, decoder.layers)
     rotation = _rotation(decoder.config, quantization)
     if rotation is not None:
         own(decoder.embed_tokens)
@@ -216,7 +216,8 @@ def _rotate_stage(rotation: Rotation, name: str, stage: nn.Module) -> None:
         rotate_film(stage.film, rotation)
 
 
-def _counter(progress: Progress, total: int) -> Callable[[int], None]:
+def _counter(progress: Progress, staged: Iterable[nn.Module]) -> Callable[[int], None]:
+    total = sum(parameter.numel() for stage in staged for parameter in stage.parameters())
     return lambda count: progress(count, total)
 
 

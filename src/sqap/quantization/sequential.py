@@ -47,7 +47,7 @@ class Sequential:
     Args:
         quantization: the recipe's.
         before: called with each stage's name and float32 module first, to rotate it, for one.
-        done: called with the number of stages done so far.
+        done: called after each stage with the number of weights done so far.
         partial: keeps finished stages, so that an interrupted run goes on from them.
         weights: where stages on the meta device are read from.
     """
@@ -77,6 +77,7 @@ class Sequential:
         Raises:
             InputError: a linear's shape does not fit its scheme, or a weight or an input is not finite.
         """
+        self._count += sum(parameter.numel() for parameter in stage.parameters())
         if self.weights is not None:
             fill(stage, self.weights, prefix=f"{name}.")
         own(stage)
@@ -88,7 +89,6 @@ class Sequential:
         else:
             prepare(name, stage, self.quantization)
             self.partial.load(name, stage)
-        self._count += 1
         self.done(self._count)
         return [call(stage, state) for state in states]
 

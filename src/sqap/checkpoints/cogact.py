@@ -1,0 +1,233 @@
+"""Prismatic's own layout: ``config.json`` with a base VLM, statistics, and one file of ``torch.save``.
+
+CogACT is published in it; so is OpenVLA as it came out of training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sqap.checkpoints import prismatic
+from sqap.checkpoints.prismatic import VLM, Backbone, Names, Published
+from sqap.checkpoints.statistics import Dataset, action_statistics, check_length, choose_dataset
+from sqap.checkpoints.tensors import shorten, torch_file
+from sqap.checkpoints.weights import Part, Source, Table, TensorSet
+from sqap.errors import CheckpointError
+from sqap.models import DecoderConfig, DiffusionHeadConfig, TokenHeadConfig, VisionConfig
+from sqap.policy import PolicyConfig
+
+FAMILY = "CogACT"
+CAMERAS = ("image",)
+CHECKPOINTS, LATEST = "checkpoints", "latest-checkpoint.pt"
+# The VLMs whose images are stretched and whose language model is prompted as a plain Llama 2.
+BASE_VLMS = {
+    "prism-dinosiglip-224px+7b": "dinosiglip-vit-so-224px",
+    "prism-dinosiglip-224px-controlled+7b": "dinosiglip-vit-so-224px",
+    "prism-dinosiglip+7b": "dinosiglip-vit-so-384px",
+    "prism-dinosiglip-controlled+7b": "dinosiglip-vit-so-384px",
+    "prism-dinosiglip+13b": "dinosiglip-vit-so-384px",
+    "prism-dinosiglip-controlled+13b": "dinosiglip-vit-so-384px",
+    "prism-siglip+7b": "siglip-vit-so400m-384px",
+    "prism-siglip-controlled+7b": "siglip-vit-so400m-384px",
+    "prism-siglip-controlled+13b": "siglip-vit-so400m-384px",
+}
+NAMES = Names(
+    fused=("model.vision_backbone.dino_featurizer.", "model.vision_backbone.siglip_featurizer."),
+    single="model.vision_backbone.featurizer.",
+    projector=(
+        "model.projector.projector.0.",
+        "model.projector.projector.2.",
+        "model.projector.projector.4.",
+    ),
+    llm="model.llm_backbone.llm.",
+    layer_scale="gamma",
+)
+ACTION_MODEL, EMA = "model.action_model.net.", "model.ema_diffusion.net."
+UNUSED = ("optimizer.*",)
+# Llama 2 as its own authors publish it, which is where Prismatic takes these from.
+HEAD_DIM, NORM_EPS = 128, 1e-5
+# CogACT-Small, -Base and -Large; the second has heads of 64, the first and the third do not follow from it.
+DIT_HEADS = {384: 4, 768: 12, 1024: 16}
+DIT_HEAD_DIM = 64
+GRIPPER = 6
+DIT = {
+    "x_embedder.": "x_embedder.linear.",
+    "t_embedder.0.": "t_embedder.mlp.0.",
+    "t_embedder.2.": "t_embedder.mlp.2.",
+    "z_embedder.": "z_embedder.linear.",
+    "final_layer.": "final_layer.linear.",
+}
+DIT_BLOCK = ("attn.qkv.", "attn.proj.", "mlp.fc1.", "mlp.fc2.")
+
+
+def recognise(directory: Path) -> bool:
+    """Whether ``directory`` is a training run of Prismatic's, as CogACT is published."""
+    return _base_vlm(prismatic.read_object(directory / prismatic.CONFIG)) is not None
+
+
+def open(
+    directory: Path,
+    *,
+    unnorm_key: str | None = None,
+    cameras: tuple[str, ...] | None = None,
+    tokenizer: Path | None = None,
+) -> Published:
+    """Open a directory that was recognised: CogACT, or OpenVLA if it has no action model.
+
+    Args:
+        directory: the checkpoint.
+        unnorm_key: the dataset whose statistics turn actions into robot units; may be left out if there is
+            but one.
+        cameras: names of the images the policy reads.
+        tokenizer: Llama 2's ``tokenizer.json``, which is not published with the rest.
+
+    Raises:
+        CheckpointError: something is missing, damaged, does not fit or is not supported.
+    """
+    names = prismatic.choose_cameras(cameras, CAMERAS, (1,), FAMILY)
+    backbone = _backbone(directory)
+    where = directory / prismatic.STATISTICS
+    dataset = choose_dataset(prismatic.read_object(where), unnorm_key, where)
+    tensors = TensorSet(directory, [Part(torch_file(_find_checkpoint(directory)))])
+    vlm = prismatic.describe_vlm(tensors, NAMES, _vision(tensors, backbone), _decoder(tensors))
+    describe = _cogact if any(name.startswith(ACTION_MODEL) for name in tensors.tensors) else _openvla
+    policy, table, unused = describe(vlm, tensors, dataset, names)
+    encoder = prismatic.llama_tokenizer(directory, tokenizer, vlm.decoder, policy.append_tokens)
+    return prismatic.publish(policy, encoder, tensors, vlm.table | table, (*vlm.unused, *UNUSED, *unused))
+
+
+def _cogact(
+    vlm: VLM, tensors: TensorSet, dataset: Dataset, cameras: tuple[str, ...]
+) -> tuple[PolicyConfig, Table, tuple[str, ...]]:
+    """CogACT's policy, its head's tensors, and what it does not use."""
+    averaged = any(name.startswith(EMA) for name in tensors.tensors)
+    net = EMA if averaged else ACTION_MODEL
+    head = _head(tensors, net)
+    # Upstream makes the seventh number, the gripper's, 0 or 1 whatever the dataset.
+    binarize = (GRIPPER,) if head.action_dim > GRIPPER else ()
+    actions = action_statistics(dataset, binarize=binarize)
+    check_length(dataset, "actions", len(actions.low), head.action_dim)
+    policy = PolicyConfig(
+        family="cogact",
+        model=prismatic.make_model(vlm, head, cameras),
+        cameras=cameras,
+        actions=actions,
+        prompt=prismatic.PROMPT,
+        append_tokens=(prismatic.SPACE, prismatic.EOS),
+    )
+    unused = (f"{NAMES.llm}lm_head.weight", f"{net}history_embedder.*")
+    return policy, _head_table(head, net), (*unused, "model.action_model.*") if averaged else unused
+
+
+def _openvla(
+    vlm: VLM, tensors: TensorSet, dataset: Dataset, cameras: tuple[str, ...]
+) -> tuple[PolicyConfig, Table, tuple[str, ...]]:
+    """OpenVLA's policy, its head's tensors, and what it does not use."""
+    actions, rows = action_statistics(dataset), vlm.decoder.vocabulary
+    head = TokenHeadConfig(len(actions.low), rows, last_token=rows - prismatic.PADDING_ROWS)
+    policy = PolicyConfig(
+        family="openvla",
+        model=prismatic.make_model(vlm, head, cameras),
+        cameras=cameras,
+        actions=actions,
+        prompt=prismatic.PROMPT,
+        append_tokens=(prismatic.SPACE,),
+    )
+    return policy, {"head.lm_head.weight": Source((f"{NAMES.llm}lm_head.weight",))}, ()
+
+
+def _base_vlm(config: Mapping[str, Any]) -> str | None:
+    """The model that was trained on, by name; it may have been given as the path of its own run."""
+    vla = config.get("vla")
+    name = vla.get("base_vlm") if isinstance(vla, dict) else None
+    return PurePosixPath(name).name if isinstance(name, str) else None
+
+
+def _backbone(directory: Path) -> Backbone:
+    where = directory / prismatic.CONFIG
+    name = _base_vlm(prismatic.read_object(where))
+    if name not in BASE_VLMS:
+        raise CheckpointError(
+            f"{where}: base_vlm {name} is not supported; supported are {', '.join(BASE_VLMS)}"
+        )
+    return prismatic.BACKBONES[BASE_VLMS[name]]
+
+
+def _find_checkpoint(directory: Path) -> Path:
+    folder = directory / CHECKPOINTS
+    found = sorted(folder.glob("*.pt"))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise CheckpointError(f"{directory} has no weights: there must be one .pt file in {CHECKPOINTS}/")
+    if folder / LATEST in found:
+        return folder / LATEST
+    names = shorten([path.name for path in found])
+    raise CheckpointError(f"{folder} has several checkpoints; leave one of them there: {names}")
+
+
+def _vision(tensors: TensorSet, backbone: Backbone) -> list[VisionConfig]:
+    prefixes = NAMES.vision(len(backbone.encoders))
+    encoders = [prismatic.ENCODERS[name] for name in backbone.encoders]
+    return [
+        prismatic.vision_config(
+            tensors, prefix, encoder, _image_size(tensors, prefix, backbone), (encoder.mean, encoder.std)
+        )
+        for prefix, encoder in zip(prefixes, encoders, strict=True)
+    ]
+
+
+def _image_size(tensors: TensorSet, prefix: str, backbone: Backbone) -> int:
+    """The backbone's; one scaled down, whose tensors have another grid, has no pixels beyond its patches."""
+    patch = tensors.shape(f"{prefix}patch_embed.proj.weight", 4)[-1]
+    grid = math.isqrt(tensors.shape(f"{prefix}pos_embed", 3)[1])
+    return backbone.image_size if backbone.image_size // patch == grid else grid * patch
+
+
+def _decoder(tensors: TensorSet) -> DecoderConfig:
+    vocabulary, width = tensors.shape(f"{NAMES.llm}model.embed_tokens.weight", 2)
+    layers = f"{NAMES.llm}model.layers."
+    queries, keys = (
+        tensors.shape(f"{layers}0.self_attn.{kind}_proj.weight", 2)[0] // HEAD_DIM for kind in "qk"
+    )
+    if width != queries * HEAD_DIM or keys == 0 or queries % keys:
+        raise CheckpointError(
+            f"{tensors.where}: the language model is no Llama 2, whose heads are {HEAD_DIM} wide"
+        )
+    return DecoderConfig(
+        vocabulary=vocabulary,
+        width=width,
+        depth=tensors.count(layers),
+        heads=queries,
+        kv_heads=keys,
+        head_dim=HEAD_DIM,
+        mlp_width=tensors.shape(f"{layers}0.mlp.gate_proj.weight", 2)[0],
+        norm_eps=NORM_EPS,
+    )
+
+
+def _head(tensors: TensorSet, net: str) -> DiffusionHeadConfig:
+    positions, width = tensors.shape(f"{net}positional_embedding", 2)
+    return DiffusionHeadConfig(
+        action_dim=tensors.shape(f"{net}x_embedder.linear.weight", 2)[1],
+        horizon=positions - 1,
+        width=width,
+        depth=tensors.count(f"{net}blocks."),
+        heads=DIT_HEADS.get(width, width // DIT_HEAD_DIM),
+    )
+
+
+def _head_table(head: DiffusionHeadConfig, net: str) -> Table:
+    linears = dict(DIT)
+    for j in range(head.depth):
+        linears |= {f"blocks.{j}.{name}": f"blocks.{j}.{name}" for name in DIT_BLOCK}
+    table = {
+        "head.positional_embedding": Source((f"{net}positional_embedding",)),
+        "head.uncondition": Source((f"{net}z_embedder.uncondition",)),
+    }
+    for ours, theirs in linears.items():
+        table |= prismatic.linear_table(f"head.{ours}", net + theirs)
+    return table

@@ -1,0 +1,83 @@
+"""Checkpoints from the Hugging Face hub, pinned to a commit."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqap.errors import CheckpointError
+
+_NAME = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+# Configuration, statistics, tokenizer and weights; not the code beside them, nor what training went on from.
+NEEDED = ["*.json", "*.safetensors", "*.pt"]
+UNNEEDED = ["lora_adapter/*", "runs/*", "*optimizer*"]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A repository's files on this machine, as they were at ``commit``."""
+
+    directory: Path
+    commit: str
+
+
+def parse(name: str) -> tuple[str, str | None] | None:
+    """``org/name`` or ``org/name@revision`` to both parts; None if it is neither."""
+    match = _NAME.fullmatch(name)
+    return (match["repository"], match["revision"]) if match else None
+
+
+def download(name: str, revision: str | None = None) -> Snapshot:
+    """The files that sqap reads of a repository; those that were downloaded before are not fetched again.
+
+    Args:
+        name: ``org/name`` or ``org/name@revision``.
+        revision: a branch, a tag or a commit; ``main`` if neither this nor the name says.
+
+    Raises:
+        CheckpointError: there is no such repository or revision, its terms have to be accepted first, or the
+            hub cannot be reached and the files are not on this machine.
+    """
+    parsed = parse(name)
+    if parsed is None:
+        raise CheckpointError(f"{name!r} is no name on the hub: give org/name or org/name@revision")
+    repository, wanted = parsed[0], revision or parsed[1] or "main"
+    # Not at the top: it takes a second, and only downloads need it.
+    from huggingface_hub import snapshot_download
+
+    try:
+        directory = Path(
+            snapshot_download(repository, revision=wanted, allow_patterns=NEEDED, ignore_patterns=UNNEEDED)
+        )
+    except Exception as problem:  # each of the hub's releases brings another network library's exceptions
+        raise CheckpointError(_explain(problem, repository, wanted)) from problem
+    return Snapshot(directory, commit=directory.name)
+
+
+def _explain(problem: Exception, repository: str, revision: str) -> str:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(problem, GatedRepoError):
+        return (
+            f"{repository} is gated: accept its terms on https://huggingface.co/{repository}, then log in "
+            "with `hf auth login`"
+        )
+    if isinstance(problem, RepositoryNotFoundError):
+        return (
+            f"there is no repository {repository} on the hub, or it is private and `hf auth login` is needed"
+        )
+    if isinstance(problem, RevisionNotFoundError):
+        return f"{repository} has no revision {revision}; give a branch, a tag or a commit of it"
+    if isinstance(problem, LocalEntryNotFoundError | ConnectionError):
+        return (
+            f"cannot reach the hub, and {repository} at {revision} is not on this machine: download it where "
+            "there is a network, and give its directory"
+        )
+    reason = str(problem).strip().partition("\n")[0]
+    return f"cannot download {repository} at {revision}: {reason or type(problem).__name__}"

@@ -1,0 +1,215 @@
+"""OpenVLA's Hugging Face layout: ``config.json`` of model type ``openvla``, safetensors, a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqap.checkpoints import prismatic
+from sqap.checkpoints.prismatic import VLM, Encoder, Names, Published, Triple
+from sqap.checkpoints.statistics import Dataset, action_statistics, choose_dataset
+from sqap.checkpoints.tensors import open_safetensors
+from sqap.checkpoints.weights import Part, Source, TensorSet
+from sqap.errors import CheckpointError
+from sqap.models import DecoderConfig, TokenHeadConfig, VisionConfig
+from sqap.policy import PolicyConfig
+
+FAMILY = "OpenVLA"
+MODEL_TYPE = "openvla"
+CAMERAS = ("image",)
+# What fine-tuning in OpenVLA-OFT's way leaves beside the model's own files.
+COMPONENTS = ("action_head", "proprio_projector", "vision_backbone", "noisy_action_projector")
+PROCESSOR = "preprocessor_config.json"
+LANGUAGE_MODELS = ("llama2-7b-pure", "llama2-13b-pure")
+NAMES = Names(
+    fused=("vision_backbone.featurizer.", "vision_backbone.fused_featurizer."),
+    single="vision_backbone.featurizer.",
+    projector=("projector.fc1.", "projector.fc2.", "projector.fc3."),
+    llm="language_model.",
+    layer_scale="scale_factor",
+)
+T = TypeVar("T", int, float)
+
+
+def recognise(directory: Path) -> bool:
+    """Whether ``directory`` is OpenVLA's, and not one that was tuned in OpenVLA-OFT's way."""
+    return is_openvla(directory) and not any(components(directory, name) for name in COMPONENTS)
+
+
+def open(
+    directory: Path,
+    *,
+    unnorm_key: str | None = None,
+    cameras: tuple[str, ...] | None = None,
+    tokenizer: Path | None = None,
+) -> Published:
+    """Open a directory that was recognised.
+
+    Args:
+        directory: the checkpoint.
+        unnorm_key: the dataset whose statistics turn actions into robot units; may be left out if there is
+            but one.
+        cameras: names of the images the policy reads.
+        tokenizer: its ``tokenizer.json``, if that is elsewhere.
+
+    Raises:
+        CheckpointError: something is missing, damaged, does not fit or is not supported.
+    """
+    config = prismatic.read_object(directory / prismatic.CONFIG)
+    names = prismatic.choose_cameras(cameras, CAMERAS, (1,), FAMILY)
+    where = directory / prismatic.CONFIG
+    dataset = read_dataset(directory, config, unnorm_key)
+    actions = action_statistics(dataset)
+    tensors = TensorSet(directory, [Part(file) for file in open_safetensors(directory)])
+    vlm = read_vlm(directory, config, tensors)
+    policy = PolicyConfig(
+        family="openvla",
+        model=prismatic.make_model(vlm, _head(config, vlm.decoder, len(actions.low), where), names),
+        cameras=names,
+        actions=actions,
+        prompt=prismatic.PROMPT,
+        append_tokens=(prismatic.SPACE,),
+    )
+    encoder = prismatic.llama_tokenizer(directory, tokenizer, vlm.decoder, policy.append_tokens)
+    table = vlm.table | {"head.lm_head.weight": Source((f"{NAMES.llm}lm_head.weight",))}
+    return prismatic.publish(policy, encoder, tensors, table, vlm.unused)
+
+
+def is_openvla(directory: Path) -> bool:
+    """Whether the directory's configuration is of OpenVLA's class."""
+    return prismatic.read_object(directory / prismatic.CONFIG).get("model_type") == MODEL_TYPE
+
+
+def components(directory: Path, name: str) -> list[Path]:
+    """A part's files of its own, one for every training step that was kept."""
+    return sorted(directory.glob(f"{name}--*checkpoint.pt"))
+
+
+def read_dataset(directory: Path, config: Mapping[str, Any], key: str | None) -> Dataset:
+    """The statistics to unnormalise with: fine-tuning's own file goes before those in the configuration.
+
+    Raises:
+        CheckpointError: there are none for that key.
+    """
+    where = directory / prismatic.STATISTICS
+    if where.is_file():
+        return choose_dataset(prismatic.read_object(where), key, where)
+    return choose_dataset(config.get("norm_stats"), key, directory / prismatic.CONFIG)
+
+
+def read_vlm(directory: Path, config: Mapping[str, Any], tensors: TensorSet) -> VLM:
+    """The vision-language model that a configuration describes.
+
+    Raises:
+        CheckpointError: the configuration is malformed or of a kind that is not supported.
+    """
+    where = directory / prismatic.CONFIG
+    decoder = _decoder(config, tensors, where)
+    return prismatic.describe_vlm(tensors, NAMES, _vision(directory, config, tensors), decoder)
+
+
+def _head(config: Mapping[str, Any], decoder: DecoderConfig, actions: int, where: Path) -> TokenHeadConfig:
+    padding = _number(config, "pad_to_multiple_of", prismatic.PADDING_ROWS, where)
+    return TokenHeadConfig(
+        action_dim=actions,
+        vocabulary=decoder.vocabulary,
+        bins=_number(config, "n_action_bins", 256, where),
+        last_token=decoder.vocabulary - padding,
+    )
+
+
+def _decoder(config: Mapping[str, Any], tensors: TensorSet, where: Path) -> DecoderConfig:
+    """Sizes as ``text_config`` has them, with the defaults of transformers' ``LlamaConfig``."""
+    text = config.get("text_config", {})
+    if not isinstance(text, dict):
+        raise CheckpointError(f"{where}: text_config must be an object")
+    kind, backbone = text.get("model_type", "llama"), config.get("llm_backbone_id", LANGUAGE_MODELS[0])
+    if kind != "llama" or backbone not in LANGUAGE_MODELS:
+        raise CheckpointError(
+            f"{where}: the language model is {backbone} ({kind}); supported are {', '.join(LANGUAGE_MODELS)}"
+        )
+    if text.get("rope_scaling") is not None:
+        raise CheckpointError(f"{where}: text_config.rope_scaling is not supported")
+    rows = tensors.shape(f"{NAMES.llm}model.embed_tokens.weight", 2)[0]
+    width, heads = _number(text, "hidden_size", 4096, where), _number(text, "num_attention_heads", 32, where)
+    return DecoderConfig(
+        vocabulary=_number(text, "vocab_size", rows, where),
+        width=width,
+        depth=_number(text, "num_hidden_layers", 32, where),
+        heads=heads,
+        kv_heads=_number(text, "num_key_value_heads", heads, where),
+        head_dim=_number(text, "head_dim", width // heads, where),
+        mlp_width=_number(text, "intermediate_size", 11008, where),
+        rope_theta=_number(text, "rope_theta", 10_000.0, where),
+        norm_eps=_number(text, "rms_norm_eps", 1e-6, where),
+    )
+
+
+def _vision(directory: Path, config: Mapping[str, Any], tensors: TensorSet) -> list[VisionConfig]:
+    where = directory / prismatic.CONFIG
+    encoders, sizes = _encoders(config, where)
+    processor = prismatic.read_object(directory / PROCESSOR)
+    # The class's default, which transformers leaves out of the file.
+    strategy = config.get("image_resize_strategy", "letterbox")
+    prismatic.check_resize(processor.get("image_resize_strategy", strategy), where)
+    normalise = _normalisation(processor, encoders, directory / PROCESSOR)
+    return [
+        prismatic.vision_config(tensors, prefix, encoder, size, how)
+        for prefix, encoder, size, how in zip(
+            NAMES.vision(len(encoders)), encoders, sizes, normalise, strict=True
+        )
+    ]
+
+
+def _encoders(config: Mapping[str, Any], where: Path) -> tuple[list[Encoder], list[int]]:
+    """The encoders, and the size of the image that each one sees."""
+    backbone = prismatic.BACKBONES.get(str(config.get("vision_backbone_id")))
+    ids = config.get("timm_model_ids", backbone and list(backbone.encoders))
+    sizes = config.get("image_sizes", backbone and [backbone.image_size] * len(backbone.encoders))
+    if not isinstance(ids, list) or len(ids) not in (1, 2) or not all(i in prismatic.ENCODERS for i in ids):
+        raise CheckpointError(
+            f"{where}: the vision encoders are {ids or config.get('vision_backbone_id')}; "
+            f"supported are one or two of {', '.join(prismatic.ENCODERS)}"
+        )
+    if (
+        not isinstance(sizes, list)
+        or len(sizes) != len(ids)
+        or not all(type(s) is int and s > 0 for s in sizes)
+    ):
+        raise CheckpointError(f"{where}: image_sizes must be {len(ids)} positive numbers, got {sizes}")
+    count = 1 if config.get("use_fused_vision_backbone") is False else len(ids)
+    return [prismatic.ENCODERS[i] for i in ids[:count]], sizes[:count]
+
+
+def _normalisation(
+    processor: Mapping[str, Any], encoders: list[Encoder], where: Path
+) -> list[tuple[Triple, Triple]]:
+    """Mean and deviation of each encoder's pixels.
+
+    The published processors hold ImageNet's rounded to bfloat16, and that is what the models were tuned on.
+    """
+    found = processor.get("tvf_normalize_params")
+    if found is None:
+        return [(encoder.mean, encoder.std) for encoder in encoders]
+    try:
+        return [(_triple(found[i]["mean"]), _triple(found[i]["std"])) for i in range(len(encoders))]
+    except (TypeError, LookupError, ValueError) as problem:
+        raise CheckpointError(
+            f"{where}: tvf_normalize_params must have a mean and a std of three numbers for every encoder"
+        ) from problem
+
+
+def _triple(values: Any) -> Triple:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
+def _number(config: Mapping[str, Any], name: str, default: T, where: Path) -> T:
+    """A positive number of the configuration, or what it is where that is silent."""
+    value = config.get(name)
+    if value is None:
+        return default
+    if type(value) not in (int, type(default)) or value <= 0:
+        raise CheckpointError(f"{where}: {name} must be a positive {type(default).__name__}, got {value!r}")
+    return type(default)(value)

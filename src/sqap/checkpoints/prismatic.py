@@ -1,0 +1,289 @@
+"""What OpenVLA, OpenVLA-OFT and CogACT share: the Prismatic VLM under them, as names, sizes and constants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from sqap.checkpoints.tokenizer import read_tokenizer
+from sqap.checkpoints.weights import Source, Table, TensorSet, Weights, without_batch
+from sqap.errors import CheckpointError
+from sqap.models import VLA, DecoderConfig, HeadConfig, ModelConfig, VisionConfig
+from sqap.policy import PolicyConfig
+from sqap.serialization import read_json
+
+PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
+# Llama 2's tokens: begin of sequence, end of sequence, and the lone space that stands before actions.
+BOS, EOS, SPACE = 1, 2, 29871
+TOKENIZER = "Llama 2"
+# Rows that Prismatic adds to Llama's embedding table, for a padding token and for alignment.
+PADDING_ROWS = 64
+RESIZE = "resize-naive"
+CONFIG, STATISTICS = "config.json", "dataset_statistics.json"
+
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What the tensors of one of timm's vision encoders do not tell."""
+
+    mean: Triple
+    std: Triple
+    class_token: bool = False
+    layer_scale: bool = False
+
+
+DINO = Encoder((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), class_token=True, layer_scale=True)
+SIGLIP = Encoder((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+ENCODERS = {
+    "vit_large_patch14_reg4_dinov2.lvd142m": DINO,
+    "vit_so400m_patch14_siglip_224": SIGLIP,
+    "vit_so400m_patch14_siglip_384": SIGLIP,
+}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """One of Prismatic's pairs of encoders, or a single one."""
+
+    encoders: tuple[str, ...]
+    image_size: int
+
+
+_DINO, _SIGLIP, _SIGLIP_384 = ENCODERS
+BACKBONES = {
+    "dinosiglip-vit-so-224px": Backbone((_DINO, _SIGLIP), 224),
+    "dinosiglip-vit-so-384px": Backbone((_DINO, _SIGLIP_384), 384),
+    "siglip-vit-so400m": Backbone((_SIGLIP,), 224),
+    "siglip-vit-so400m-384px": Backbone((_SIGLIP_384,), 384),
+    "dinov2-vit-l": Backbone((_DINO,), 224),
+}
+HEADS = 16
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a layout calls the parts, each with its dot behind.
+
+    Args:
+        fused: two encoders.
+        single: one encoder alone.
+        projector: its linears, of which a single encoder has but two.
+        llm: the language model.
+        layer_scale: the gain of a residual branch.
+    """
+
+    fused: tuple[str, str]
+    single: str
+    projector: tuple[str, str, str]
+    llm: str
+    layer_scale: str
+
+    def vision(self, count: int) -> tuple[str, ...]:
+        """Prefixes of one or two encoders."""
+        return (self.single,) if count == 1 else self.fused
+
+    def linears(self, count: int) -> tuple[str, ...]:
+        """Prefixes of the projector behind one or two encoders."""
+        return self.projector[: count + 1]
+
+
+STEM = {"patch_embed.weight": "patch_embed.proj.weight", "patch_embed.bias": "patch_embed.proj.bias"}
+BLOCK = tuple(
+    f"{module}.{kind}"
+    for module in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    for kind in ("weight", "bias")
+)
+LAYER = (
+    "input_layernorm.weight",
+    *(f"self_attn.{kind}_proj.weight" for kind in "qkvo"),
+    "post_attention_layernorm.weight",
+    *(f"mlp.{kind}_proj.weight" for kind in ("gate", "up", "down")),
+)
+ROTARY = "layers.*.rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published checkpoint, opened: all of a policy but its model, and where that gets its weights."""
+
+    config: PolicyConfig
+    tokenizer: Tokenizer
+    weights: Weights
+
+
+@dataclass(frozen=True)
+class VLM:
+    """The vision-language model: its sizes, where its tensors are, and which of them it does not need."""
+
+    vision: tuple[VisionConfig, ...]
+    projector: tuple[int, ...]
+    decoder: DecoderConfig
+    table: Table
+    unused: tuple[str, ...]
+
+
+def describe_vlm(
+    tensors: TensorSet, names: Names, vision: Sequence[VisionConfig], decoder: DecoderConfig
+) -> VLM:
+    """The model of given parts, as ``names`` calls them.
+
+    Raises:
+        CheckpointError: the projector is missing.
+    """
+    prefixes, linears = names.vision(len(vision)), names.linears(len(vision))
+    table = decoder_table(decoder, f"{names.llm}model.")
+    unused = [f"{names.llm}model.{ROTARY}"]
+    for i, (prefix, config) in enumerate(zip(prefixes, vision, strict=True)):
+        table |= vision_table(config, f"vision.{i}.", prefix, layer_scale=names.layer_scale)
+        unused += unused_vision(config, prefix)
+    for i, prefix in enumerate(linears):
+        table |= linear_table(f"projector.layers.{i}.", prefix)
+    widths = tuple(tensors.shape(f"{prefix}weight", 2)[0] for prefix in linears)
+    return VLM(tuple(vision), widths, decoder, table, tuple(unused))
+
+
+def vision_config(
+    tensors: TensorSet, prefix: str, encoder: Encoder, image_size: int, normalise: tuple[Triple, Triple]
+) -> VisionConfig:
+    """An encoder's sizes by its tensors' shapes.
+
+    Raises:
+        CheckpointError: the tensors that tell them are missing.
+    """
+    width, _, _, patch = tensors.shape(f"{prefix}patch_embed.proj.weight", 4)
+    registers = tensors.shape(f"{prefix}reg_token", 3)[1] if encoder.class_token else 0
+    mean, std = normalise
+    return VisionConfig(
+        image_size=image_size,
+        patch_size=patch,
+        width=width,
+        depth=tensors.count(f"{prefix}blocks."),
+        heads=HEADS,
+        mlp_width=tensors.shape(f"{prefix}blocks.0.mlp.fc1.weight", 2)[0],
+        mean=mean,
+        std=std,
+        class_token=encoder.class_token,
+        registers=registers,
+        layer_scale=encoder.layer_scale,
+        take_block=-2,
+        final_norm=False,
+    )
+
+
+def vision_table(
+    config: VisionConfig, ours: str, theirs: str, *, layer_scale: str, block: str = "blocks.{}."
+) -> Table:
+    """Where an encoder's parameters come from; ``block`` is what its blocks are called."""
+    table = {ours + name: Source((theirs + source,)) for name, source in STEM.items()}
+    tokens = ["pos_embed"] + ["cls_token"] * config.class_token + ["reg_token"] * bool(config.registers)
+    table |= {ours + name: Source((theirs + name,), without_batch) for name in tokens}
+    scales = ("ls1", "ls2") if config.layer_scale else ()
+    for j in range(config.depth - 1):
+        mine, other = f"{ours}blocks.{j}.", theirs + block.format(j)
+        table |= {mine + name: Source((other + name,)) for name in BLOCK}
+        table |= {f"{mine}{n}.scale_factor": Source((f"{other}{n}.{layer_scale}",)) for n in scales}
+    return table
+
+
+def unused_vision(config: VisionConfig, prefix: str) -> list[str]:
+    """What nothing reads of an encoder whose last block but one is taken."""
+    return [f"{prefix}blocks.{config.depth - 1}.*", f"{prefix}norm.*", f"{prefix}attn_pool.*"]
+
+
+def linear_table(ours: str, theirs: str) -> Table:
+    """Where a module's weight and bias come from."""
+    return {ours + kind: Source((theirs + kind,)) for kind in ("weight", "bias")}
+
+
+def decoder_table(config: DecoderConfig, theirs: str) -> Table:
+    """Where the decoder's parameters come from."""
+    names = ["embed_tokens.weight", "norm.weight"]
+    names += [f"layers.{j}.{name}" for j in range(config.depth) for name in LAYER]
+    return {f"decoder.{name}": Source((theirs + name,)) for name in names}
+
+
+def choose_cameras(
+    given: tuple[str, ...] | None, default: tuple[str, ...], counts: Sequence[int], family: str
+) -> tuple[str, ...]:
+    """The images the policy reads, by name.
+
+    Raises:
+        CheckpointError: the family cannot have that many.
+    """
+    cameras = default if given is None else tuple(given)
+    if len(cameras) not in counts or len(set(cameras)) != len(cameras):
+        many = " or ".join(map(str, counts))
+        raise CheckpointError(
+            f"{family} reads {many} different camera{'s' if counts[-1] > 1 else ''}, "
+            f"got {len(cameras)}: {', '.join(cameras)}"
+        )
+    return cameras
+
+
+def llama_tokenizer(
+    directory: Path, given: Path | None, decoder: DecoderConfig, append: Sequence[int]
+) -> Tokenizer:
+    """Llama 2's tokenizer, checked against the model.
+
+    Raises:
+        CheckpointError: there is none, or it does not belong to the model.
+    """
+    return read_tokenizer(directory, given, rows=decoder.vocabulary, first=BOS, needed=append, like=TOKENIZER)
+
+
+def publish(
+    config: PolicyConfig, tokenizer: Tokenizer, tensors: TensorSet, table: Table, unused: Sequence[str]
+) -> Published:
+    """A checkpoint whose tensors were checked against the model that its configuration makes.
+
+    Raises:
+        CheckpointError: they do not fit.
+    """
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in VLA(config.model).state_dict().items()}
+    return Published(config, tokenizer, Weights(tensors, table, shapes, unused))
+
+
+def make_model(
+    vlm: VLM, head: HeadConfig, cameras: tuple[str, ...], proprio_dim: int | None = None
+) -> ModelConfig:
+    """The whole model around a vision-language model."""
+    return ModelConfig(
+        vision=vlm.vision,
+        projector=vlm.projector,
+        decoder=vlm.decoder,
+        head=head,
+        cameras=len(cameras),
+        proprio_dim=proprio_dim,
+    )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object, or an empty one if there is no file.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    if not path.is_file():
+        return {}
+    data = read_json(path, CheckpointError)
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} must hold an object")
+    return data
+
+
+def check_resize(strategy: object, where: Path) -> None:
+    """Refuse pictures that are prepared in another way than by stretching.
+
+    Raises:
+        CheckpointError: the strategy is not supported.
+    """
+    if strategy != RESIZE:
+        raise CheckpointError(f"{where}: images are resized by {strategy!r}; supported is {RESIZE!r}")

@@ -1,0 +1,74 @@
+"""Which published format a directory is in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from sqap.checkpoints import cogact, openvla, openvla_oft, prismatic
+from sqap.checkpoints.prismatic import Published
+from sqap.checkpoints.tensors import shorten
+from sqap.errors import CheckpointError
+
+
+class Opener(Protocol):
+    """Opens a directory of a format; see `sqap.checkpoints.openvla.open` for the arguments."""
+
+    def __call__(
+        self,
+        directory: Path,
+        *,
+        unnorm_key: str | None = None,
+        cameras: tuple[str, ...] | None = None,
+        tokenizer: Path | None = None,
+    ) -> Published:
+        """The checkpoint, checked but not read."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A published layout on disk: how to tell it, and how to open it."""
+
+    name: str
+    recognise: Callable[[Path], bool]
+    open: Opener
+
+
+FORMATS = (
+    Format("OpenVLA", openvla.recognise, openvla.open),
+    Format("OpenVLA-OFT", openvla_oft.recognise, openvla_oft.open),
+    Format("CogACT and OpenVLA in Prismatic's own layout", cogact.recognise, cogact.open),
+)
+LEROBOT = ("smolvla", "pi0", "pi0fast", "pi0_fast", "pi05")
+
+
+def recognise(directory: Path) -> Format:
+    """The format of ``directory``, by what its files say.
+
+    Raises:
+        CheckpointError: it is none that sqap knows, or its configuration is not JSON.
+    """
+    for known in FORMATS:
+        if known.recognise(directory):
+            return known
+    names = "; ".join(known.name for known in FORMATS)
+    raise CheckpointError(
+        f"{directory} is of no family that sqap knows: {_found(directory)}; known are {names}"
+    )
+
+
+def _found(directory: Path) -> str:
+    """What there is instead, as a phrase."""
+    path = directory / prismatic.CONFIG
+    if not path.is_file():
+        there = sorted(entry.name for entry in directory.iterdir())
+        return f"it has no {path.name}, but {shorten(there)}" if there else "it is empty"
+    config = prismatic.read_object(path)
+    if config.get("type") in LEROBOT:
+        return f"LeRobot's {config['type']} is not supported yet"
+    for key in ("model_type", "type"):
+        if key in config:
+            return f"its {path.name} has the {key} {config[key]!r}"
+    return f"its {path.name} has neither a model_type nor a base VLM"

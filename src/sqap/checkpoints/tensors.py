@@ -1,0 +1,220 @@
+"""Tensors in files, listed without being read and read a few at a time; no pickle's code is ever run."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sqap.errors import CheckpointError
+from sqap.serialization import read_json
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+# Mapped pages count as memory until the file is closed, so it is opened anew after this many bytes.
+BATCH_BYTES = 256 << 20
+SHOWN = 8
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class TensorFile:
+    """A file of named tensors.
+
+    Args:
+        path: where it is.
+        load: gives its tensors, mapped from the disk rather than read; they are let go of right after use.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, of another kind, or holds more than tensors.
+    """
+
+    def __init__(self, path: Path, load: Callable[[Path], Mapping[str, Tensor]]) -> None:
+        self.path = path
+        self._load = load
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in load(path).items()
+        }
+
+    def read(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Copies of tensors, in the type they are stored in; nothing stays mapped.
+
+        Raises:
+            CheckpointError: the file is no longer what it was when it was opened.
+        """
+        out: dict[str, Tensor] = {}
+        for batch in self._batches(names):
+            mapped = self._load(self.path)
+            for name in batch:
+                if name not in mapped or tuple(mapped[name].shape) != self.tensors[name].shape:
+                    raise CheckpointError(f"{self.path} was changed while it was in use")
+                out[name] = mapped[name].detach().clone(memory_format=torch.contiguous_format)
+        return out
+
+    def _batches(self, names: Collection[str]) -> Iterator[list[str]]:
+        batch: list[str] = []
+        size = 0
+        for name in names:
+            if batch and size + self.tensors[name].nbytes > BATCH_BYTES:
+                yield batch
+                batch, size = [], 0
+            batch.append(name)
+            size += self.tensors[name].nbytes
+        if batch:
+            yield batch
+
+
+def safetensors_file(path: Path) -> TensorFile:
+    """A safetensors file.
+
+    Raises:
+        CheckpointError: it is missing, truncated or something else.
+    """
+    return TensorFile(path, _map_safetensors)
+
+
+def torch_file(path: Path) -> TensorFile:
+    """A file of ``torch.save``, its nested dictionaries flattened to names with dots.
+
+    Files from before PyTorch 1.6 cannot be mapped and are held in memory as a whole.
+
+    Raises:
+        CheckpointError: it is missing or truncated, or holds anything but tensors and plain containers;
+            nothing in it was executed.
+    """
+    _check_content(path)
+    with path.open("rb") as file:
+        mappable = file.read(4) == b"PK\x03\x04"
+    if mappable:
+        return TensorFile(path, lambda path: _load_pickle(path, mmap=True))
+    whole = _load_pickle(path, mmap=False)
+    return TensorFile(path, lambda path: whole)
+
+
+def open_safetensors(directory: Path) -> list[TensorFile]:
+    """A directory's ``model.safetensors``, or the shards that its index names.
+
+    Raises:
+        CheckpointError: there is neither, or a shard is missing, truncated or another model's.
+    """
+    if (directory / INDEX).is_file():
+        return _open_shards(directory)
+    if (directory / SINGLE).is_file():
+        return [safetensors_file(directory / SINGLE)]
+    raise CheckpointError(f"{directory} has no weights: neither {SINGLE} nor {INDEX} with its shards")
+
+
+def shorten(names: Collection[str]) -> str:
+    """A list of names for a message, cut to a readable number."""
+    shown = list(names)[:SHOWN]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _open_shards(directory: Path) -> list[TensorFile]:
+    index = directory / INDEX
+    data = read_json(index, CheckpointError)
+    listed = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensors to files")
+    shards = sorted(set(listed.values()))
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index} names {shard!r}, which is not a file beside it")
+    missing = [shard for shard in shards if not (directory / shard).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{directory} is incomplete: of {len(shards)} shards it lacks {shorten(missing)}"
+        )
+    files = [safetensors_file(directory / shard) for shard in shards]
+    for file in files:
+        _check_shard(file, {name for name, shard in listed.items() if shard == file.path.name})
+    return files
+
+
+def _check_shard(file: TensorFile, listed: set[str]) -> None:
+    lacking, extra = sorted(listed - set(file.tensors)), sorted(set(file.tensors) - listed)
+    if lacking or extra:
+        problems = [f"it lacks {shorten(lacking)}"] if lacking else []
+        problems += [f"it also has {shorten(extra)}"] if extra else []
+        raise CheckpointError(
+            f"{file.path} is not the shard that {INDEX} describes: {' and '.join(problems)}"
+        )
+
+
+def _map_safetensors(path: Path) -> dict[str, Tensor]:
+    _check_content(path)
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+    except (SafetensorError, OSError) as problem:
+        raise CheckpointError(
+            f"{path} is truncated or not a safetensors file: {problem}; download it again"
+        ) from problem
+
+
+def _load_pickle(path: Path, *, mmap: bool) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except MemoryError:
+        raise
+    except Exception as problem:  # a malformed pickle makes the unpickler raise anything
+        raise CheckpointError(_refusal(path, problem)) from None
+    tensors = dict(_flatten("", loaded))
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensors")
+    return tensors
+
+
+def _refusal(path: Path, problem: Exception) -> str:
+    name = re.search(r"GLOBAL (\S+)", str(problem))
+    if name:
+        return (
+            f"{path} holds {name[1]}, which is neither a tensor nor a plain container; "
+            "it was refused and nothing in it was executed"
+        )
+    if isinstance(problem, pickle.UnpicklingError) and path.stat().st_size:
+        return (
+            f"{path} is damaged, or holds more than tensors and plain containers; nothing in it was executed"
+        )
+    return f"{path} is truncated or not a file of torch.save; download it again"
+
+
+def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by their path through dictionaries and lists; counters and the like are left out."""
+    if isinstance(value, Tensor):
+        yield prefix, value
+        return
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flatten(f"{prefix}.{key}" if prefix else str(key), item)
+
+
+def _check_content(path: Path) -> None:
+    """What can be said of a file before its format's reader sees it."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(32)
+    except OSError as problem:
+        raise CheckpointError(f"cannot read {path}: {problem.strerror}") from problem
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is only a pointer to the file; fetch the file with `git lfs pull`")

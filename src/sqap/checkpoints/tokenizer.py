@@ -1,0 +1,66 @@
+"""A published policy's tokenizer, from its own directory or from a place the user names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from sqap.errors import CheckpointError
+
+FILE = "tokenizer.json"
+
+
+def read_tokenizer(
+    directory: Path, given: Path | None, *, rows: int, first: int, needed: Iterable[int], like: str
+) -> Tokenizer:
+    """The tokenizer of ``directory``, or the one at ``given`` (a file or a directory), checked.
+
+    Args:
+        directory: the checkpoint.
+        given: where to look instead.
+        rows: of the embedding table.
+        first: the id that every prompt begins with.
+        needed: ids that the policy appends to prompts.
+        like: whose tokenizer it is, for messages.
+
+    Raises:
+        CheckpointError: there is none, or it does not belong to the model.
+    """
+    path = _find(directory, given, like)
+    try:
+        tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+    except Exception as problem:  # the library raises nothing narrower
+        raise CheckpointError(f"{path} is not a tokenizer: {problem}") from problem
+    # Prompts are encoded one by one and are far shorter than any context.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    _check(tokenizer, path, rows, first, needed, like)
+    return tokenizer
+
+
+def _find(directory: Path, given: Path | None, like: str) -> Path:
+    if given is not None:
+        path = given / FILE if given.is_dir() else given
+        if not path.is_file():
+            raise CheckpointError(f"no tokenizer at {path}: give {like}'s {FILE}, or a directory that has it")
+        return path
+    if not (directory / FILE).is_file():
+        raise CheckpointError(f"{directory} has no tokenizer: put {like}'s {FILE} there, or say where it is")
+    return directory / FILE
+
+
+def _check(tokenizer: Tokenizer, path: Path, rows: int, first: int, needed: Iterable[int], like: str) -> None:
+    highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if highest >= rows:
+        raise CheckpointError(
+            f"{path} has token {highest}, but the model embeds tokens up to {rows - 1}: it is not {like}'s"
+        )
+    lacking = [str(i) for i in (first, *needed) if tokenizer.id_to_token(i) is None]
+    if lacking:
+        raise CheckpointError(f"{path} lacks token {' and '.join(lacking)}, which {like}'s has")
+    if tokenizer.encode("a").ids[:1] != [first]:
+        raise CheckpointError(
+            f"{path} does not begin a prompt with token {first}, behind which the model expects its image"
+        )

@@ -1,0 +1,83 @@
+"""A directory is recognised by what its files say."""
+
+import json
+
+import pytest
+import torch
+
+from sqap.checkpoints.published import recognise
+from sqap.errors import CheckpointError
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("openvla", "OpenVLA"),
+        ("oft-libero", "OpenVLA-OFT"),
+        ("oft-aloha", "OpenVLA-OFT"),
+        ("cogact", "CogACT and OpenVLA in Prismatic's own layout"),
+        ("native-openvla", "CogACT and OpenVLA in Prismatic's own layout"),
+    ],
+)
+def test_published_directories_are_recognised_and_opened(written, family, name):
+    found = recognise(written(family))
+    assert found.name == name
+    key = None if family.startswith("oft") else "bridge_orig"
+    published = found.open(written(family), unnorm_key=key)
+    expected = {"native": "openvla", "oft": "openvla-oft"}.get(family.partition("-")[0], family)
+    assert published.config.family == expected
+
+
+@pytest.mark.parametrize(
+    "part", ["action_head", "proprio_projector", "vision_backbone", "noisy_action_projector"]
+)
+def test_any_part_that_was_tuned_beside_it_makes_it_openvla_oft(publish, part):
+    directory = publish("openvla")
+    torch.save({"w": torch.zeros(1)}, directory / f"{part}--latest_checkpoint.pt")
+    assert recognise(directory).name == "OpenVLA-OFT"
+
+
+@pytest.mark.parametrize("kind", ["smolvla", "pi0"])
+def test_lerobots_policies_are_known_by_name(tmp_path, kind):
+    (tmp_path / "config.json").write_text(json.dumps({"type": kind, "n_obs_steps": 1}))
+    with pytest.raises(
+        CheckpointError, match=f"LeRobot's {kind} is not supported yet; known are OpenVLA; Open"
+    ):
+        recognise(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"model_type": "llava"}, "its config.json has the model_type 'llava'"),
+        ({"type": "act"}, "its config.json has the type 'act'"),
+        ({"vla": {"type": "x"}}, "has neither a model_type nor a base VLM"),
+        ({"vla": "x"}, "has neither a model_type nor a base VLM"),
+    ],
+)
+def test_other_families_are_told_what_was_found_and_what_is_known(tmp_path, config, found):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as error:
+        recognise(tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path} is of no family that sqap knows: "
+        + (found if found.startswith("its") else f"its config.json {found}")
+        + "; known are OpenVLA; OpenVLA-OFT; CogACT and OpenVLA in Prismatic's own layout"
+    )
+
+
+def test_a_directory_without_a_configuration_is_told_what_is_in_it(tmp_path):
+    with pytest.raises(CheckpointError, match="knows: it is empty; known are"):
+        recognise(tmp_path)
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"it has no config\.json, but thesis\.tex; known are"):
+        recognise(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is not valid JSON"), ("[]", r"config\.json must hold an object")]
+)
+def test_a_configuration_that_is_none_is_refused(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        recognise(tmp_path)

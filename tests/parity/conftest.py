@@ -1,0 +1,83 @@
+"""Figures of the authors' own classes, and the directories that they were given."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import sqap
+from sqap import Observation, Policy
+from sqap.models import ModelInputs
+
+TESTS = Path(__file__).parent.parent
+sys.path.insert(0, str(TESTS.parent / "benchmarks"))
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """What upstream computed, and our policy on the same files.
+
+    Args:
+        notes: versions, the writer's arguments, observations and prompts.
+        arrays: what was recorded.
+        policy: ours.
+    """
+
+    notes: dict[str, Any]
+    arrays: dict[str, Tensor]
+    policy: Policy
+
+    def observation(self, i: int) -> Observation:
+        """The i-th: noise images of its sizes, as the notes say."""
+        seen = self.notes["observations"][i]
+        seeds = seen["seeds"] if "seeds" in seen else [seen["seed"]]
+        shape = seen["height"], seen["width"], 3
+        images = [np.random.default_rng(s).integers(0, 256, shape, dtype=np.uint8) for s in seeds]
+        state = np.array(seen["state"]) if "state" in seen else None
+        return Observation(
+            dict(zip(self.policy.config.cameras, images, strict=True)), seen["instruction"], state
+        )
+
+    def inputs(self, i: int) -> ModelInputs:
+        """What our model is given for it."""
+        return self.policy.inputs(self.observation(i), torch.Generator())
+
+
+MakeUpstream = Callable[..., Upstream]
+
+
+@pytest.fixture(scope="session")
+def upstream(tmp_path_factory: pytest.TempPathFactory) -> MakeUpstream:
+    """``upstream("openvla")``: writes the directory anew, as the notes of that name say, and loads it.
+
+    ``unnorm_key`` chooses another data set; other options go to the writer.
+    """
+    made: dict[tuple[str, Any], Upstream] = {}
+
+    def make(name: str, **options: Any) -> Upstream:
+        import published
+
+        key = name, tuple(options.items())
+        if key not in made:
+            notes = json.loads((TESTS / "fixtures" / f"{name}.json").read_text())
+            directory = tmp_path_factory.mktemp(name)
+            writer = notes["writer"] | {k: v for k, v in options.items() if k != "unnorm_key"}
+            write, sizes = getattr(published, writer.pop("function")), getattr(published, writer.pop("sizes"))
+            write(directory, sizes, **writer)
+            policy = sqap.load(directory, unnorm_key=options.get("unnorm_key", notes["unnorm_key"]))
+            policy.fill()
+            policy.model.float()  # as upstream was run
+            made[key] = Upstream(notes, load_file(TESTS / "fixtures" / f"{name}.safetensors"), policy)
+        return made[key]
+
+    return make
