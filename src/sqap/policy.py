@@ -189,6 +189,9 @@ class Policy:
         """Read into memory what of the model is not there yet."""
         if self.weights is not None and self.model.decoder.norm.weight.is_meta:
             fill(self.model, self.weights)
+            for part in (self.model.vision, self.model.projector, self.model.proprio):
+                if part is not None:  # a head keeps the type it came in, often a finer one
+                    part.to(self.model.dtype)
 
     def save(self, directory: str | Path) -> None:
         """Write the policy, whole or not at all; see `sqap.checkpoints.native`."""

@@ -16,6 +16,9 @@ from sqap.errors import InputError
 from sqap.serialization import from_json, read_json
 
 RECIPE_VERSION = 1
+# The linears that read or write actions, whatever the head: few weights, and nothing behind them to make good
+# for their errors.
+ACTIONS = "head.x_embedder|head.final_layer|head.fc2|head.lm_head"
 
 WeightGranularity = Literal["channel", "group", "tensor"]
 ActivationGranularity = Literal["token", "tensor"]
@@ -68,12 +71,17 @@ class Override:
     """Another scheme for some linears.
 
     Args:
-        pattern: matches their names as a shell would, as ``decoder.layers.0.mlp.*``.
+        pattern: matches their names as a shell would, as ``decoder.layers.0.mlp.*``; several patterns are
+            separated by ``|``.
         scheme: their grids; None leaves them in bfloat16.
     """
 
     pattern: str
     scheme: Scheme | None = None
+
+    def matches(self, name: str) -> bool:
+        """Whether this is about the linear called ``name``."""
+        return any(fnmatchcase(name, pattern) for pattern in self.pattern.split("|"))
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,7 @@ class Quantization(Scheme):
     def scheme(self, name: str) -> Scheme | None:
         """The grids of the linear called ``name`` in the model, or None if it is left as it is."""
         for override in self.overrides:
-            if fnmatchcase(name, override.pattern):
+            if override.matches(name):
                 return override.scheme
         part = name.partition(".")[0]
         if part == "decoder":
@@ -263,7 +271,7 @@ def _whole(decoder: Scheme) -> Quantization:
         vision=rest,
         projector=rest,
         head=rest,
-        overrides=(Override("head.x_embedder"), Override("head.final_layer")),  # a handful of weights
+        overrides=(Override(ACTIONS),),
         rounding="gptq",
         clip=True,
         rotation_seed=0,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from functools import partial as partial_
 from typing import Any, TypeVar
 
@@ -235,5 +234,5 @@ def _check(staged: Mapping[str, nn.Module], quantization: Quantization) -> None:
         if isinstance(module, nn.Linear)
     ]
     for override in quantization.overrides:
-        if not any(fnmatchcase(name, override.pattern) for name in names):
+        if not any(override.matches(name) for name in names):
             raise InputError(f"the override {override.pattern!r} matches no linear of the model")

@@ -46,8 +46,9 @@ class RegressionHead(nn.Module):
         return self.regress(self.gather(decoder(sequence, pruner=pruner)))
 
     def gather(self, hidden: Tensor) -> Tensor:
-        """Final hidden states to what the MLP reads: ``(batch, horizon, action_dim * width)``."""
-        return hidden[:, -(self.placeholders + 2) : -2].reshape(len(hidden), self.config.horizon, -1)
+        """Final hidden states to what the MLP reads, in its type: ``(batch, horizon, action_dim * width)``."""
+        actions = hidden[:, -(self.placeholders + 2) : -2].reshape(len(hidden), self.config.horizon, -1)
+        return actions.to(self.norm1.weight.dtype)
 
     def regress(self, x: Tensor) -> Tensor:
         """The MLP: ``(batch, horizon, action_dim * width)`` to actions."""
