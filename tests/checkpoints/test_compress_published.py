@@ -89,7 +89,7 @@ def test_eight_bits_of_a_published_policy_stay_near_it(written: Publish, tmp_pat
     original.fill()
     original.model.float()
     full, low = original.act(seen), small.act(seen)
-    assert 0 < np.linalg.norm(low - full) < 0.1 * np.linalg.norm(full - full.mean(0))
+    assert 0 < np.linalg.norm(low - full) < 0.2 * np.linalg.norm(full - full.mean(0))
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ class RegressionHead(nn.Module):
         return self.regress(self.gather(decoder(sequence, pruner=pruner)))
 
     def gather(self, hidden: Tensor) -> Tensor:
-        """Final hidden states to what the MLP reads, in its type: ``(batch, horizon, action_dim * width)``."""
+        """Final hidden states to what the MLP reads in its type, ``(batch, horizon, action_dim * width)``."""
         actions = hidden[:, -(self.placeholders + 2) : -2].reshape(len(hidden), self.config.horizon, -1)
         return actions.to(self.norm1.weight.dtype)
 
