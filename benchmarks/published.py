@@ -111,8 +111,8 @@ def write_openvla_oft(
         write_pickle(directory / f"proprio_projector--{STEP}_checkpoint.pt", specs, seed)
     if film:
         specs = {
-            # What was trained is float32; the backbone under it came in bfloat16.
-            name: Spec(shape, torch.float32 if _trained(name) else torch.bfloat16, "film")
+            # FiLM's own linears are made in float32; peft gives its adapters the type of what they adapt.
+            name: Spec(shape, torch.float32 if _is_film(name) else torch.bfloat16, "film")
             for name, shape in names.film_backbone(sizes).items()
         }
         write_pickle(directory / f"vision_backbone--{STEP}_checkpoint.pt", specs, seed)
@@ -137,8 +137,8 @@ def _wrapped(specs: dict[str, Spec]) -> dict[str, Spec]:
     return {f"module.{name}": spec for name, spec in specs.items()}
 
 
-def _trained(name: str) -> bool:
-    return any(part in name for part in (".lora_A.", ".lora_B.", ".scale.", ".shift."))
+def _is_film(name: str) -> bool:
+    return ".scale." in name or ".shift." in name
 
 
 def _write_json(path: Path, data: object) -> None:

@@ -1,8 +1,8 @@
 """Every tensor of a published checkpoint, name to shape, from its sizes: the layouts as data.
 
 The lists are upstream's, down to what no policy ever reads: the last block and final norm of each vision
-encoder, SigLIP's attention pooling, CogACT's history embedder. ``tests/fixtures/published-*.json`` holds what
-the authors' own classes say for `TINY`.
+encoder, SigLIP's attention pooling, CogACT's history embedder. ``tests/fixtures/published-keys.json`` holds
+what the authors' own classes say for `TINY`.
 """
 
 from __future__ import annotations
