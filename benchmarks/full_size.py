@@ -99,10 +99,8 @@ def measure(family: str, work: Path, frames: int, steps: int, console: Console) 
         write_frames(work / "frames", frames)
         console.print(f"{family}: compressing")
         options = ["--unnorm-key", KEY, "--frames", str(frames), "--frames-from", work / "frames"]
-        compressed = run(
-            "sqap", "compress", source, "--out", small, *options, "--json", work / "compress.json"
-        )
-        bytes_ = json.loads((work / "compress.json").read_text())["weight_bytes"]
+        numbers = work / "compress.json"
+        compressed = run("sqap", "compress", source, "--out", small, *options, "--json", numbers)
         size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
         found["compress"] = {
             "seconds": compressed.seconds,
@@ -126,9 +124,7 @@ def show(results: dict[str, Any]) -> Table:
     table = Table("", *results)
     rows: dict[str, Callable[[dict[str, Any]], str]] = {
         "directory": lambda r: f"{r['compress']['directory_bytes'] / 1e9:.2f} GB",
-        "weights, of what is used, bfloat16": lambda r: (
-            f"{r['compress']['weight_bytes']['before'] / 1e9:.2f} GB"
-        ),
+        "weights used, bfloat16": lambda r: f"{r['compress']['weight_bytes']['before'] / 1e9:.2f} GB",
         "weights, compressed": lambda r: f"{r['compress']['weight_bytes']['after'] / 1e9:.2f} GB",
         "time to compress": lambda r: f"{r['compress']['seconds'] / 60:.0f} min",
         "peak memory, compressing": lambda r: f"{r['compress']['peak_bytes'] / 1e9:.2f} GB",
