@@ -20,13 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from sqap.errors import CheckpointError
 from sqap.models import VLA
-from sqap.models.storage import STORAGE_DTYPE, stored_tensors
+from sqap.models.storage import stored_tensors
 from sqap.policy import Calibration, Policy, PolicyConfig
 from sqap.quantization import check_coverage, list_linears, prepare_quantized
 from sqap.recipe import Recipe
@@ -80,10 +81,10 @@ def load_policy(directory: Path) -> Policy:
     config: PolicyConfig = from_json(PolicyConfig, manifest["policy"], f"{where}: policy", CheckpointError)
     recipe: Recipe = from_json(Recipe, manifest["recipe"], f"{where}: recipe", CheckpointError)
     calibration = manifest["calibration"]
-    model = VLA(config.model)
-    model.decoder.embed_tokens.to(STORAGE_DTYPE)
-    if recipe.quantization is not None:
-        prepare_quantized(model, recipe.quantization)
+    with torch.device("meta"):  # in 32 bits a large model would not fit before it is quantized
+        model = VLA(config.model)
+        if recipe.quantization is not None:
+            prepare_quantized(model, recipe.quantization)
     _fill(model, directory / WEIGHTS)
     if [dataclasses.asdict(linear) for linear in list_linears(model)] != manifest["linears"]:
         raise CheckpointError(f"{where}: its list of linears is not what its recipe and weights make")
@@ -129,7 +130,10 @@ def _fill(model: VLA, path: Path) -> None:
     ]
     if problems:
         raise CheckpointError(f"{path} does not fit its policy.json: {'; '.join(problems)}")
-    model.load_state_dict(tensors)
+    table = "decoder.embed_tokens.weight"  # stays as it is stored, as `round_to_storage` leaves it
+    wide = {name for name, _ in model.named_parameters()} - {table}
+    state = {name: t.float() if name in wide else t for name, t in tensors.items()}
+    model.load_state_dict(state, assign=True)
 
 
 def _is_foreign(directory: Path) -> bool:
