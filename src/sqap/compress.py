@@ -51,27 +51,26 @@ def compress(
         raise InputError("the policy is compressed already; compress the original it was made from")
     _check_frames(recipe, frames)
     inputs = [model_inputs(policy, frame, seed) for seed, frame in enumerate(frames)]
-    model, partial = share(policy.model), None
-    if policy.weights is not None:
-        fill_around(model, policy.weights)
-    ranking = _ranking(model, recipe.pruning, inputs, policy.weights)
-    if recipe.quantization is None:
-        if policy.weights is not None:
-            fill(model, policy.weights, dtype=torch.float32)
-    else:
-        if resume is not None:
-            partial = Partial(resume, _key(policy, recipe, frames))
+    model, weights, partial = share(policy.model), policy.weights, None
+    if weights is not None:
+        fill_around(model, weights)
+    full = _ranking(model, recipe.pruning, inputs, weights)
+    if recipe.quantization is not None:
+        partial = None if resume is None else Partial(resume, _key(policy, recipe, frames))
+        quantization = recipe.quantization
         model = quantize_model(
-            model, recipe.quantization, inputs, weights=policy.weights, progress=progress, partial=partial
+            model, quantization, inputs, weights=weights, progress=progress, partial=partial
         )
+    elif weights is not None:
+        fill(model, weights, dtype=torch.float32)
     round_to_storage(model)
     calibration = None
     if frames and recipe != Recipe():
-        top_k, overlap = _trust(policy, recipe.pruning, ranking, _ranking(model, recipe.pruning, inputs))
+        top_k, overlap = _trust(policy, recipe.pruning, full, _ranking(model, recipe.pruning, inputs))
         calibration = Calibration(len(frames), hash_frames(frames), top_k, overlap)
     if partial is not None:
         partial.remove()
-    source = policy.fingerprint if policy.weights is None else policy.weights.fingerprint
+    source = policy.fingerprint if weights is None else weights.fingerprint
     return Policy(model, policy.config, policy.tokenizer, recipe, calibration, source)
 
 

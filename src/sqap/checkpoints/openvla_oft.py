@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from sqap.checkpoints import openvla, prismatic
@@ -103,12 +102,11 @@ def merge_lora(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """A weight ``(out, ...)`` with its low-rank update ``a`` ``(rank, ...)`` and ``b`` ``(out, rank, ...)``.
 
     Of a linear, or of the convolution that cuts patches, where ``b`` is a convolution of 1 x 1. The result
-    has the finest of the three types, so that a small update is not rounded away.
+    is in 32 bits, so that a small update is not rounded away.
     """
     rank = a.shape[0]
-    dtype = torch.promote_types(weight.dtype, torch.promote_types(a.dtype, b.dtype))
     update = b.flatten(1).float() @ a.flatten(1).float() * (min(rank, LORA_ALPHA) / rank)
-    return (weight.float() + update.view(weight.shape)).to(dtype)
+    return weight.float() + update.view(weight.shape)
 
 
 def _open_tensors(directory: Path) -> TensorSet:

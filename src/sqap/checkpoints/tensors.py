@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,18 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Mapped pages count as memory until the file is closed, so it is opened anew after this many bytes.
 BATCH_BYTES = 256 << 20
 SHOWN = 8
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True)
@@ -35,23 +48,22 @@ class TensorInfo:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+Load = Callable[[Path, Collection[str]], Mapping[str, Tensor]]
+
+
 class TensorFile:
     """A file of named tensors.
 
     Args:
         path: where it is.
-        load: gives its tensors, mapped from the disk rather than read; they are let go of right after use.
-
-    Raises:
-        CheckpointError: the file is missing, truncated, of another kind, or holds more than tensors.
+        tensors: what is in it.
+        load: gives those of some names that are in the file, mapped from the disk rather than read; they are
+            let go of right after use.
     """
 
-    def __init__(self, path: Path, load: Callable[[Path], Mapping[str, Tensor]]) -> None:
-        self.path = path
+    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], load: Load) -> None:
+        self.path, self.tensors = path, tensors
         self._load = load
-        self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in load(path).items()
-        }
 
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
         """Copies of tensors, in the type they are stored in; nothing stays mapped.
@@ -61,7 +73,7 @@ class TensorFile:
         """
         out: dict[str, Tensor] = {}
         for batch in self._batches(names):
-            mapped = self._load(self.path)
+            mapped = self._load(self.path, batch)
             for name in batch:
                 if name not in mapped or tuple(mapped[name].shape) != self.tensors[name].shape:
                     raise CheckpointError(f"{self.path} was changed while it was in use")
@@ -87,7 +99,14 @@ def safetensors_file(path: Path) -> TensorFile:
     Raises:
         CheckpointError: it is missing, truncated or something else.
     """
-    return TensorFile(path, _map_safetensors)
+    with _safetensors(path) as file:
+        # Not by the tensors themselves: the library reads ahead what it maps.
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+        tensors = {
+            name: TensorInfo(tuple(found.get_shape()), _dtype(path, name, found.get_dtype()))
+            for name, found in slices.items()
+        }
+    return TensorFile(path, tensors, _map_safetensors)
 
 
 def torch_file(path: Path) -> TensorFile:
@@ -99,13 +118,12 @@ def torch_file(path: Path) -> TensorFile:
         CheckpointError: it is missing or truncated, or holds anything but tensors and plain containers;
             nothing in it was executed.
     """
-    _check_content(path)
-    with path.open("rb") as file:
-        mappable = file.read(4) == b"PK\x03\x04"
+    mappable = _start(path).startswith(b"PK\x03\x04")
+    found = _load_pickle(path, mmap=mappable)
+    tensors = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()}
     if mappable:
-        return TensorFile(path, lambda path: _load_pickle(path, mmap=True))
-    whole = _load_pickle(path, mmap=False)
-    return TensorFile(path, lambda path: whole)
+        return TensorFile(path, tensors, lambda path, names: _load_pickle(path, mmap=True))
+    return TensorFile(path, tensors, lambda path, names: found)
 
 
 def open_safetensors(directory: Path) -> list[TensorFile]:
@@ -159,15 +177,28 @@ def _check_shard(file: TensorFile, listed: set[str]) -> None:
         )
 
 
-def _map_safetensors(path: Path) -> dict[str, Tensor]:
-    _check_content(path)
+@contextmanager
+def _safetensors(path: Path) -> Iterator[Any]:  # the library has no types
+    _start(path)
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+            yield file
     except (SafetensorError, OSError) as problem:
         raise CheckpointError(
             f"{path} is truncated or not a safetensors file: {problem}; download it again"
         ) from problem
+
+
+def _map_safetensors(path: Path, names: Collection[str]) -> dict[str, Tensor]:
+    with _safetensors(path) as file:
+        there = set(file.keys())
+        return {name: file.get_tensor(name) for name in names if name in there}
+
+
+def _dtype(path: Path, name: str, stored: str) -> torch.dtype:
+    if stored not in DTYPES:
+        raise CheckpointError(f"{path}: {name} is stored as {stored}; supported are {', '.join(DTYPES)}")
+    return DTYPES[stored]
 
 
 def _load_pickle(path: Path, *, mmap: bool) -> dict[str, Tensor]:
@@ -209,8 +240,12 @@ def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _flatten(f"{prefix}.{key}" if prefix else str(key), item)
 
 
-def _check_content(path: Path) -> None:
-    """What can be said of a file before its format's reader sees it."""
+def _start(path: Path) -> bytes:
+    """A file's first bytes, which tell what it is.
+
+    Raises:
+        CheckpointError: it cannot be read, or Git left a pointer in its place.
+    """
     try:
         with path.open("rb") as file:
             start = file.read(32)
@@ -218,3 +253,4 @@ def _check_content(path: Path) -> None:
         raise CheckpointError(f"cannot read {path}: {problem.strerror}") from problem
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is only a pointer to the file; fetch the file with `git lfs pull`")
+    return start
