@@ -55,6 +55,9 @@ CamerasOption = Annotated[
 TokenizerOption = Annotated[
     Path | None, typer.Option(help="tokenizer.json, where it is not beside the weights.")
 ]
+CropOption = Annotated[
+    float | None, typer.Option(help="Share of an image's area to look at, from its centre.")
+]
 RecipeOption = Annotated[str, typer.Option(help="w4a8, w4a4, paper, or a recipe file.")]
 KeepOption = Annotated[float | None, typer.Option(help="Share of visual tokens kept, in (0, 1].")]
 FramesOption = Annotated[int, typer.Option(help="Calibration frames.", min=1)]
@@ -93,12 +96,13 @@ def compress(
     unnorm_key: UnnormKeyOption = None,
     cameras: CamerasOption = None,
     tokenizer: TokenizerOption = None,
+    crop: CropOption = None,
     json_path: JsonOption = None,
 ) -> None:
     """Quantize a policy and prune its visual tokens."""
     with _user_errors():
         settings = _recipe(recipe, keep)
-        policy = _load(source, unnorm_key, cameras, tokenizer)
+        policy = _load(source, unnorm_key, cameras, tokenizer, crop)
         observations = _frames(policy, frames_from, frames, camera)
         if target_bytes is not None or target_error is not None:
             settings = _fitted(policy, settings, observations, target_bytes, target_error)
@@ -140,6 +144,7 @@ def sensitivity(
     unnorm_key: UnnormKeyOption = None,
     cameras: CamerasOption = None,
     tokenizer: TokenizerOption = None,
+    crop: CropOption = None,
     json_path: JsonOption = None,
 ) -> None:
     """Replay observations through the policy quantized in many ways: which settings and blocks hurt."""
@@ -149,7 +154,7 @@ def sensitivity(
         settings = _recipe(recipe, keep)
         if settings.quantization is None:
             raise InputError(f"recipe {recipe} quantizes nothing, so there is nothing to measure")
-        policy = _load(source, unnorm_key, cameras, tokenizer)
+        policy = _load(source, unnorm_key, cameras, tokenizer, crop)
         replay = Replay(policy, _frames(policy, frames_from, frames, camera), settings.pruning)
         with _progress("options") as advance:
             options = compare_options(replay, settings.quantization, advance)
@@ -233,11 +238,12 @@ def inspect(
     unnorm_key: UnnormKeyOption = None,
     cameras: CamerasOption = None,
     tokenizer: TokenizerOption = None,
+    crop: CropOption = None,
     json_path: JsonOption = None,
 ) -> None:
     """Show a policy's parts, bytes and bit-widths, and what is quantized and what is not."""
     with _user_errors():
-        loaded = _load(source, unnorm_key, cameras, tokenizer)
+        loaded = _load(source, unnorm_key, cameras, tokenizer, crop)
         reports = list_linears(loaded.model)
         parts = {
             name: {"parameters": count_parameters(part), "bytes": stored_bytes(part)}
@@ -298,9 +304,11 @@ def _progress(what: str, *, percent: bool = False) -> Iterator[Any]:
         yield lambda done, total: progress.update(bar, completed=done, total=total)
 
 
-def _load(source: str, unnorm_key: str | None, cameras: str | None, tokenizer: Path | None) -> Policy:
+def _load(
+    source: str, unnorm_key: str | None, cameras: str | None, tokenizer: Path | None, crop: float | None
+) -> Policy:
     names = None if cameras is None else tuple(cameras.split(","))
-    return sqap.load(source, unnorm_key=unnorm_key, cameras=names, tokenizer=tokenizer)
+    return sqap.load(source, unnorm_key=unnorm_key, cameras=names, tokenizer=tokenizer, crop=crop)
 
 
 def _recipe(name: str, keep: float | None) -> Recipe:

@@ -98,6 +98,7 @@ def test_eight_bits_of_a_published_policy_stay_near_it(written: Publish, tmp_pat
         ([], "bridge_orig"),
         (["--unnorm-key", "nonsense"], "fractal20220817_data"),
         (["--unnorm-key", "bridge_orig", "--cameras", "a,b"], "1 different camera"),
+        (["--unnorm-key", "bridge_orig", "--crop", "90"], "up to 1, got 90"),
         (["--unnorm-key", "bridge_orig", "--tokenizer", "/nowhere/tokenizer.json"], "tokenizer"),
     ],
 )
@@ -122,6 +123,13 @@ def test_a_published_directory_can_be_inspected_without_reading_its_weights(
     found = json.loads(report.read_text())
     assert found["family"] == "openvla"
     assert {linear["part"] for linear in found["linears"]} == {"vision", "projector", "decoder", "head"}
+
+
+def test_images_are_cropped_as_asked(written: Publish) -> None:
+    whole, part = (sqap.load(written("openvla"), unnorm_key="bridge_orig", crop=c) for c in (None, 0.9))
+    assert (whole.config.crop, part.config.crop) == (1.0, 0.9)
+    seen = observation(whole)
+    assert not np.array_equal(whole.pixels(seen)[0], part.pixels(seen)[0])
 
 
 def test_our_own_directories_take_no_choices(saved: Path) -> None:

@@ -70,7 +70,7 @@ def test_actions_are_unnormalised_by_the_percentiles_of_the_dataset(written):
 
 def test_every_tensor_goes_where_it_belongs(written, load):
     published = openvla.open(written("openvla"), unnorm_key=KEY)
-    state, theirs = load(published).state_dict(), stored(written("openvla"))
+    state, theirs = load(published), stored(written("openvla"))
     pairs = {
         "vision.0.blocks.1.attn.qkv.weight": "vision_backbone.featurizer.blocks.1.attn.qkv.weight",
         "vision.0.blocks.0.ls2.scale_factor": "vision_backbone.featurizer.blocks.0.ls2.scale_factor",
@@ -196,7 +196,7 @@ def test_a_single_encoder_has_a_projector_of_two(publish, load):
     published = openvla.open(directory, unnorm_key=KEY)
     assert [(v.width, v.mean) for v in published.config.model.vision] == [(64, (0.5,) * 3)]
     assert published.config.model.projector == (128, 128)
-    assert torch.equal(load(published).state_dict()["projector.layers.1.bias"], torch.ones(128))
+    assert torch.equal(load(published)["projector.layers.1.bias"], torch.ones(128))
 
 
 def test_encoders_are_known_by_the_backbone_where_nothing_else_names_them(publish):

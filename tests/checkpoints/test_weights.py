@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sqap.checkpoints import tensors as tensor_files
-from sqap.checkpoints.tensors import TensorFile, open_safetensors, safetensors_file, torch_file
+from sqap.checkpoints.tensors import TensorFile, TensorInfo, open_safetensors, safetensors_file, torch_file
 from sqap.checkpoints.weights import Part, Source, TensorSet, Weights, without_batch
 from sqap.errors import CheckpointError
 
@@ -85,13 +85,21 @@ def test_a_slice_is_read_without_what_it_was_cut_from(tmp_path):
 
 def test_a_file_is_opened_anew_before_too_much_of_it_is_mapped(tmp_path, monkeypatch):
     opened = []
-    file = TensorFile(tmp_path, lambda path: opened.append(path) or STATE)
-    assert len(opened) == 1
+    infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in STATE.items()}
+    file = TensorFile(tmp_path, infos, lambda path, names: opened.append(list(names)) or STATE)
     file.read(list(STATE))
-    assert len(opened) == 2
+    assert opened == [["a", "b.weight", "b.steps"]]
     monkeypatch.setattr(tensor_files, "BATCH_BYTES", 48)
     assert set(file.read(list(STATE))) == set(STATE)
-    assert len(opened) == 4  # 48 bytes, then 4 and 8
+    assert opened[1:] == [["a"], ["b.weight", "b.steps"]]  # 48 bytes, then 4 and 8
+
+
+def test_a_type_that_is_not_supported_is_refused(tmp_path):
+    save_file({"w": torch.zeros(2, dtype=torch.float8_e4m3fn)}, tmp_path / "small.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"small\.safetensors: w is stored as F8_E4M3; supported are F64, "
+    ):
+        safetensors_file(tmp_path / "small.safetensors")
 
 
 def test_nested_dictionaries_are_flattened_and_counters_left_out(tmp_path):
@@ -239,7 +247,7 @@ def weights(directory: Path, table: dict, shapes: dict, unused: tuple = ()) -> W
 def test_our_names_stand_for_theirs(tmp_path):
     table = {
         "plain": Source(("b.weight",)),
-        "joined": Source(("a", "a"), torch.mul),
+        "joined": Source(("a", "a"), lambda x, y: x.t().reshape(y.shape)),
         "turned": Source(("a",), torch.t),
     }
     made = weights(tmp_path, table, {"plain": (2,), "joined": (3, 4), "turned": (4, 3)}, ("*.steps",))
@@ -248,7 +256,7 @@ def test_our_names_stand_for_theirs(tmp_path):
     assert set(read) == {"plain", "turned"}
     assert read["plain"].dtype == torch.bfloat16
     assert torch.equal(read["turned"], STATE["a"].t())
-    assert torch.equal(made.read(["joined"])["joined"], STATE["a"] * STATE["a"])
+    assert torch.equal(made.read(["joined"])["joined"], STATE["a"].t().reshape(3, 4))
 
 
 def test_names_of_several_files_are_told_apart(tmp_path):
@@ -267,7 +275,7 @@ def test_all_that_does_not_fit_is_listed_at_once(tmp_path):
         "first": Source(("a",)),
         "second": Source(("gone",)),
         "third": Source(("b.weight",), without_batch),
-        "fourth": Source(("a", "b.weight"), torch.add),
+        "fourth": Source(("a", "b.weight"), lambda x, y: x.view(y.shape)),
     }
     shapes = {"first": (4, 3), "second": (1,), "third": (2, 1), "fourth": (3,)}
     with pytest.raises(CheckpointError) as error:

@@ -18,6 +18,7 @@ from torch import Tensor
 import sqap
 from sqap import Observation, Policy
 from sqap.models import ModelInputs
+from sqap.models.storage import fill
 
 TESTS = Path(__file__).parent.parent
 sys.path.insert(0, str(TESTS.parent / "benchmarks"))
@@ -38,15 +39,13 @@ class Upstream:
     policy: Policy
 
     def observation(self, i: int) -> Observation:
-        """The i-th: noise images of its sizes, as the notes say."""
-        seen = self.notes["observations"][i]
-        seeds = seen["seeds"] if "seeds" in seen else [seen["seed"]]
-        shape = seen["height"], seen["width"], 3
-        images = [np.random.default_rng(s).integers(0, 256, shape, dtype=np.uint8) for s in seeds]
-        state = np.array(seen["state"]) if "state" in seen else None
-        return Observation(
-            dict(zip(self.policy.config.cameras, images, strict=True)), seen["instruction"], state
-        )
+        """The i-th: noise images as the notes say, and the state that upstream was given."""
+        seen, images = self.notes["observations"][i], {}
+        for number, camera in enumerate(self.policy.config.cameras):
+            rng = np.random.default_rng(seen["seed"] + 100_000 * number)
+            images[camera] = rng.integers(0, 256, (seen["height"], seen["width"], 3), dtype=np.uint8)
+        state = self.arrays["proprio"][i].numpy() if "proprio" in self.arrays else None
+        return Observation(images, seen["instruction"], state)
 
     def inputs(self, i: int) -> ModelInputs:
         """What our model is given for it."""
@@ -75,8 +74,8 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> MakeUpstream:
             write, sizes = getattr(published, writer.pop("function")), getattr(published, writer.pop("sizes"))
             write(directory, sizes, **writer)
             policy = sqap.load(directory, unnorm_key=options.get("unnorm_key", notes["unnorm_key"]))
-            policy.fill()
-            policy.model.float()  # as upstream was run
+            assert policy.weights is not None
+            fill(policy.model, policy.weights, dtype=torch.float32)  # as upstream was run
             made[key] = Upstream(notes, load_file(TESTS / "fixtures" / f"{name}.safetensors"), policy)
         return made[key]
 

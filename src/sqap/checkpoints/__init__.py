@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-
-import torch
 
 from sqap.checkpoints import hub, native, published
 from sqap.errors import CheckpointError
-from sqap.models import VLA
+from sqap.models import empty_model
 from sqap.policy import Policy
 
 _PACKAGE = Path(__file__).parent.parent
@@ -50,6 +49,7 @@ def load(
     unnorm_key: str | None = None,
     cameras: tuple[str, ...] | None = None,
     tokenizer: str | Path | None = None,
+    crop: float | None = None,
 ) -> Policy:
     """Load a policy: sqap's own directories, and CogACT, OpenVLA and OpenVLA-OFT as they are published.
 
@@ -62,15 +62,19 @@ def load(
         unnorm_key: the data set whose statistics turn actions into robot units, where there are several.
         cameras: names for the images the policy reads, in order; the family's own if None.
         tokenizer: ``tokenizer.json``, or the directory it is in, where it is not beside the weights.
+        crop: share of an image's area to look at, from its centre; policies tuned on random crops of 90 % are
+            shown that much (OpenVLA on LIBERO), which their files do not say. The family's own if None.
 
     Raises:
         CheckpointError: the directory is missing, foreign, incomplete or altered, or a choice does not fit.
     """
     directory = locate(source)
+    if crop is not None and not 0 < crop <= 1:
+        raise CheckpointError(f"the crop is a share of the image's area, above 0 and up to 1, got {crop}")
     if native.is_policy(directory):
-        if unnorm_key is not None or cameras is not None or tokenizer is not None:
+        if any(choice is not None for choice in (unnorm_key, cameras, tokenizer, crop)):
             raise CheckpointError(
-                f"{directory} is sqap's own: data set, cameras and tokenizer were chosen when it was made"
+                f"{directory} is sqap's own: data set, cameras, tokenizer and crop were chosen when it was made"
             )
         return native.load_policy(directory)
     found = published.recognise(directory).open(
@@ -79,9 +83,8 @@ def load(
         cameras=cameras,
         tokenizer=None if tokenizer is None else Path(tokenizer),
     )
-    with torch.device("meta"):
-        model = VLA(found.config.model)
-    return Policy(model, found.config, found.tokenizer, weights=found.weights)
+    config = found.config if crop is None else dataclasses.replace(found.config, crop=crop)
+    return Policy(empty_model(config.model), config, found.tokenizer, weights=found.weights)
 
 
 def fingerprint(directory: Path) -> str:

@@ -20,13 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from sqap.errors import CheckpointError
-from sqap.models import VLA
+from sqap.models import VLA, empty_model
 from sqap.models.storage import stored_tensors
 from sqap.policy import Calibration, Policy, PolicyConfig
 from sqap.quantization import check_coverage, list_linears, prepare_quantized
@@ -81,10 +80,9 @@ def load_policy(directory: Path) -> Policy:
     config: PolicyConfig = from_json(PolicyConfig, manifest["policy"], f"{where}: policy", CheckpointError)
     recipe: Recipe = from_json(Recipe, manifest["recipe"], f"{where}: recipe", CheckpointError)
     calibration = manifest["calibration"]
-    with torch.device("meta"):  # in 32 bits a large model would not fit before it is quantized
-        model = VLA(config.model)
-        if recipe.quantization is not None:
-            prepare_quantized(model, recipe.quantization)
+    model = empty_model(config.model)  # in 32 bits a large one would not fit before it is quantized
+    if recipe.quantization is not None:
+        prepare_quantized(model, recipe.quantization)
     _fill(model, directory / WEIGHTS)
     if [dataclasses.asdict(linear) for linear in list_linears(model)] != manifest["linears"]:
         raise CheckpointError(f"{where}: its list of linears is not what its recipe and weights make")

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 
 from sqap.checkpoints.tokenizer import read_tokenizer
 from sqap.checkpoints.weights import Source, Table, TensorSet, Weights, without_batch
 from sqap.errors import CheckpointError
-from sqap.models import VLA, DecoderConfig, HeadConfig, ModelConfig, VisionConfig
+from sqap.models import DecoderConfig, HeadConfig, ModelConfig, VisionConfig, empty_model
 from sqap.policy import PolicyConfig
 from sqap.serialization import read_json
 
@@ -246,8 +245,8 @@ def publish(
     Raises:
         CheckpointError: they do not fit.
     """
-    with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in VLA(config.model).state_dict().items()}
+    state = empty_model(config.model).state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     return Published(config, tokenizer, Weights(tensors, table, shapes, unused))
 
 

@@ -9,7 +9,7 @@ from sqap.models.config import (
     TokenHeadConfig,
     VisionConfig,
 )
-from sqap.models.vla import VLA, ModelInputs
+from sqap.models.vla import VLA, ModelInputs, empty_model
 
 __all__ = [
     "VLA",
@@ -21,4 +21,5 @@ __all__ = [
     "RegressionHeadConfig",
     "TokenHeadConfig",
     "VisionConfig",
+    "empty_model",
 ]

@@ -68,7 +68,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = _stem(config)
-        self.pos_embed = nn.Parameter(torch.randn(config.grid**2, config.width) * 0.02)
+        self.pos_embed = nn.Parameter(nn.init.normal_(torch.empty(config.grid**2, config.width), std=0.02))
         self.cls_token = nn.Parameter(torch.zeros(1, config.width)) if config.class_token else None
         self.reg_token = (
             nn.Parameter(torch.zeros(config.registers, config.width)) if config.registers else None

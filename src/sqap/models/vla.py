@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sqap.models.config import ModelConfig
 from sqap.models.decoder import Decoder, TokenPruner
@@ -90,6 +92,25 @@ class VLA(nn.Module):
     def length(self, text_tokens: int) -> int:
         """Tokens in the decoder's sequence for that many text tokens."""
         return self.config.visual_tokens + text_tokens + (self.proprio is not None) + self.head.placeholders
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves out initial weights: on the meta device drawing them does nothing, after seconds of imports."""
+
+    _DRAWS = (nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_, Tensor.uniform_, Tensor.normal_)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in self._DRAWS:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def empty_model(config: ModelConfig) -> VLA:
+    """A model on the meta device: names and shapes, with weights yet to be read."""
+    with torch.device("meta"), _NothingDrawn():
+        return VLA(config)
 
 
 def pixel_shuffle(x: Tensor, side: int) -> Tensor:
