@@ -133,5 +133,5 @@ def test_images_are_cropped_as_asked(written: Publish) -> None:
 
 
 def test_our_own_directories_take_no_choices(saved: Path) -> None:
-    with pytest.raises(CheckpointError, match="chosen when it was made"):
+    with pytest.raises(CheckpointError, match="chosen when it is made"):
         sqap.load(saved, unnorm_key="bridge_orig")

@@ -74,7 +74,7 @@ def load(
     if native.is_policy(directory):
         if any(choice is not None for choice in (unnorm_key, cameras, tokenizer, crop)):
             raise CheckpointError(
-                f"{directory} is sqap's own: data set, cameras, tokenizer and crop were chosen when it was made"
+                f"{directory} is sqap's own: data set, cameras, tokenizer and crop are chosen when it is made"
             )
         return native.load_policy(directory)
     found = published.recognise(directory).open(
