@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sqap.evaluation.ensemble import AdaptiveEnsemble
 from sqap.models import ModelInputs
 from sqap.models.heads import DiffusionHead
 from sqap.processing import unnormalize
@@ -95,3 +96,11 @@ def test_averaged_weights_are_used_where_there_are_any(cogact: Upstream, upstrea
         found = averaged.policy.model(ModelInputs(inputs.pixels, inputs.token_ids, noise))
         torch.testing.assert_close(found[0], expected, **TOLERANCE)
         assert not torch.allclose(found[0], cogact.arrays["sample"][i], atol=0.01)
+
+
+@pytest.mark.parametrize("window", [7, 2])
+def test_adaptive_ensemble(cogact: Upstream, window: int) -> None:
+    """The authors' windows for the WidowX and the Google robot, fed one chunk after the other."""
+    ensemble = AdaptiveEnsemble(window)
+    found = [ensemble.add(chunk.numpy()) for chunk in cogact.arrays["actions"]]
+    np.testing.assert_allclose(found, cogact.arrays[f"ensemble_{window}"], rtol=0, atol=1e-6)

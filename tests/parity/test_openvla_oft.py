@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sqap.models.heads import RegressionHead
+from sqap.processing import center_crop
 
-from .conftest import MakeUpstream, Upstream
+from .conftest import TESTS, MakeUpstream, Upstream
 
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 # What a robot's policy reads: cameras, numbers of its state, and whether the instruction modulates vision.
@@ -72,3 +75,15 @@ def test_actions(oft: Upstream) -> None:
         torch.testing.assert_close(oft.policy.model(oft.inputs(i))[0], expected, **TOLERANCE)
         found = oft.policy.act(oft.observation(i))
         np.testing.assert_allclose(found, oft.arrays["actions"][i], rtol=0, atol=1e-4)
+
+
+def test_the_central_crop_is_tensorflows() -> None:
+    """Of the authors' function, on noise of several grains."""
+    notes = json.loads((TESTS / "fixtures" / "oft-crop.json").read_text())
+    cropped = load_file(TESTS / "fixtures" / "oft-crop.safetensors")
+    for case in notes["cases"]:
+        block, shape = case["block"], (case["height"] // case["block"], case["width"] // case["block"], 3)
+        noise = np.random.default_rng(case["seed"]).integers(0, 256, shape, dtype=np.uint8)
+        image = noise.repeat(block, 0).repeat(block, 1)
+        expected = cropped[f"cropped.{case['seed']}"].numpy()
+        assert np.array_equal(center_crop(image, 0.9)[::8, ::8], expected)
