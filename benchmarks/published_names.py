@@ -156,40 +156,36 @@ def film_backbone(sizes: Sizes) -> Shapes:
 
 
 def _dino(prefix: str, sizes: Sizes, layer_scale: str) -> Shapes:
-    width = sizes.dino_width
-    shapes: Shapes = {
-        f"{prefix}cls_token": (1, 1, width),
-        f"{prefix}reg_token": (1, REGISTERS, width),
-        f"{prefix}pos_embed": (1, sizes.patches, width),
-        f"{prefix}patch_embed.proj.weight": (width, 3, PATCH, PATCH),
-        f"{prefix}patch_embed.proj.bias": (width,),
-    }
-    for i in range(sizes.dino_depth):
-        block = f"{prefix}blocks.{i}."
-        shapes |= _norm(f"{block}norm1", width) | _norm(f"{block}norm2", width)
-        shapes |= _attention_and_mlp(block, width, 4 * width)
-        shapes |= {f"{block}ls1.{layer_scale}": (width,), f"{block}ls2.{layer_scale}": (width,)}
-    return shapes | _norm(f"{prefix}norm", width)
+    width, depth = sizes.dino_width, sizes.dino_depth
+    shapes: Shapes = {f"{prefix}cls_token": (1, 1, width), f"{prefix}reg_token": (1, REGISTERS, width)}
+    shapes |= _tower(prefix, sizes, width, depth, 4 * width)
+    gains = (f"{prefix}blocks.{i}.{name}.{layer_scale}" for i in range(depth) for name in ("ls1", "ls2"))
+    return shapes | dict.fromkeys(gains, (width,))
 
 
 def _siglip(prefix: str, sizes: Sizes) -> Shapes:
     width = sizes.siglip_width
     hidden = int(width * SIGLIP_MLP_RATIO)
-    shapes: Shapes = {
-        f"{prefix}pos_embed": (1, sizes.patches, width),
-        f"{prefix}patch_embed.proj.weight": (width, 3, PATCH, PATCH),
-        f"{prefix}patch_embed.proj.bias": (width,),
-    }
-    for i in range(sizes.siglip_depth):
-        block = f"{prefix}blocks.{i}."
-        shapes |= _norm(f"{block}norm1", width) | _norm(f"{block}norm2", width)
-        shapes |= _attention_and_mlp(block, width, hidden)
-    shapes |= _norm(f"{prefix}norm", width)
+    shapes = _tower(prefix, sizes, width, sizes.siglip_depth, hidden)
     pool = f"{prefix}attn_pool."
     shapes |= {f"{pool}latent": (1, 1, width)}
     shapes |= _linear(f"{pool}q", width, width) | _linear(f"{pool}kv", width, 2 * width)
     shapes |= _linear(f"{pool}proj", width, width) | _norm(f"{pool}norm", width)
     return shapes | _linear(f"{pool}mlp.fc1", width, hidden) | _linear(f"{pool}mlp.fc2", hidden, width)
+
+
+def _tower(prefix: str, sizes: Sizes, width: int, depth: int, hidden: int) -> Shapes:
+    """What timm's encoders have in common."""
+    shapes: Shapes = {
+        f"{prefix}pos_embed": (1, sizes.patches, width),
+        f"{prefix}patch_embed.proj.weight": (width, 3, PATCH, PATCH),
+        f"{prefix}patch_embed.proj.bias": (width,),
+    }
+    for i in range(depth):
+        block = f"{prefix}blocks.{i}."
+        shapes |= _norm(f"{block}norm1", width) | _norm(f"{block}norm2", width)
+        shapes |= _attention_and_mlp(block, width, hidden)
+    return shapes | _norm(f"{prefix}norm", width)
 
 
 def _projector(names: list[str], sizes: Sizes) -> Shapes:

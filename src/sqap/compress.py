@@ -51,23 +51,21 @@ def compress(
         raise InputError("the policy is compressed already; compress the original it was made from")
     _check_frames(recipe, frames)
     inputs = [model_inputs(policy, frame, seed) for seed, frame in enumerate(frames)]
-    model, weights, partial = share(policy.model), policy.weights, None
-    if weights is not None:
-        fill_around(model, weights)
-    full = _ranking(model, recipe.pruning, inputs, weights)
+    weights, partial = policy.weights, None
     if recipe.quantization is not None:
         partial = None if resume is None else Partial(resume, _key(policy, recipe, frames))
         quantization = recipe.quantization
         model = quantize_model(
-            model, quantization, inputs, weights=weights, progress=progress, partial=partial
+            policy.model, quantization, inputs, weights=weights, progress=progress, partial=partial
         )
-    elif weights is not None:
-        fill(model, weights, dtype=torch.float32)
+    else:
+        model = share(policy.model)
+        if weights is not None:
+            fill(model, weights, dtype=torch.float32)
     round_to_storage(model)
     calibration = None
     if frames and recipe != Recipe():
-        top_k, overlap = _trust(policy, recipe.pruning, full, _ranking(model, recipe.pruning, inputs))
-        calibration = Calibration(len(frames), hash_frames(frames), top_k, overlap)
+        calibration = _calibrate(policy, model, recipe, frames, inputs)
     if partial is not None:
         partial.remove()
     source = policy.fingerprint if weights is None else weights.fingerprint
@@ -86,24 +84,21 @@ def ranking_scores(
     return attention_scores(model, inputs, score_layers(pruning), pruning.score_queries, weights)
 
 
-def _ranking(
-    model: VLA, pruning: Pruning | None, inputs: Sequence[ModelInputs], weights: Weights | None = None
-) -> torch.Tensor | None:
-    if pruning is None or pruning.method != "sqap":
-        return None
-    return ranking_scores(model, pruning, inputs, weights)
-
-
-def _trust(
-    policy: Policy, pruning: Pruning | None, full: torch.Tensor | None, quantized: torch.Tensor | None
-) -> tuple[int | None, float | None]:
-    """The largest k whose quantized top k still agrees with full precision, and how much it does."""
-    if pruning is None or full is None or quantized is None:
-        return None, None
-    share = round(pruning.top_share * pruning.budget(policy.config.model.grid**2))
-    curve = overlap_curve(full, quantized)[:share]
-    top_k = choose_k(curve, pruning.overlap)
-    return top_k, float(curve[top_k - 1]) if top_k else 0.0
+def _calibrate(
+    policy: Policy, quantized: VLA, recipe: Recipe, frames: Sequence[Observation], inputs: list[ModelInputs]
+) -> Calibration:
+    """Find the largest k whose quantized top k still agrees with full precision."""
+    pruning, top_k, overlap = recipe.pruning, None, None
+    if pruning is not None and pruning.method == "sqap":
+        original = share(policy.model)
+        if policy.weights is not None:
+            fill_around(original, policy.weights)
+        full = ranking_scores(original, pruning, inputs, policy.weights)
+        limit = round(pruning.top_share * pruning.budget(policy.config.model.grid**2))
+        curve = overlap_curve(full, ranking_scores(quantized, pruning, inputs))[:limit]
+        top_k = choose_k(curve, pruning.overlap)
+        overlap = float(curve[top_k - 1]) if top_k else 0.0
+    return Calibration(len(frames), hash_frames(frames), top_k, overlap)
 
 
 def _check_frames(recipe: Recipe, frames: Sequence[Observation]) -> None:

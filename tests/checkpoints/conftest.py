@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from published import FAMILIES, TINY, write_openvla_oft
 
 from sqap.checkpoints.prismatic import Published
 from sqap.models import VLA
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
-# The writers are scripts and import their neighbours.
-from published import TINY, write_cogact, write_openvla, write_openvla_oft
-
-WRITERS: dict[str, Callable[[Path], None]] = {
-    "openvla": partial(write_openvla, sizes=TINY),
-    "cogact": partial(write_cogact, sizes=TINY),
-    "native-openvla": partial(write_cogact, sizes=TINY, action_model=False),
-    "oft-libero": partial(write_openvla_oft, sizes=TINY),
-    "oft-bridge": partial(write_openvla_oft, sizes=TINY, platform="bridge", proprio=True),
-    "oft-aloha": partial(write_openvla_oft, sizes=TINY, platform="aloha", film=True),
-}
+# Bridge policies come with the robot's state and without; `published` writes them without.
+WRITERS = FAMILIES | {"oft-bridge": partial(write_openvla_oft, platform="bridge")}
 Publish = Callable[[str], Path]
 Load = Callable[[Published], dict[str, torch.Tensor]]
 
@@ -50,7 +39,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Publish:
     def write(family: str) -> Path:
         if family not in directories:
             directories[family] = tmp_path_factory.mktemp(family) / family
-            WRITERS[family](directories[family])
+            WRITERS[family](directories[family], TINY, 0)
         return directories[family]
 
     return write

@@ -9,6 +9,7 @@ import torch
 from published import TINY, write_cogact
 
 from sqap.checkpoints import cogact
+from sqap.checkpoints.prismatic import Choices
 from sqap.errors import CheckpointError
 from sqap.models import DecoderConfig, DiffusionHeadConfig, TokenHeadConfig
 
@@ -31,7 +32,7 @@ def edit_config(directory: Path, base_vlm: object) -> None:
 
 
 def test_the_configuration_is_the_published_one(written):
-    config = cogact.open(written("cogact"), unnorm_key=KEY).config
+    config = cogact.open(written("cogact"), Choices(unnorm_key=KEY)).config
     assert (config.family, config.cameras, config.crop, config.proprio) == ("cogact", ("image",), 1.0, None)
     assert config.prompt == "In: What action should the robot take to {instruction}?\nOut:"
     assert config.append_tokens == (29871, 2)
@@ -48,7 +49,7 @@ def test_the_configuration_is_the_published_one(written):
 
 
 def test_every_tensor_goes_where_it_belongs(written, load):
-    published = cogact.open(written("cogact"), unnorm_key=KEY)
+    published = cogact.open(written("cogact"), Choices(unnorm_key=KEY))
     state, theirs = load(published), stored(written("cogact"))
     pairs = {
         "vision.0.blocks.0.ls1.scale_factor": ("vision_backbone", "dino_featurizer.blocks.0.ls1.gamma"),
@@ -79,7 +80,7 @@ def test_every_tensor_goes_where_it_belongs(written, load):
 
 def test_averaged_weights_are_used_if_there_are_any(tmp_path, load):
     write_cogact(tmp_path, TINY, ema=True)
-    published = cogact.open(tmp_path, unnorm_key=KEY)
+    published = cogact.open(tmp_path, Choices(unnorm_key=KEY))
     state, theirs = load(published), stored(tmp_path)
     name = "net.final_layer.linear.weight"
     assert torch.equal(state["head.final_layer.weight"], theirs["ema_diffusion"][name])
@@ -88,7 +89,7 @@ def test_averaged_weights_are_used_if_there_are_any(tmp_path, load):
 
 
 def test_without_an_action_model_it_is_openvla(written, load):
-    published = cogact.open(written("native-openvla"), unnorm_key=KEY)
+    published = cogact.open(written("native-openvla"), Choices(unnorm_key=KEY))
     assert published.config.family == "openvla"
     assert published.config.append_tokens == (29871,)
     assert published.config.actions.binarize == ()
@@ -100,7 +101,7 @@ def test_without_an_action_model_it_is_openvla(written, load):
 @pytest.mark.parametrize(("width", "heads"), [(384, 4), (768, 12), (1024, 16), (192, 3)])
 def test_the_heads_of_the_published_sizes_are_known(tmp_path, width, heads):
     write_cogact(tmp_path, replace(TINY, dit_width=width, dit_depth=1))
-    assert cogact.open(tmp_path, unnorm_key=KEY).config.model.head.heads == heads
+    assert cogact.open(tmp_path, Choices(unnorm_key=KEY)).config.model.head.heads == heads
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_the_heads_of_the_published_sizes_are_known(tmp_path, width, heads):
 def test_the_image_is_as_large_as_the_base_model_says(tmp_path, base_vlm, written_size, size):
     write_cogact(tmp_path, replace(TINY, image=written_size))
     edit_config(tmp_path, base_vlm)
-    vision = cogact.open(tmp_path, unnorm_key=KEY).config.model.vision
+    vision = cogact.open(tmp_path, Choices(unnorm_key=KEY)).config.model.vision
     assert [config.image_size for config in vision] == [size, size]
 
 
@@ -135,7 +136,7 @@ def test_a_base_model_with_one_encoder_needs_but_that(publish, load):
     }
     torch.save({"model": model}, checkpoint(directory))
     edit_config(directory, "prism-siglip+7b")
-    published = cogact.open(directory, unnorm_key=KEY)
+    published = cogact.open(directory, Choices(unnorm_key=KEY))
     assert [config.width for config in published.config.model.vision] == [64]
     assert torch.equal(load(published)["projector.layers.1.bias"], torch.full((128,), 2.0))
 
@@ -145,21 +146,21 @@ def test_other_base_models_are_named_with_those_that_are_supported(publish, name
     directory = publish("cogact")
     edit_config(directory, name)
     with pytest.raises(CheckpointError) as error:
-        cogact.open(directory, unnorm_key=KEY)
+        cogact.open(directory, Choices(unnorm_key=KEY))
     assert f"base_vlm {name} is not supported; supported are prism-dinosiglip-224px+7b, " in str(error.value)
 
 
 def test_a_language_model_that_is_no_llama_2_is_refused(tmp_path):
     write_cogact(tmp_path, replace(TINY, decoder_width=192, decoder_heads=3))
     with pytest.raises(CheckpointError, match="the language model is no Llama 2, whose heads are 128 wide"):
-        cogact.open(tmp_path, unnorm_key=KEY)
+        cogact.open(tmp_path, Choices(unnorm_key=KEY))
 
 
 def test_what_training_went_on_from_is_not_needed(publish):
     directory = publish("cogact")
     optimizer = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 2e-5}]}
     torch.save({"model": stored(directory), "optimizer": optimizer}, checkpoint(directory))
-    assert "optimizer.state.0.exp_avg" in cogact.open(directory, unnorm_key=KEY).weights.unused
+    assert "optimizer.state.0.exp_avg" in cogact.open(directory, Choices(unnorm_key=KEY)).weights.unused
 
 
 def test_too_little_too_much_and_the_wrong_size_are_said_at_once(publish):
@@ -169,7 +170,7 @@ def test_too_little_too_much_and_the_wrong_size_are_said_at_once(publish):
     model["action_model"]["net.final_layer.linear.bias"] = torch.zeros(14)
     torch.save({"model": model}, checkpoint(directory))
     with pytest.raises(CheckpointError) as error:
-        cogact.open(directory, unnorm_key=KEY)
+        cogact.open(directory, Choices(unnorm_key=KEY))
     assert str(error.value) == (
         f"{directory} does not hold the model it describes: missing: model.projector.projector.4.bias; "
         "not known: model.projector.projector.6.bias; of another shape or kind: "
@@ -183,14 +184,14 @@ def test_a_checkpoint_without_vision_is_refused(publish):
     del model["vision_backbone"]
     torch.save({"model": model}, checkpoint(directory))
     with pytest.raises(CheckpointError, match=r"lacks model\.vision_backbone\.dino_featurizer\.patch_embed"):
-        cogact.open(directory, unnorm_key=KEY)
+        cogact.open(directory, Choices(unnorm_key=KEY))
 
 
 def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_does_not_run(publish, payload):
     directory = publish("cogact")
     torch.save({"model": stored(directory), "note": payload}, checkpoint(directory))
     with pytest.raises(CheckpointError, match=r"holds posix\.mkdir.* nothing in it was executed"):
-        cogact.open(directory, unnorm_key=KEY)
+        cogact.open(directory, Choices(unnorm_key=KEY))
     assert not payload.marker.exists()
 
 
@@ -199,7 +200,7 @@ def test_half_a_checkpoint_is_named(publish):
     path = checkpoint(directory)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(CheckpointError, match=rf"{path.name} is truncated"):
-        cogact.open(directory, unnorm_key=KEY)
+        cogact.open(directory, Choices(unnorm_key=KEY))
 
 
 def test_there_must_be_one_checkpoint_or_a_latest_one(publish):
@@ -207,36 +208,38 @@ def test_there_must_be_one_checkpoint_or_a_latest_one(publish):
     path = checkpoint(directory)
     (path.parent / "other.pt").write_bytes(b"")
     with pytest.raises(CheckpointError, match=rf"several checkpoints; leave one .*: other\.pt, {path.name}"):
-        cogact.open(directory, unnorm_key=KEY)
+        cogact.open(directory, Choices(unnorm_key=KEY))
     path.rename(path.parent / "latest-checkpoint.pt")
-    cogact.open(directory, unnorm_key=KEY)
+    cogact.open(directory, Choices(unnorm_key=KEY))
     for file in path.parent.iterdir():
         file.unlink()
     with pytest.raises(CheckpointError, match=r"has no weights: there must be one \.pt file in checkpoints/"):
-        cogact.open(directory, unnorm_key=KEY)
+        cogact.open(directory, Choices(unnorm_key=KEY))
 
 
 def test_the_tokenizer_that_is_not_published_has_to_be_put_there_or_named(publish, tmp_path):
     directory = publish("cogact")
     (directory / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     with pytest.raises(CheckpointError, match=r"has no tokenizer: put Llama 2's tokenizer\.json there"):
-        cogact.open(directory, unnorm_key=KEY)
-    assert cogact.open(directory, unnorm_key=KEY, tokenizer=tmp_path).tokenizer.token_to_id("<s>") == 1
+        cogact.open(directory, Choices(unnorm_key=KEY))
+    assert (
+        cogact.open(directory, Choices(unnorm_key=KEY, tokenizer=tmp_path)).tokenizer.token_to_id("<s>") == 1
+    )
 
 
 def test_statistics_must_be_those_of_the_models_actions(publish):
     directory = publish("cogact")
     with pytest.raises(CheckpointError, match="name one as unnorm_key: bridge_orig, fractal20220817_data"):
-        cogact.open(directory)
+        cogact.open(directory, Choices())
     mine = {"mine": {"action": {"q01": [0] * 6, "q99": [1] * 6}}}
     (directory / "dataset_statistics.json").write_text(json.dumps(mine))
     with pytest.raises(CheckpointError, match="mine has actions of 6 numbers, but the model's have 7"):
-        cogact.open(directory)
+        cogact.open(directory, Choices())
     (directory / "dataset_statistics.json").unlink()
     with pytest.raises(CheckpointError, match=r"dataset_statistics\.json has no statistics"):
-        cogact.open(directory)
+        cogact.open(directory, Choices())
 
 
 def test_there_is_one_camera(written):
     with pytest.raises(CheckpointError, match="CogACT reads 1 different camera, got 2: a, b"):
-        cogact.open(written("cogact"), unnorm_key=KEY, cameras=("a", "b"))
+        cogact.open(written("cogact"), Choices(unnorm_key=KEY, cameras=("a", "b")))

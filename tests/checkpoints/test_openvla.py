@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from sqap.checkpoints import openvla
+from sqap.checkpoints.prismatic import Choices
 from sqap.errors import CheckpointError
 from sqap.models import DecoderConfig, TokenHeadConfig
 from sqap.processing import ActionStatistics, prompt_ids
@@ -37,7 +38,7 @@ def rewrite(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def test_the_configuration_is_the_published_one(written):
-    config = openvla.open(written("openvla"), unnorm_key=KEY).config
+    config = openvla.open(written("openvla"), Choices(unnorm_key=KEY)).config
     assert (config.family, config.cameras, config.crop, config.proprio) == ("openvla", ("image",), 1.0, None)
     assert config.prompt == "In: What action should the robot take to {instruction}?\nOut:"
     assert config.append_tokens == (29871,)
@@ -63,13 +64,13 @@ def test_the_configuration_is_the_published_one(written):
 
 def test_actions_are_unnormalised_by_the_percentiles_of_the_dataset(written):
     statistics = json.loads((written("openvla") / "config.json").read_text())["norm_stats"][KEY]["action"]
-    assert openvla.open(written("openvla"), unnorm_key=KEY).config.actions == ActionStatistics(
+    assert openvla.open(written("openvla"), Choices(unnorm_key=KEY)).config.actions == ActionStatistics(
         tuple(statistics["q01"]), tuple(statistics["q99"]), (True,) * 6 + (False,)
     )
 
 
 def test_every_tensor_goes_where_it_belongs(written, load):
-    published = openvla.open(written("openvla"), unnorm_key=KEY)
+    published = openvla.open(written("openvla"), Choices(unnorm_key=KEY))
     state, theirs = load(published), stored(written("openvla"))
     pairs = {
         "vision.0.blocks.1.attn.qkv.weight": "vision_backbone.featurizer.blocks.1.attn.qkv.weight",
@@ -90,7 +91,7 @@ def test_every_tensor_goes_where_it_belongs(written, load):
 
 
 def test_what_is_unused_is_what_lies_behind_the_block_that_is_read(written):
-    unused = openvla.open(written("openvla"), unnorm_key=KEY).weights.unused
+    unused = openvla.open(written("openvla"), Choices(unnorm_key=KEY)).weights.unused
     behind = ("blocks.2.", "norm.", "attn_pool.")
     assert {name.partition("featurizer.")[2].startswith(behind) for name in unused} == {True}
     assert "vision_backbone.fused_featurizer.attn_pool.latent" in unused
@@ -101,11 +102,11 @@ def test_pixels_are_normalised_as_the_processor_says(publish):
     rounded = {"mean": [0.484375, 0.455078125, 0.40625], "std": [0.228515625, 0.2236328125, 0.224609375]}
     half = {"mean": [0.5] * 3, "std": [0.5] * 3}
     edit(directory / "preprocessor_config.json", tvf_normalize_params=[rounded, half])
-    dino, siglip = openvla.open(directory, unnorm_key=KEY).config.model.vision
+    dino, siglip = openvla.open(directory, Choices(unnorm_key=KEY)).config.model.vision
     assert (dino.mean, dino.std) == (tuple(rounded["mean"]), tuple(rounded["std"]))
     assert (siglip.mean, siglip.std) == ((0.5,) * 3, (0.5,) * 3)
     (directory / "preprocessor_config.json").unlink()
-    dino, siglip = openvla.open(directory, unnorm_key=KEY).config.model.vision
+    dino, siglip = openvla.open(directory, Choices(unnorm_key=KEY)).config.model.vision
     assert (dino.mean, dino.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert siglip.mean == (0.5,) * 3
 
@@ -115,7 +116,7 @@ def test_a_processor_without_two_normalisations_is_refused(publish, entries):
     directory = publish("openvla")
     edit(directory / "preprocessor_config.json", tvf_normalize_params=entries)
     with pytest.raises(CheckpointError, match=r"tvf_normalize_params must have a mean and a std"):
-        openvla.open(directory, unnorm_key=KEY)
+        openvla.open(directory, Choices(unnorm_key=KEY))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_llamas_defaults_stand_where_the_configuration_is_silent(publish, silent
     text = json.loads((directory / "config.json").read_text())["text_config"]
     edit(directory / "config.json", text_config={n: v for n, v in text.items() if n != silent})
     with pytest.raises(CheckpointError, match=message):
-        openvla.open(directory, unnorm_key=KEY)
+        openvla.open(directory, Choices(unnorm_key=KEY))
 
 
 def test_a_directory_with_too_little_too_much_and_the_wrong_size_says_all_three(publish):
@@ -142,7 +143,7 @@ def test_a_directory_with_too_little_too_much_and_the_wrong_size_says_all_three(
     tensors["language_model.model.norm.weight"] = torch.ones(64)
     rewrite(directory, tensors)
     with pytest.raises(CheckpointError) as error:
-        openvla.open(directory, unnorm_key=KEY)
+        openvla.open(directory, Choices(unnorm_key=KEY))
     assert "missing: projector.fc2.bias; not known: language_model.extra; " in str(error.value)
     assert "language_model.model.norm.weight is (64,) where decoder.norm.weight must be (128,)" in str(
         error.value
@@ -164,17 +165,17 @@ def test_tensors_that_tell_sizes_are_missed_by_name(publish, name):
     tensor = tensors.pop(name)
     rewrite(directory, tensors)
     with pytest.raises(CheckpointError, match=f"lacks {name}, by which the size of the model is known"):
-        openvla.open(directory, unnorm_key=KEY)
+        openvla.open(directory, Choices(unnorm_key=KEY))
     rewrite(directory, tensors | {name: tensor.flatten()})
     with pytest.raises(CheckpointError, match=f"{name} must have [234] dimensions, not the shape"):
-        openvla.open(directory, unnorm_key=KEY)
+        openvla.open(directory, Choices(unnorm_key=KEY))
 
 
 def test_a_model_without_an_encoder_is_refused(publish):
     directory = publish("openvla")
     rewrite(directory, {n: t for n, t in stored(directory).items() if ".fused_featurizer.blocks." not in n})
     with pytest.raises(CheckpointError, match=r"lacks vision_backbone\.fused_featurizer\.blocks\.0"):
-        openvla.open(directory, unnorm_key=KEY)
+        openvla.open(directory, Choices(unnorm_key=KEY))
 
 
 def test_a_single_encoder_has_a_projector_of_two(publish, load):
@@ -193,7 +194,7 @@ def test_a_single_encoder_has_a_projector_of_two(publish, load):
         image_sizes=[56],
     )
     edit(directory / "preprocessor_config.json", tvf_normalize_params=None)
-    published = openvla.open(directory, unnorm_key=KEY)
+    published = openvla.open(directory, Choices(unnorm_key=KEY))
     assert [(v.width, v.mean) for v in published.config.model.vision] == [(64, (0.5,) * 3)]
     assert published.config.model.projector == (128, 128)
     assert torch.equal(load(published)["projector.layers.1.bias"], torch.ones(128))
@@ -203,7 +204,7 @@ def test_encoders_are_known_by_the_backbone_where_nothing_else_names_them(publis
     directory = publish("openvla")
     edit(directory / "config.json", timm_model_ids=None, image_sizes=None)
     with pytest.raises(CheckpointError, match=r"pos_embed is \(1, 16, 48\) .* must be \(256, 48\)"):
-        openvla.open(directory, unnorm_key=KEY)
+        openvla.open(directory, Choices(unnorm_key=KEY))
 
 
 @pytest.mark.parametrize(
@@ -240,14 +241,14 @@ def test_what_is_not_supported_is_said_with_what_is(publish, changes, message):
     edit(directory / "preprocessor_config.json", image_resize_strategy=None)
     edit(directory / "config.json", **changes)
     with pytest.raises(CheckpointError, match=message):
-        openvla.open(directory, unnorm_key=KEY)
+        openvla.open(directory, Choices(unnorm_key=KEY))
 
 
 def test_the_processor_has_the_last_word_on_resizing(publish):
     directory = publish("openvla")
     edit(directory / "preprocessor_config.json", image_resize_strategy="letterbox")
     with pytest.raises(CheckpointError, match="resized by 'letterbox'"):
-        openvla.open(directory, unnorm_key=KEY)
+        openvla.open(directory, Choices(unnorm_key=KEY))
 
 
 @pytest.mark.parametrize(
@@ -262,14 +263,14 @@ def test_the_processor_has_the_last_word_on_resizing(publish):
 )
 def test_datasets_are_listed_when_none_or_a_wrong_one_is_asked_for(written, key, message):
     with pytest.raises(CheckpointError, match=message):
-        openvla.open(written("openvla"), unnorm_key=key)
+        openvla.open(written("openvla"), Choices(unnorm_key=key))
 
 
 def test_one_dataset_needs_no_name_and_fine_tunings_own_goes_first(publish):
     directory = publish("openvla")
     action = {"q01": [-1, -1], "q99": [1.0, 2]}
     (directory / "dataset_statistics.json").write_text(json.dumps({"mine": {"action": action}}))
-    published = openvla.open(directory)
+    published = openvla.open(directory, Choices())
     assert published.config.actions == ActionStatistics((-1.0, -1.0), (1.0, 2.0), (True, True))
     assert published.config.model.head.action_dim == 2
 
@@ -294,18 +295,18 @@ def test_statistics_that_are_none_are_refused(publish, statistics, message):
     directory = publish("openvla")
     (directory / "dataset_statistics.json").write_text(json.dumps(statistics))
     with pytest.raises(CheckpointError, match=message):
-        openvla.open(directory)
+        openvla.open(directory, Choices())
 
 
 def test_a_model_without_statistics_is_refused(publish):
     directory = publish("openvla")
     edit(directory / "config.json", norm_stats=None)
     with pytest.raises(CheckpointError, match=r"config\.json has no statistics to unnormalise actions with"):
-        openvla.open(directory)
+        openvla.open(directory, Choices())
 
 
 def test_prompts_are_tokenised_by_the_directorys_own_file(written):
-    published = openvla.open(written("openvla"), unnorm_key=KEY)
+    published = openvla.open(written("openvla"), Choices(unnorm_key=KEY))
     ids = prompt_ids("open the drawer", published.config.prompt, published.tokenizer)[0].tolist()
     assert ids[0] == 1
     expected = "In: What action should the robot take to open the drawer?\nOut:"
@@ -318,12 +319,12 @@ def test_a_tokenizer_may_lie_elsewhere(publish, tmp_path):
     with pytest.raises(
         CheckpointError, match=r"has no tokenizer: put Llama 2's tokenizer\.json there, or say"
     ):
-        openvla.open(directory, unnorm_key=KEY)
+        openvla.open(directory, Choices(unnorm_key=KEY))
     with pytest.raises(CheckpointError, match=rf"no tokenizer at {tmp_path}/tokenizer\.json"):
-        openvla.open(directory, unnorm_key=KEY, tokenizer=tmp_path)
-    openvla.open(directory, unnorm_key=KEY, tokenizer=tmp_path / "llama.json")
+        openvla.open(directory, Choices(unnorm_key=KEY, tokenizer=tmp_path))
+    openvla.open(directory, Choices(unnorm_key=KEY, tokenizer=tmp_path / "llama.json"))
     (tmp_path / "llama.json").rename(tmp_path / "tokenizer.json")
-    openvla.open(directory, unnorm_key=KEY, tokenizer=tmp_path)
+    openvla.open(directory, Choices(unnorm_key=KEY, tokenizer=tmp_path))
 
 
 def test_padding_that_a_tokenizer_asks_for_is_left_out(publish):
@@ -332,7 +333,7 @@ def test_padding_that_a_tokenizer_asks_for_is_left_out(publish):
     tokenizer.enable_padding(length=64)
     tokenizer.enable_truncation(max_length=2)
     tokenizer.save(str(directory / "tokenizer.json"))
-    assert len(openvla.open(directory, unnorm_key=KEY).tokenizer.encode("open the drawer").ids) == 4
+    assert len(openvla.open(directory, Choices(unnorm_key=KEY)).tokenizer.encode("open the drawer").ids) == 4
 
 
 def edit_tokenizer(path: Path, *, drop: str = "", add: int = -1, begin: bool = True) -> None:
@@ -360,22 +361,22 @@ def test_a_tokenizer_of_another_model_is_refused(publish, changes, message):
     directory = publish("openvla")
     edit_tokenizer(directory / "tokenizer.json", **changes)
     with pytest.raises(CheckpointError, match=message):
-        openvla.open(directory, unnorm_key=KEY)
+        openvla.open(directory, Choices(unnorm_key=KEY))
 
 
 def test_a_file_that_is_no_tokenizer_is_refused(publish):
     directory = publish("openvla")
     (directory / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a tokenizer"):
-        openvla.open(directory, unnorm_key=KEY)
+        openvla.open(directory, Choices(unnorm_key=KEY))
 
 
 def test_there_is_one_camera_and_it_may_have_any_name(written):
-    published = openvla.open(written("openvla"), unnorm_key=KEY, cameras=("corner2",))
+    published = openvla.open(written("openvla"), Choices(unnorm_key=KEY, cameras=("corner2",)))
     assert published.config.cameras == ("corner2",)
     assert published.config.model.cameras == 1
     with pytest.raises(CheckpointError, match=r"OpenVLA reads 1 different camera, got 2: image, wrist$"):
-        openvla.open(written("openvla"), unnorm_key=KEY, cameras=("image", "wrist"))
+        openvla.open(written("openvla"), Choices(unnorm_key=KEY, cameras=("image", "wrist")))
 
 
 def test_a_shard_of_another_size_is_noticed(publish):
@@ -386,7 +387,7 @@ def test_a_shard_of_another_size_is_noticed(publish):
     with pytest.raises(
         CheckpointError, match=r"of another shape or kind: language_model\..* is \(2, 2\) where"
     ):
-        openvla.open(directory, unnorm_key=KEY)
+        openvla.open(directory, Choices(unnorm_key=KEY))
 
 
 def test_half_a_shard_is_named(publish):
@@ -394,7 +395,7 @@ def test_half_a_shard_is_named(publish):
     shard = sorted(directory.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
     with pytest.raises(CheckpointError, match=f"{shard.name} is truncated"):
-        openvla.open(directory, unnorm_key=KEY)
+        openvla.open(directory, Choices(unnorm_key=KEY))
     shard.unlink()
     with pytest.raises(CheckpointError, match=f"incomplete: of 3 shards it lacks {shard.name}"):
-        openvla.open(directory, unnorm_key=KEY)
+        openvla.open(directory, Choices(unnorm_key=KEY))

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from sqap.checkpoints import openvla_oft
 from sqap.checkpoints.openvla_oft import merge_lora
+from sqap.checkpoints.prismatic import Choices
 from sqap.errors import CheckpointError
 from sqap.models import RegressionHeadConfig
 
@@ -39,7 +40,7 @@ def edit_statistics(directory: Path, key: str | None = None, **entries: object) 
     ],
 )
 def test_the_configuration_is_that_of_the_robot(written, family, head, cameras, proprio, bounds):
-    config = openvla_oft.open(written(family)).config
+    config = openvla_oft.open(written(family), Choices()).config
     assert (config.family, config.cameras, config.crop) == ("openvla-oft", cameras, 0.9)
     assert config.append_tokens == (29871, 2)
     assert config.model.head == RegressionHeadConfig(*head, width=128, depth=2)
@@ -60,7 +61,7 @@ def test_the_configuration_is_that_of_the_robot(written, family, head, cameras, 
 
 def test_every_tensor_goes_where_it_belongs(written, load):
     directory = written("oft-libero")
-    published = openvla_oft.open(directory)
+    published = openvla_oft.open(directory, Choices())
     state = load(published)
     head, proprio = stored(directory, "action_head"), stored(directory, "proprio_projector")
     pairs = {
@@ -88,12 +89,14 @@ def test_names_need_no_wrapper(publish, load):
     directory = publish("oft-libero")
     state = {name.removeprefix("module."): t for name, t in stored(directory, "action_head").items()}
     torch.save(state, component(directory, "action_head"))
-    assert torch.equal(load(openvla_oft.open(directory))["head.fc1.weight"], state["model.fc1.weight"])
+    assert torch.equal(
+        load(openvla_oft.open(directory, Choices()))["head.fc1.weight"], state["model.fc1.weight"]
+    )
 
 
 def test_encoders_with_film_replace_the_plain_ones_their_adapters_merged(written, load):
     directory = written("oft-aloha")
-    published = openvla_oft.open(directory)
+    published = openvla_oft.open(directory, Choices())
     state, theirs = load(published), stored(directory, "vision_backbone")
     block = "vision_backbone.fused_featurizer.blocks.1."
     assert torch.equal(state["vision.1.blocks.1.film.scale.weight"], theirs[f"{block}scale.weight"])
@@ -118,7 +121,7 @@ def test_the_adapter_of_the_patch_convolution_is_merged_too(written, load):
     base, pixels = theirs[f"{patch}base_layer.weight"].float(), torch.randn(1, 3, 28, 28)
     convolve = torch.nn.functional.conv2d
     wanted = convolve(pixels, base, stride=14) + 0.5 * convolve(convolve(pixels, a, stride=14), b)
-    merged = load(openvla_oft.open(written("oft-aloha")))["vision.0.patch_embed.weight"]
+    merged = load(openvla_oft.open(written("oft-aloha"), Choices()))["vision.0.patch_embed.weight"]
     torch.testing.assert_close(convolve(pixels, merged, stride=14), wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -136,7 +139,7 @@ def test_a_small_update_is_not_rounded_away():
 def test_without_a_projector_there_is_no_proprioception(publish):
     directory = publish("oft-libero")
     component(directory, "proprio_projector").unlink()
-    config = openvla_oft.open(directory).config
+    config = openvla_oft.open(directory, Choices()).config
     assert (config.proprio, config.model.proprio_dim) == (None, None)
 
 
@@ -149,7 +152,7 @@ def test_the_diffusion_head_is_refused(publish, name):
     else:
         torch.save({"fc1.weight": torch.ones(2, 2)}, directory / f"{name}--5_checkpoint.pt")
     with pytest.raises(CheckpointError, match=r"diffusion head.* is not supported"):
-        openvla_oft.open(directory)
+        openvla_oft.open(directory, Choices())
 
 
 def test_an_action_head_is_needed_and_one_only(publish):
@@ -158,11 +161,11 @@ def test_an_action_head_is_needed_and_one_only(publish):
     other = directory / "action_head--5_checkpoint.pt"
     other.write_bytes(b"")
     with pytest.raises(CheckpointError, match=rf"several of action_head; leave one .*{other.name}"):
-        openvla_oft.open(directory)
+        openvla_oft.open(directory, Choices())
     head.unlink()
     other.unlink()
     with pytest.raises(CheckpointError, match=r"incomplete: it has no action_head--\*_checkpoint\.pt"):
-        openvla_oft.open(directory)
+        openvla_oft.open(directory, Choices())
 
 
 def test_code_in_an_action_head_is_refused_and_does_not_run(publish, payload):
@@ -172,7 +175,7 @@ def test_code_in_an_action_head_is_refused_and_does_not_run(publish, payload):
     with pytest.raises(
         CheckpointError, match=r"action_head--.* holds posix\.mkdir.* nothing in it was executed"
     ):
-        openvla_oft.open(directory)
+        openvla_oft.open(directory, Choices())
     assert not payload.marker.exists()
 
 
@@ -181,7 +184,7 @@ def test_half_an_action_head_is_named(publish):
     path = component(directory, "action_head")
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(CheckpointError, match=rf"{path.name} is truncated"):
-        openvla_oft.open(directory)
+        openvla_oft.open(directory, Choices())
 
 
 def test_a_head_of_another_width_does_not_fit(publish):
@@ -190,35 +193,35 @@ def test_a_head_of_another_width_does_not_fit(publish):
     state["module.model.fc1.weight"] = torch.ones(128, 7 * 64)
     torch.save(state, component(directory, "action_head"))
     with pytest.raises(CheckpointError, match=r"fc1\.weight is \(128, 448\) where head\.fc1\.weight must be"):
-        openvla_oft.open(directory)
+        openvla_oft.open(directory, Choices())
 
 
 def test_statistics_must_be_those_of_the_robot(publish):
     directory = publish("oft-libero")
     edit_statistics(directory, action={"q01": [0] * 6, "q99": [1] * 6})
     with pytest.raises(CheckpointError, match="actions of 6 numbers, but the model's have 7"):
-        openvla_oft.open(directory)
+        openvla_oft.open(directory, Choices())
     edit_statistics(directory, action={"q01": [0] * 7, "q99": [1] * 7}, proprio={"q01": [0], "q99": [1]})
     with pytest.raises(CheckpointError, match="states of 1 numbers, but the model's have 8"):
-        openvla_oft.open(directory)
+        openvla_oft.open(directory, Choices())
     edit_statistics(directory, proprio=None)
     with pytest.raises(CheckpointError, match="has no proprio statistics"):
-        openvla_oft.open(directory)
+        openvla_oft.open(directory, Choices())
     with pytest.raises(CheckpointError, match="unnorm_key must be one of: libero_spatial_no_noops"):
-        openvla_oft.open(directory, unnorm_key="libero")
+        openvla_oft.open(directory, Choices(unnorm_key="libero"))
 
 
 def test_without_a_file_of_statistics_the_configurations_are_used(publish):
     directory = publish("oft-bridge")
     (directory / "dataset_statistics.json").unlink()
-    config = openvla_oft.open(directory, unnorm_key="fractal20220817_data").config
+    config = openvla_oft.open(directory, Choices(unnorm_key="fractal20220817_data")).config
     assert config.model.head.horizon == 8  # as upstream does for anything it has no constants for
-    assert openvla_oft.open(directory, unnorm_key="bridge_orig").config.model.head.horizon == 5
+    assert openvla_oft.open(directory, Choices(unnorm_key="bridge_orig")).config.model.head.horizon == 5
 
 
 @pytest.mark.parametrize("cameras", [("a",), ("a", "b"), ("a", "b", "c")])
 def test_there_are_as_many_cameras_as_are_named(written, cameras):
-    config = openvla_oft.open(written("oft-libero"), cameras=cameras).config
+    config = openvla_oft.open(written("oft-libero"), Choices(cameras=cameras)).config
     assert config.cameras == cameras
     assert config.model.cameras == len(cameras)
 
@@ -226,11 +229,11 @@ def test_there_are_as_many_cameras_as_are_named(written, cameras):
 @pytest.mark.parametrize("cameras", [(), ("a", "a"), ("a", "b", "c", "d")])
 def test_no_camera_a_repeated_one_and_too_many_are_refused(written, cameras):
     with pytest.raises(CheckpointError, match=f"reads 1 or 2 or 3 different cameras, got {len(cameras)}"):
-        openvla_oft.open(written("oft-libero"), cameras=cameras)
+        openvla_oft.open(written("oft-libero"), Choices(cameras=cameras))
 
 
 def test_the_tokenizer_may_be_missing(publish):
     directory = publish("oft-libero")
     (directory / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no tokenizer: put Llama 2's tokenizer\.json there"):
-        openvla_oft.open(directory)
+        openvla_oft.open(directory, Choices())

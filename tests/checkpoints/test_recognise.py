@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from sqap.checkpoints.prismatic import Choices
 from sqap.checkpoints.published import recognise
 from sqap.errors import CheckpointError
 
@@ -23,7 +24,7 @@ def test_published_directories_are_recognised_and_opened(written, family, name):
     found = recognise(written(family))
     assert found.name == name
     key = None if family.startswith("oft") else "bridge_orig"
-    published = found.open(written(family), unnorm_key=key)
+    published = found.open(written(family), Choices(unnorm_key=key))
     expected = {"native": "openvla", "oft": "openvla-oft"}.get(family.partition("-")[0], family)
     assert published.config.family == expected
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import published
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,7 +21,6 @@ from sqap.models import ModelInputs
 from sqap.models.storage import fill
 
 TESTS = Path(__file__).parent.parent
-sys.path.insert(0, str(TESTS.parent / "benchmarks"))
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,6 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> MakeUpstream:
     made: dict[tuple[str, Any], Upstream] = {}
 
     def make(name: str, **options: Any) -> Upstream:
-        import published
-
         key = name, tuple(options.items())
         if key not in made:
             notes = json.loads((TESTS / "fixtures" / f"{name}.json").read_text())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from sqap.checkpoints import hub, native, published
+from sqap.checkpoints.prismatic import Choices
 from sqap.errors import CheckpointError
 from sqap.models import empty_model
 from sqap.policy import Policy
@@ -69,22 +69,15 @@ def load(
         CheckpointError: the directory is missing, foreign, incomplete or altered, or a choice does not fit.
     """
     directory = locate(source)
-    if crop is not None and not 0 < crop <= 1:
-        raise CheckpointError(f"the crop is a share of the image's area, above 0 and up to 1, got {crop}")
+    choices = Choices(unnorm_key, cameras, None if tokenizer is None else Path(tokenizer), crop)
     if native.is_policy(directory):
-        if any(choice is not None for choice in (unnorm_key, cameras, tokenizer, crop)):
+        if choices != Choices():
             raise CheckpointError(
                 f"{directory} is sqap's own: data set, cameras, tokenizer and crop are chosen when it is made"
             )
         return native.load_policy(directory)
-    found = published.recognise(directory).open(
-        directory,
-        unnorm_key=unnorm_key,
-        cameras=cameras,
-        tokenizer=None if tokenizer is None else Path(tokenizer),
-    )
-    config = found.config if crop is None else dataclasses.replace(found.config, crop=crop)
-    return Policy(empty_model(config.model), config, found.tokenizer, weights=found.weights)
+    found = published.recognise(directory).open(directory, choices)
+    return Policy(empty_model(found.config.model), found.config, found.tokenizer, weights=found.weights)
 
 
 def fingerprint(directory: Path) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sqap.checkpoints import prismatic
-from sqap.checkpoints.prismatic import VLM, Backbone, Names, Published
+from sqap.checkpoints.prismatic import VLM, Backbone, Choices, Names, Published
 from sqap.checkpoints.statistics import Dataset, action_statistics, check_length, choose_dataset
 from sqap.checkpoints.tensors import shorten, torch_file
 from sqap.checkpoints.weights import Part, Source, Table, TensorSet
@@ -68,35 +68,23 @@ def recognise(directory: Path) -> bool:
     return _base_vlm(prismatic.read_object(directory / prismatic.CONFIG)) is not None
 
 
-def open(
-    directory: Path,
-    *,
-    unnorm_key: str | None = None,
-    cameras: tuple[str, ...] | None = None,
-    tokenizer: Path | None = None,
-) -> Published:
+def open(directory: Path, choices: Choices) -> Published:
     """Open a directory that was recognised: CogACT, or OpenVLA if it has no action model.
-
-    Args:
-        directory: the checkpoint.
-        unnorm_key: the dataset whose statistics turn actions into robot units; may be left out if there is
-            but one.
-        cameras: names of the images the policy reads.
-        tokenizer: Llama 2's ``tokenizer.json``, which is not published with the rest.
 
     Raises:
         CheckpointError: something is missing, damaged, does not fit or is not supported.
     """
-    names = prismatic.choose_cameras(cameras, CAMERAS, (1,), FAMILY)
+    names = prismatic.choose_cameras(choices.cameras, CAMERAS, (1,), FAMILY)
     backbone = _backbone(directory)
     where = directory / prismatic.STATISTICS
-    dataset = choose_dataset(prismatic.read_object(where), unnorm_key, where)
+    dataset = choose_dataset(prismatic.read_object(where), choices.unnorm_key, where)
     tensors = TensorSet(directory, [Part(torch_file(_find_checkpoint(directory)))])
     vlm = prismatic.describe_vlm(tensors, NAMES, _vision(tensors, backbone), _decoder(tensors))
     describe = _cogact if any(name.startswith(ACTION_MODEL) for name in tensors.tensors) else _openvla
     policy, table, unused = describe(vlm, tensors, dataset, names)
-    encoder = prismatic.llama_tokenizer(directory, tokenizer, vlm.decoder, policy.append_tokens)
-    return prismatic.publish(policy, encoder, tensors, vlm.table | table, (*vlm.unused, *UNUSED, *unused))
+    return prismatic.publish(
+        directory, choices, policy, tensors, vlm.table | table, (*vlm.unused, *UNUSED, *unused)
+    )
 
 
 def _cogact(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sqap.checkpoints import prismatic
-from sqap.checkpoints.prismatic import VLM, Encoder, Names, Published, Triple
+from sqap.checkpoints.prismatic import VLM, Choices, Encoder, Names, Published, Triple
 from sqap.checkpoints.statistics import Dataset, action_statistics, choose_dataset
 from sqap.checkpoints.tensors import open_safetensors
 from sqap.checkpoints.weights import Part, Source, TensorSet
@@ -37,29 +37,16 @@ def recognise(directory: Path) -> bool:
     return is_openvla(directory) and not any(components(directory, name) for name in COMPONENTS)
 
 
-def open(
-    directory: Path,
-    *,
-    unnorm_key: str | None = None,
-    cameras: tuple[str, ...] | None = None,
-    tokenizer: Path | None = None,
-) -> Published:
+def open(directory: Path, choices: Choices) -> Published:
     """Open a directory that was recognised.
-
-    Args:
-        directory: the checkpoint.
-        unnorm_key: the dataset whose statistics turn actions into robot units; may be left out if there is
-            but one.
-        cameras: names of the images the policy reads.
-        tokenizer: its ``tokenizer.json``, if that is elsewhere.
 
     Raises:
         CheckpointError: something is missing, damaged, does not fit or is not supported.
     """
     config = prismatic.read_object(directory / prismatic.CONFIG)
-    names = prismatic.choose_cameras(cameras, CAMERAS, (1,), FAMILY)
+    names = prismatic.choose_cameras(choices.cameras, CAMERAS, (1,), FAMILY)
     where = directory / prismatic.CONFIG
-    dataset = read_dataset(directory, config, unnorm_key)
+    dataset = read_dataset(directory, config, choices.unnorm_key)
     actions = action_statistics(dataset)
     tensors = TensorSet(directory, [Part(file) for file in open_safetensors(directory)])
     vlm = read_vlm(directory, config, tensors)
@@ -71,9 +58,8 @@ def open(
         prompt=prismatic.PROMPT,
         append_tokens=(prismatic.SPACE,),
     )
-    encoder = prismatic.llama_tokenizer(directory, tokenizer, vlm.decoder, policy.append_tokens)
     table = vlm.table | {"head.lm_head.weight": Source((f"{NAMES.llm}lm_head.weight",))}
-    return prismatic.publish(policy, encoder, tensors, table, vlm.unused)
+    return prismatic.publish(directory, choices, policy, tensors, table, vlm.unused)
 
 
 def is_openvla(directory: Path) -> bool:

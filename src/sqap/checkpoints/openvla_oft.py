@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sqap.checkpoints import openvla, prismatic
 from sqap.checkpoints.openvla import NAMES, components
-from sqap.checkpoints.prismatic import VLM, Published
+from sqap.checkpoints.prismatic import VLM, Choices, Published
 from sqap.checkpoints.statistics import (
     EXTREMES,
     PERCENTILES,
@@ -54,32 +54,19 @@ def recognise(directory: Path) -> bool:
     return openvla.is_openvla(directory) and not openvla.recognise(directory)
 
 
-def open(
-    directory: Path,
-    *,
-    unnorm_key: str | None = None,
-    cameras: tuple[str, ...] | None = None,
-    tokenizer: Path | None = None,
-) -> Published:
+def open(directory: Path, choices: Choices) -> Published:
     """Open a directory that was recognised.
-
-    Args:
-        directory: the checkpoint.
-        unnorm_key: the dataset whose statistics turn actions into robot units; may be left out if there is
-            but one.
-        cameras: names of the images the policy reads, as many as it was trained with.
-        tokenizer: its ``tokenizer.json``, if that is elsewhere.
 
     Raises:
         CheckpointError: something is missing, damaged, does not fit or is not supported.
     """
     config = prismatic.read_object(directory / prismatic.CONFIG)
-    dataset = openvla.read_dataset(directory, config, unnorm_key)
+    dataset = openvla.read_dataset(directory, config, choices.unnorm_key)
     tensors = _open_tensors(directory)
     vlm = _adapt(openvla.read_vlm(directory, config, tensors), tensors)
     action_dim = tensors.shape(f"{HEAD}model.fc2.weight", 2)[0]
     platform = _platform(action_dim, dataset.key)
-    names = _cameras(cameras, platform, len(vlm.vision))
+    names = _cameras(choices.cameras, platform, len(vlm.vision))
     head = _head(tensors, action_dim, platform)
     proprio = _proprio(tensors, dataset, platform)
     policy = PolicyConfig(
@@ -92,10 +79,9 @@ def open(
         crop=CROP,
         proprio=proprio,
     )
-    encoder = prismatic.llama_tokenizer(directory, tokenizer, vlm.decoder, policy.append_tokens)
     table = vlm.table | _head_table(head) | (_proprio_table() if proprio else {})
     unused = (*vlm.unused, f"{NAMES.llm}lm_head.weight")
-    return prismatic.publish(policy, encoder, tensors, table, unused)
+    return prismatic.publish(directory, choices, policy, tensors, table, unused)
 
 
 def merge_lora(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:

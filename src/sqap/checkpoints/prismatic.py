@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,34 @@ LAYER = (
     *(f"mlp.{kind}_proj.weight" for kind in ("gate", "up", "down")),
 )
 ROTARY = "layers.*.rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a checkpoint leaves open, or says in a way that does not suit.
+
+    Args:
+        unnorm_key: the dataset whose statistics turn actions into robot units; may be left out if there is
+            but one.
+        cameras: names of the images the policy reads, as many as it was trained with; the
+            family's own if None.
+        tokenizer: ``tokenizer.json``, or the directory it is in, if it is not beside the weights.
+        crop: share of an image's area that is looked at, from its centre; the family's own if None.
+
+    Raises:
+        CheckpointError: the crop is no share.
+    """
+
+    unnorm_key: str | None = None
+    cameras: tuple[str, ...] | None = None
+    tokenizer: Path | None = None
+    crop: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.crop is not None and not 0 < self.crop <= 1:
+            raise CheckpointError(
+                f"the crop is a share of the image's area, above 0 and up to 1, got {self.crop}"
+            )
 
 
 @dataclass(frozen=True)
@@ -226,27 +254,31 @@ def choose_cameras(
     return cameras
 
 
-def llama_tokenizer(
-    directory: Path, given: Path | None, decoder: DecoderConfig, append: Sequence[int]
-) -> Tokenizer:
-    """Llama 2's tokenizer, checked against the model.
-
-    Raises:
-        CheckpointError: there is none, or it does not belong to the model.
-    """
-    return read_tokenizer(directory, given, rows=decoder.vocabulary, first=BOS, needed=append, like=TOKENIZER)
-
-
 def publish(
-    config: PolicyConfig, tokenizer: Tokenizer, tensors: TensorSet, table: Table, unused: Sequence[str]
+    directory: Path,
+    choices: Choices,
+    config: PolicyConfig,
+    tensors: TensorSet,
+    table: Table,
+    unused: Sequence[str],
 ) -> Published:
-    """A checkpoint whose tensors were checked against the model that its configuration makes.
+    """A checkpoint whose tokenizer and tensors were checked against the model that its configuration makes.
 
     Raises:
-        CheckpointError: they do not fit.
+        CheckpointError: they do not fit, or there is no tokenizer.
     """
+    tokenizer = read_tokenizer(
+        directory,
+        choices.tokenizer,
+        rows=config.model.decoder.vocabulary,
+        first=BOS,
+        needed=config.append_tokens,
+        like=TOKENIZER,
+    )
     state = empty_model(config.model).state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if choices.crop is not None:
+        config = replace(config, crop=choices.crop)
     return Published(config, tokenizer, Weights(tensors, table, shapes, unused))
 
 

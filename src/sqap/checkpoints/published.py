@@ -5,35 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from sqap.checkpoints import cogact, openvla, openvla_oft, prismatic
-from sqap.checkpoints.prismatic import Published
+from sqap.checkpoints.prismatic import Choices, Published
 from sqap.checkpoints.tensors import shorten
 from sqap.errors import CheckpointError
 
 
-class Opener(Protocol):
-    """Opens a directory of a format; see `sqap.checkpoints.openvla.open` for the arguments."""
-
-    def __call__(
-        self,
-        directory: Path,
-        *,
-        unnorm_key: str | None = None,
-        cameras: tuple[str, ...] | None = None,
-        tokenizer: Path | None = None,
-    ) -> Published:
-        """The checkpoint, checked but not read."""
-
-
 @dataclass(frozen=True)
 class Format:
-    """A published layout on disk: how to tell it, and how to open it."""
+    """A published layout on disk: how to tell it, and how to open it, checked but not read."""
 
     name: str
     recognise: Callable[[Path], bool]
-    open: Opener
+    open: Callable[[Path, Choices], Published]
 
 
 FORMATS = (

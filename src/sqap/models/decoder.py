@@ -205,19 +205,17 @@ class Decoder(nn.Module):
         *,
         cache: KVCache | None = None,
         pruner: TokenPruner | None = None,
-        depth: int | None = None,
     ) -> Tensor:
         """Run ``x`` ``(batch, tokens, width)``; with a pruner, fewer tokens come out than went in.
 
-        Positions continue where ``cache`` ended, and a kept token keeps the position it had. ``depth`` ends
-        the run after so many layers, for those who only want to see their attention.
+        Positions continue where ``cache`` ended, and a kept token keeps the position it had.
         """
         start = cache.next_position if cache is not None else 0
         if cache is not None:
             cache.next_position += x.shape[1]
         positions = torch.arange(start, start + x.shape[1], device=x.device).expand(x.shape[0], -1)
         rope = rope_angles(positions, self.config, x.dtype)
-        for i, layer in enumerate(self.layers[:depth]):
+        for i, layer in enumerate(self.layers):
             rows = pruner.score_rows(i) if pruner is not None else None
             x, received = layer(x, rope, i, cache, rows)
             if pruner is not None and received is not None:

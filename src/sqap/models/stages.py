@@ -45,17 +45,6 @@ def embed_through(model: VLA, inputs: Sequence[ModelInputs], through: Through) -
     return [model.sequence(v, given) for v, given in zip(visual, inputs, strict=True)]
 
 
-def decode_through(
-    decoder: Decoder, hidden: list[Tensor], through: Through, depth: int | None = None
-) -> list[Tensor]:
-    """Sequences ``(batch, tokens, width)`` behind the first ``depth`` layers, or all; without the norm."""
-    for i, layer in enumerate(decoder.layers[:depth]):
-        hidden = through(
-            f"decoder.layers.{i}", layer, hidden, lambda stage, x: run_layer(decoder, stage, x)[0]
-        )
-    return hidden
-
-
 def run_layer(
     decoder: Decoder, layer: nn.Module, x: Tensor, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial as partial_
 from typing import Any, TypeVar
 
 import torch
@@ -12,13 +11,11 @@ from torch import Tensor, nn
 
 from sqap.errors import InputError
 from sqap.models.config import DecoderConfig
-from sqap.models.decoder import Decoder, DecoderLayer
+from sqap.models.decoder import Decoder
 from sqap.models.heads import DiffusionHead, RegressionHead, TokenHead
 from sqap.models.heads.ddim import ddim_sample
-from sqap.models.projector import Projector
-from sqap.models.stages import decode_through, embed_through, fill_around, stages
+from sqap.models.stages import embed_through, fill_around, run_layer, stages
 from sqap.models.storage import Weights, fill
-from sqap.models.vision import Block
 from sqap.models.vla import VISUAL_START, VLA, ModelInputs
 from sqap.quantization.kv import set_kv_bits
 from sqap.quantization.linear import QuantizedLinear
@@ -27,11 +24,9 @@ from sqap.quantization.rotation import (
     HadamardLinear,
     Rotation,
     prepare_rotated,
-    rotate_film,
     rotate_input,
-    rotate_layer,
     rotate_norm,
-    rotate_output,
+    rotate_stage,
 )
 from sqap.quantization.sequential import Sequential, own, prepare, wanted
 from sqap.recipe import Quantization
@@ -87,7 +82,7 @@ def quantize_model(
         if model.proprio is not None:
             own(model.proprio)
         rotate_input(model.decoder.embed_tokens, model.proprio, rotation)
-        walk.before = partial_(_rotate_stage, rotation)
+        walk.before = lambda _, stage: rotate_stage(stage, rotation)
 
     hidden = embed_through(model, inputs, walk.through)
     hidden = quantize_layers(walk, model.decoder, hidden, rotation)
@@ -132,7 +127,7 @@ def quantize_decoder(
     if rotation is not None:
         own(decoder.embed_tokens)
         rotate_input(decoder.embed_tokens, None, rotation)
-        walk.before = partial_(_rotate_stage, rotation)
+        walk.before = lambda _, stage: rotate_stage(stage, rotation)
     hidden = [h.float() if rotation is None else rotation.residual.apply(h.float()) for h in hidden]
     quantize_layers(walk, decoder, hidden, rotation)
     set_kv_bits(decoder, quantization.kv_bits)
@@ -143,7 +138,10 @@ def quantize_layers(
     walk: Sequential, decoder: Decoder, hidden: list[Tensor], rotation: Rotation | None
 ) -> list[Tensor]:
     """Quantize a decoder's layers in place; ``hidden`` ``(1, tokens, width)`` goes in, final states out."""
-    hidden = decode_through(decoder, hidden, walk.through)
+    for i, layer in enumerate(decoder.layers):
+        hidden = walk.through(
+            f"decoder.layers.{i}", layer, hidden, lambda stage, x: run_layer(decoder, stage, x)[0]
+        )
     if rotation is not None:
         decoder.norm = rotate_norm(decoder.norm, rotation)
     return [decoder.norm(x) for x in hidden]
@@ -203,16 +201,6 @@ def _denoising(head: DiffusionHead, condition: Tensor, noise: Tensor) -> list[tu
 
 def _rotation(config: DecoderConfig, quantization: Quantization) -> Rotation | None:
     return Rotation.of(config, quantization.rotation_seed) if quantization.rotate else None
-
-
-def _rotate_stage(rotation: Rotation, name: str, stage: nn.Module) -> None:
-    """Rotate what a stage reads of the residual stream, and what it writes to it."""
-    if isinstance(stage, DecoderLayer):
-        rotate_layer(stage, rotation)
-    elif isinstance(stage, Projector):
-        rotate_output(stage, rotation)
-    elif isinstance(stage, Block) and stage.film is not None:
-        rotate_film(stage.film, rotation)
 
 
 def _counter(progress: Progress, staged: Iterable[nn.Module]) -> Callable[[int], None]:

@@ -20,7 +20,8 @@ from sqap.errors import InputError
 from sqap.models.config import DecoderConfig
 from sqap.models.decoder import Decoder, DecoderLayer, RMSNorm
 from sqap.models.projector import Projector
-from sqap.models.vision import Block, FiLM, VisionEncoder
+from sqap.models.stages import stages
+from sqap.models.vision import Block, FiLM
 from sqap.models.vla import VLA
 from sqap.quantization.hadamard import Hadamard, block_hadamard, largest_block, random_signs
 
@@ -154,16 +155,9 @@ def rotate_decoder(model: VLA | Decoder, seed: int | None = None) -> None:
     """
     decoder = _rotatable(model)
     rotation = Rotation.of(decoder.config, seed)
-    if isinstance(model, VLA):
-        rotate_input(decoder.embed_tokens, model.proprio, rotation)
-        rotate_output(model.projector, rotation)
-        for block in (b for encoder in model.vision for b in cast(VisionEncoder, encoder).blocks):
-            if cast(Block, block).film is not None:
-                rotate_film(cast(FiLM, block.film), rotation)
-    else:
-        rotate_input(decoder.embed_tokens, None, rotation)
-    for layer in _layers(decoder):
-        rotate_layer(layer, rotation)
+    rotate_input(decoder.embed_tokens, model.proprio if isinstance(model, VLA) else None, rotation)
+    for stage in dict(stages(model)).values() if isinstance(model, VLA) else decoder.layers:
+        rotate_stage(stage, rotation)
     decoder.norm = rotate_norm(decoder.norm, rotation)
 
 
@@ -173,6 +167,20 @@ def rotate_input(table: nn.Embedding, proprio: Projector | None, rotation: Rotat
     _turn(table.weight, inputs=rotation.residual)
     if proprio is not None:
         rotate_output(proprio, rotation)
+
+
+def rotate_stage(stage: nn.Module, rotation: Rotation) -> None:
+    """Rotate in place what a stage of a model reads of the residual stream, and what it writes to it.
+
+    Raises:
+        InputError: it is a decoder layer that is already rotated, or already quantized.
+    """
+    if isinstance(stage, DecoderLayer):
+        rotate_layer(stage, rotation)
+    elif isinstance(stage, Projector):
+        rotate_output(stage, rotation)
+    elif isinstance(stage, Block) and stage.film is not None:
+        rotate_film(stage.film, rotation)
 
 
 @torch.no_grad()
