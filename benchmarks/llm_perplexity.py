@@ -16,8 +16,9 @@ import platform
 import pydoc_data.topics
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import smollm
 import torch
@@ -45,36 +46,48 @@ PEERS = {
         "w4a8 gptq group-64",
         "w4a8 spinquant gptq per-channel",
         "w4a8 spinquant gptq group-64",
-        "w4a4 rtn per-channel",
-        "w4a4 spinquant rtn per-channel",
         "w4a4 spinquant gptq per-channel",
-        "w4a4 spinquant gptq group-64",
     ),
     "gptqmodel": ("w4a16 per-channel", "w4a16 group-64"),
-    "torchao": ("w4a16 per-channel", "w4a16 group-64", "w4a8 per-channel", "w4a8 group-64"),
+    "torchao": (
+        "w4a16 per-channel",
+        "w4a16 group-64",
+        "w4a16 group-32",
+        "w4a8 per-channel",
+        "w4a8 group-64",
+        "w4a8 group-32",
+    ),
 }
-
-
+ROUNDED: dict[str, Any] = {"rounding": "gptq", "clip": True, "rotation_seed": 0}  # as in the presets
 METHODS: dict[str, dict[str, Any]] = {
-    "-rtn": {"rotate": False},
-    "-hadamard": {"rotation_seed": 0},
-    "": {"rotation_seed": 0, "rounding": "gptq", "clip": True},  # as in the presets
+    "w4a4-rtn": {"activation_bits": 4, "rotate": False},
+    "w4a4-hadamard": {"activation_bits": 4, "rotation_seed": 0},
+    "w4a4-token": {"activation_bits": 4, **ROUNDED},
+    "w4a4": {
+        "activation_bits": 4,
+        "activation_granularity": "group",
+        "activation_group_size": 32,
+        **ROUNDED,
+    },
+    "w4a8-rtn": {"rotate": False},
+    "w4a8-hadamard": {"rotation_seed": 0},
+    "w4a8": ROUNDED,
 }
+GRIDS = {"": None, " group-128": 64, " group-32": 32}  # of weights; 576 is no multiple of 128
 
 
 def variants() -> dict[str, Quantization]:
     """Name -> quantization. Names without a group are the library's default, a scale per output channel."""
     table = {}
-    for bits in (4, 8):
-        wide = (Override("*.down_proj", Scheme(4, bits, "group", 128)),)  # 576 is no multiple of 128
-        grids: dict[str, dict[str, Any]] = {
-            "": {},
-            " group-128": {"weight_granularity": "group", "group_size": 64, "overrides": wide},
-            " group-32": {"weight_granularity": "group", "group_size": 32},
-        }
-        for suffix, grid in grids.items():
-            for method, settings in METHODS.items():
-                table[f"w4a{bits}{method}{suffix}"] = Quantization(4, bits, **grid, **settings)
+    for suffix, size in GRIDS.items():
+        for method, settings in METHODS.items():
+            made = Quantization(**settings)
+            if size is not None:
+                made = replace(made, weight_granularity="group", group_size=size)
+            if size == 64:
+                down = replace(cast(Scheme, made.scheme("decoder")), group_size=128)
+                made = replace(made, overrides=(Override("*.down_proj", down),))
+            table[method + suffix] = made
     return table
 
 
@@ -213,11 +226,9 @@ def table(result: dict[str, Any]) -> str:
     ours = result["perplexity"]
     lines = [f"Full precision: {ours['full']:.3f}", "", "| method | per channel | group 128 | group 32 |"]
     lines.append("|---|---|---|---|")
-    for bits in (4, 8):
-        for method in METHODS:
-            name = f"w4a{bits}{method}"
-            cells = [f"{ours[name + suffix]:.2f}" for suffix in ("", " group-128", " group-32")]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+    for method in METHODS:
+        cells = [f"{ours[method + suffix]:.2f}" for suffix in GRIDS]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     lines += ["", "| peer | perplexity |", "|---|---|"]
     for name, value in result["peers"].items():
         lines.append(f"| {name} | {value if isinstance(value, str) else f'{value:.2f}'} |")

@@ -42,13 +42,16 @@ WINDOW, CALIBRATED, EVALUATED = 512, 8, 4
 ROWS = 32  # the last tokens of a window, whose attention counts
 FRAMES = 24  # to calibrate on, and as many others to evaluate on
 
+PLAIN = Quantization(4, 4, rotate=False)
+ROUNDED = Quantization(4, 4, rounding="gptq", clip=True, rotation_seed=0)  # as in the presets
 METHODS = {
-    "w4a4-rtn": Quantization(4, 4, rotate=False),
-    "w4a4-gptq": Quantization(4, 4, rotate=False, rounding="gptq"),
+    "w4a4-rtn": PLAIN,
+    "w4a4-gptq": replace(PLAIN, rounding="gptq"),
     "w4a4-hadamard": Quantization(4, 4, rotation_seed=0),
-    "w4a4": Quantization(4, 4, rounding="gptq", clip=True, rotation_seed=0),  # as in the presets
-    "w4a8-rtn": Quantization(4, 8, rotate=False),
-    "w4a8": Quantization(4, 8, rounding="gptq", clip=True, rotation_seed=0),
+    "w4a4-token": ROUNDED,
+    "w4a4": replace(ROUNDED, activation_granularity="group", activation_group_size=32),
+    "w4a8-rtn": replace(PLAIN, activation_bits=8),
+    "w4a8": replace(ROUNDED, activation_bits=8),
 }
 
 Inject = Callable[[DecoderLayer, Tensor], None]

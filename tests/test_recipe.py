@@ -18,12 +18,14 @@ from sqap.recipe import RECIPE_VERSION, Pruning, Quantization, Recipe
 def quantizations(draw: st.DrawFn) -> Quantization:
     weight_bits, activation_bits = draw(st.sampled_from([(4, 4), (4, 8), (8, 8)]))
     granularity = draw(st.sampled_from(["channel", "group", "tensor"]))
+    activations = draw(st.sampled_from(["token", "group", "tensor"]))
     return Quantization(
         weight_bits,
         activation_bits,
         weight_granularity=granularity,
         group_size=draw(st.sampled_from([2, 32, 128])) if granularity == "group" else None,
-        activation_granularity=draw(st.sampled_from(["token", "tensor"])),
+        activation_granularity=activations,
+        activation_group_size=draw(st.sampled_from([2, 32])) if activations == "group" else None,
         rotate=draw(st.booleans()),
     )
 
@@ -114,6 +116,8 @@ def test_is_frozen() -> None:
         ({"weight_granularity": "group", "group_size": 0}, "positive even number, got 0"),
         ({"weight_granularity": "group", "group_size": -32}, "positive even number, got -32"),
         ({"weight_granularity": "group", "group_size": 31}, "positive even number, got 31"),
+        ({"activation_group_size": 32}, "contradicts activation_granularity='token'"),
+        ({"activation_granularity": "group"}, "activation_group_size=None contradicts"),
     ],
 )
 def test_quantization_refuses(settings: dict[str, Any], message: str) -> None:

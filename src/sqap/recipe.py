@@ -20,8 +20,10 @@ RECIPE_VERSION = 1
 # for their errors.
 ACTIONS = "head.x_embedder|head.final_layer|head.fc2|head.lm_head"
 
+GROUPS = {"group_size": "weight_granularity", "activation_group_size": "activation_granularity"}
+
 WeightGranularity = Literal["channel", "group", "tensor"]
-ActivationGranularity = Literal["token", "tensor"]
+ActivationGranularity = Literal["token", "group", "tensor"]
 PruningMethod = Literal["sqap", "attention", "random", "uniform"]
 ScoreQueries = Literal["text", "last"]
 Rounding = Literal["nearest", "gptq"]
@@ -36,7 +38,8 @@ class Scheme:
         activation_bits: 4 or 8; quantized at run time.
         weight_granularity: one scale per output channel, per group of input channels, or per tensor.
         group_size: input channels per scale; only with ``weight_granularity="group"``.
-        activation_granularity: one scale per token or per tensor.
+        activation_granularity: one scale per token, per group of a token's channels, or per tensor.
+        activation_group_size: channels per scale; only with ``activation_granularity="group"``.
         activation_symmetric: False adds a zero point, which suits inputs that lean to one side, as
             those behind a GELU do.
 
@@ -49,6 +52,7 @@ class Scheme:
     weight_granularity: WeightGranularity = "channel"
     group_size: int | None = None
     activation_granularity: ActivationGranularity = "token"
+    activation_group_size: int | None = None
     activation_symmetric: bool = True
 
     def __post_init__(self) -> None:
@@ -57,13 +61,15 @@ class Scheme:
                 raise InputError(f"{name} must be 4 or 8, got {getattr(self, name)}")
         if (self.weight_bits, self.activation_bits) == (8, 4):
             raise InputError("W8A4 is not supported: 4-bit activations need 4-bit weights")
-        if (self.weight_granularity == "group") != (self.group_size is not None):
-            raise InputError(
-                f"group_size={self.group_size} contradicts weight_granularity={self.weight_granularity!r}; "
-                "a group size goes with granularity 'group' and with no other"
-            )
-        if self.group_size is not None and (self.group_size < 2 or self.group_size % 2):
-            raise InputError(f"group_size must be a positive even number, got {self.group_size}")
+        for size_name, granularity_name in GROUPS.items():
+            size, granularity = getattr(self, size_name), getattr(self, granularity_name)
+            if (granularity == "group") != (size is not None):
+                raise InputError(
+                    f"{size_name}={size} contradicts {granularity_name}={granularity!r}; "
+                    "a group size goes with granularity 'group' and with no other"
+                )
+            if size is not None and (size < 2 or size % 2):
+                raise InputError(f"{size_name} must be a positive even number, got {size}")
 
 
 @dataclass(frozen=True)
@@ -220,8 +226,12 @@ class Recipe:
 
     @classmethod
     def w4a4(cls, keep: float = 0.6) -> Recipe:
-        """4-bit weights and activations in the decoder, 4-bit weights and 8-bit activations elsewhere."""
-        return cls(_whole(Scheme(4, 4)), _pruning(keep))
+        """4-bit weights and activations in the decoder, 4-bit weights and 8-bit activations elsewhere.
+
+        32 channels of an activation share a scale: with a scale per token, 4 bits cost twice the error.
+        """
+        decoder = Scheme(4, 4, activation_granularity="group", activation_group_size=32)
+        return cls(_whole(decoder), _pruning(keep))
 
     @classmethod
     def paper(cls) -> Recipe:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sqap.errors import InputError
 from sqap.quantization import gptq as module
 from sqap.quantization.gptq import Factor, Hessian, gptq
-from sqap.quantization.grid import clip_scale, dequantize_weight, max_scale, round_to_grid, weight_levels
+from sqap.quantization.grid import clip_scale, dequantize_weight, level_range, max_scale, round_to_grid
 
 GRANULARITIES: list[tuple[Any, int | None]] = [("channel", None), ("group", 10), ("tensor", None)]
 
@@ -50,7 +50,7 @@ def textbook(weight: Tensor, scale: Tensor, bits: int, x: Tensor, order: Tensor,
     steps = dequantize_weight(torch.ones_like(weight), scale).double()[:, order]
     left, q = weight.double()[:, order], torch.zeros(weight.shape, dtype=torch.float64)
     for j in range(len(h)):
-        q[:, j] = (left[:, j] / steps[:, j]).round().clamp(*weight_levels(bits))
+        q[:, j] = (left[:, j] / steps[:, j]).round().clamp(*level_range(bits))
         error = (left[:, j] - q[:, j] * steps[:, j]) / upper[j, j]
         left[:, j:] -= error[:, None] * upper[j, j:]
     return q[:, order.argsort()].to(torch.int8)
@@ -91,7 +91,7 @@ def test_no_row_is_worse_than_rounded_to_nearest(
     weight = random(seed + 9, 30, shape[1])
     scale = clip_scale(weight, bits, *granularity)
     q = gptq(weight, scale, bits, factor_of(x, damping=damping))
-    low, high = weight_levels(bits)
+    low, high = level_range(bits)
     assert q.dtype == torch.int8
     assert low <= q.min()
     assert q.max() <= high

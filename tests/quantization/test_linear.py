@@ -12,7 +12,13 @@ from torch import nn
 from sqap.quantization import QuantizedLinear
 from sqap.quantization import linear as linear_module
 from sqap.quantization.gptq import Hessian
-from sqap.quantization.grid import clip_scale, quantize_activation, quantize_weight, weight_levels
+from sqap.quantization.grid import (
+    clip_scale,
+    dequantize_activation,
+    level_range,
+    quantize_activation,
+    quantize_weight,
+)
 from sqap.quantization.hadamard import block_hadamard
 from sqap.quantization.linear import integer_matmul
 from sqap.quantization.packing import pack_int4
@@ -26,6 +32,7 @@ SCHEMES = [
     Scheme(4, 8, weight_granularity="group", group_size=16),
     Scheme(8, 8, weight_granularity="group", group_size=32),
     Scheme(4, 8, activation_symmetric=False),
+    Scheme(4, 4, activation_granularity="group", activation_group_size=16),
     Scheme(4, 4, "group", 16, "tensor", activation_symmetric=False),
 ]
 
@@ -39,8 +46,8 @@ def random_linear(inputs: int = 64, outputs: int = 24, bias: bool = True) -> nn.
 def schemes(draw: st.DrawFn) -> Scheme:
     weight_bits, activation_bits = draw(st.sampled_from([(4, 4), (4, 8), (8, 8)]))
     granularity, group_size = draw(st.sampled_from([("channel", None), ("group", 16), ("tensor", None)]))
-    activations = draw(st.sampled_from(["token", "tensor"])), draw(st.booleans())
-    return Scheme(weight_bits, activation_bits, granularity, group_size, *activations)
+    activations = draw(st.sampled_from([("token", None), ("group", 8), ("tensor", None)]))
+    return Scheme(weight_bits, activation_bits, granularity, group_size, *activations, draw(st.booleans()))
 
 
 @given(schemes(), st.sampled_from([0, 32]), st.booleans(), st.integers(0, 2**31))
@@ -52,11 +59,16 @@ def test_forward_is_dequantize_and_multiply(scheme: Scheme, block: int, clip: bo
     quantized = QuantizedLinear.from_linear(linear, scheme, clip=clip)
     x = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(seed)) + 1
     rotated = block_hadamard(x, block) if block else x
-    q, scale, zero_point = quantize_activation(
-        rotated, scheme.activation_bits, scheme.activation_granularity, scheme.activation_symmetric
+    activations = dequantize_activation(
+        *quantize_activation(
+            rotated,
+            scheme.activation_bits,
+            scheme.activation_granularity,
+            scheme.activation_symmetric,
+            scheme.activation_group_size,
+        )
     )
-    levels = q.double() if zero_point is None else q.double() - zero_point
-    expected = (levels * scale.double()) @ quantized.dequantized().double().T + source.bias.double()
+    expected = activations.double() @ quantized.dequantized().double().T + source.bias.double()
     torch.testing.assert_close(quantized(x).double(), expected, rtol=2e-6, atol=2e-6)
 
 
@@ -68,7 +80,7 @@ def test_sums_are_exact_however_large(
 ) -> None:
     scheme = Scheme(*bits, granularity, activation_symmetric=symmetric)
     quantized = QuantizedLinear(inputs, 5, scheme)
-    low, high = weight_levels(bits[0])
+    low, high = level_range(bits[0])
     levels = torch.randint(low, high + 1, (5, inputs), generator=torch.Generator().manual_seed(0)).char()
     levels[0] = low
     quantized.weight = pack_int4(levels) if bits[0] == 4 else levels

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sqap.errors import InputError
-from sqap.quantization.grid import round_to_grid, row_chunks, rows_of, weight_levels
+from sqap.quantization.grid import level_range, round_to_grid, row_chunks, rows_of
 
 PANEL = 128  # columns
 STRIP = 16  # columns of a panel that make up for each other one by one
@@ -135,7 +135,7 @@ def gptq(weight: Tensor, scale: Tensor, bits: int, factor: Factor) -> Tensor:
     """
     levels = round_to_grid(weight, scale, bits)
     for rows in row_chunks(weight, CHUNK):
-        part = _Rows(weight[rows].T.float().contiguous(), rows_of(scale, rows).T, weight_levels(bits), factor)
+        part = _Rows(weight[rows].T.float().contiguous(), rows_of(scale, rows).T, level_range(bits), factor)
         found, error = part.round()
         better = ~part.is_nearest_below(error)
         levels[rows][better] = found.T[better]

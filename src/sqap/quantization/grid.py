@@ -22,10 +22,11 @@ def largest_level(bits: int) -> int:
     return (1 << bits - 1) - 1
 
 
-def weight_levels(bits: int) -> tuple[int, int]:
-    """Smallest and largest level a weight may have: (-8, 7) for 4 bits, (-127, 127) for 8.
+def level_range(bits: int) -> tuple[int, int]:
+    """Smallest and largest level of a symmetric grid: (-8, 7) for 4 bits, (-127, 127) for 8.
 
-    The sixteenth level takes a tenth off the squared error of clipped 4-bit weights; a 256th gains nothing.
+    The sixteenth level takes a tenth off the squared error of clipped 4-bit weights, and a quarter off that
+    of 4-bit activations; a 256th gains nothing.
     """
     largest = largest_level(bits)
     return (-largest - 1 if bits == 4 else -largest), largest
@@ -104,7 +105,7 @@ def round_to_grid(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     for rows in row_chunks(weight):
         grouped = _grouped(weight[rows], scale)
         levels[rows] = (
-            (grouped / rows_of(scale, rows)[..., None]).round_().clamp_(*weight_levels(bits)).flatten(1)
+            (grouped / rows_of(scale, rows)[..., None]).round_().clamp_(*level_range(bits)).flatten(1)
         )
     return levels
 
@@ -127,28 +128,50 @@ def dequantize_weight(q: Tensor, scale: Tensor) -> Tensor:
 
 
 def quantize_activation(
-    x: Tensor, bits: int, granularity: ActivationGranularity, symmetric: bool = True
+    x: Tensor,
+    bits: int,
+    granularity: ActivationGranularity,
+    symmetric: bool = True,
+    group_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Round ``x`` ``(..., in)`` to int8 levels of the same shape, float32 scales and int32 zero points.
 
-    ``x`` is about ``scale * (levels - zero_point)``. A symmetric grid has no zero point, and its levels go
-    from -7 to 7 or -127 to 127. An asymmetric one spans what there is, from the smallest value or 0 to the
-    largest or 0, with all 2**bits levels from -8 or -128 on. Scales and zero points have as many dimensions
-    as ``x``: ``(..., 1)`` per token, ``(1, ..., 1)`` per tensor. Where ``x`` is not finite, its scale is not.
+    ``x`` is about ``scale * (levels - zero_point)``. A symmetric grid has no zero point, and levels from -8
+    to 7 or -127 to 127; as with clipped weights, a 4-bit scale is negative where the largest magnitude is a
+    positive value, which then falls on level -8. An asymmetric grid spans what there is, from the smallest
+    value or 0 to the largest or 0, with all 2**bits levels from -8 or -128 on. Where ``x`` is not finite, its
+    scale is not.
+
+    Scales and zero points have as many dimensions as ``x``: ``(..., 1)`` per token, ``(..., groups)`` per
+    group of ``group_size`` channels, ``(1, ..., 1)`` per tensor.
     """
-    wide = x.float()
-    dims = tuple(range(x.dim())) if granularity == "tensor" else (-1,)
+    group = group_size or x.shape[-1]
+    wide = x.float().reshape(*x.shape[:-1], x.shape[-1] // group, group)
+    dims = tuple(range(wide.dim())) if granularity == "tensor" else (-1,)
     # Two reductions instead of one of abs(): they need no memory as large as x.
     low, high = wide.amin(dims, keepdim=True), wide.amax(dims, keepdim=True)
     if symmetric:
-        scale = _scale(torch.maximum(high, -low), bits)
-        return (wide / scale).round_().to(torch.int8), scale, None
+        smallest, largest = level_range(bits)
+        scale = (torch.maximum(high, -low) / -smallest).clamp_min_(TINY)
+        if bits == 4:
+            scale = torch.where(high > -low, -scale, scale)
+        q = (wide / scale).round_().clamp_(smallest, largest)
+        return q.flatten(-2).to(torch.int8), scale.squeeze(-1), None
     smallest, steps = -(1 << bits - 1), (1 << bits) - 1
     # Divided before they are subtracted, or the range of large finite values would be infinite.
     scale = (high.clamp_min(0) / steps - low.clamp_max(0) / steps).clamp_min_(TINY)
     zero_point = smallest - (low.clamp_max(0) / scale).round_()
     q = (wide / scale).round_().add_(zero_point).clamp_(smallest, smallest + steps)
-    return q.to(torch.int8), scale, zero_point.to(torch.int32)
+    return q.flatten(-2).to(torch.int8), scale.squeeze(-1), zero_point.squeeze(-1).to(torch.int32)
+
+
+def dequantize_activation(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """The float32 ``(..., in)`` that `quantize_activation`'s levels, scales and zero points stand for."""
+    groups = scale.shape[-1]
+    grouped = q.float().view(*q.shape[:-1], groups, q.shape[-1] // groups)
+    if zero_point is not None:
+        grouped -= zero_point[..., None]
+    return grouped.mul_(scale[..., None]).flatten(-2)
 
 
 def row_chunks(weight: Tensor, size: int = CHUNK) -> Iterator[slice]:
@@ -192,7 +215,7 @@ def _rounding_error(weight: Tensor, scale: Tensor, bits: int, importance: Tensor
     errors = scale.new_empty(len(weight), scale.shape[1])
     for rows in row_chunks(weight):
         error = _grouped(weight[rows], scale).div_(rows_of(scale, rows)[..., None])
-        error.sub_(error.round().clamp_(*weight_levels(bits))).square_()
+        error.sub_(error.round().clamp_(*level_range(bits))).square_()
         if importance is not None:
             error *= importance.view(scale.shape[1], -1)
         errors[rows] = error.sum(2)

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sqap.errors import InputError
 from sqap.quantization.gptq import Factor, gptq
 from sqap.quantization.grid import (
     clip_scale,
+    dequantize_activation,
     dequantize_weight,
     max_scale,
     quantize_activation,
@@ -31,8 +33,8 @@ BLOCK = 1 << 20  # bytes of a packed weight that are unpacked at a time: what fi
 class QuantizedLinear(nn.Module):
     """A linear on integers: weights quantized once, activations as they come.
 
-    With scales per channel or per tensor, levels are multiplied and added as exact integers. With scales per
-    group, the dequantized weight multiplies the activations' levels in float32.
+    With scales per channel, token or tensor, levels are multiplied and added as exact integers. With scales
+    per group, of weights or of activations, both are dequantized and multiplied in float32.
 
     Buffers: ``weight``, uint8 ``(out, in / 2)`` for 4 bits (`pack_int4`) or int8 ``(out, in)`` for 8;
     ``scale``, float32 whatever the model is cast to (`scale_shape`); ``bias``, ``(out,)`` or None.
@@ -64,6 +66,7 @@ class QuantizedLinear(nn.Module):
         self.group_size = scheme.group_size
         self.activation_bits = scheme.activation_bits
         self.activation_granularity = scheme.activation_granularity
+        self.activation_group_size = scheme.activation_group_size
         self.activation_symmetric = scheme.activation_symmetric
         self.hadamard_block = hadamard_block
         stored, scales = stored_shapes(in_features, out_features, scheme)
@@ -124,7 +127,11 @@ class QuantizedLinear(nn.Module):
         if self.hadamard_block:
             wide = block_hadamard(wide, self.hadamard_block)
         q, scale, zero_point = quantize_activation(
-            wide, self.activation_bits, self.activation_granularity, self.activation_symmetric
+            wide,
+            self.activation_bits,
+            self.activation_granularity,
+            self.activation_symmetric,
+            self.activation_group_size,
         )
         out = wide.new_empty(*x.shape[:-1], self.out_features)
         for rows in row_chunks(self.weight, BLOCK):
@@ -134,9 +141,10 @@ class QuantizedLinear(nn.Module):
     def _multiply(self, q: Tensor, scale: Tensor, zero_point: Tensor | None, rows: slice) -> Tensor:
         """Some of the outputs, without bias: ``(..., rows)``, float32."""
         levels, weight_scale = self.levels(rows), rows_of(self.scale, rows)
-        if self.group_size is not None:
-            shifted = q.float() if zero_point is None else q - zero_point.float()
-            return F.linear(shifted, dequantize_weight(levels, weight_scale)).mul_(scale)
+        if self.group_size is not None or self.activation_group_size is not None:
+            return F.linear(
+                dequantize_activation(q, scale, zero_point), dequantize_weight(levels, weight_scale)
+            )
         sums = integer_matmul(q, levels, 1 << self.activation_bits + self.weight_bits - 2)
         if zero_point is not None:
             sums -= zero_point * levels.sum(1, dtype=torch.int32)
@@ -145,11 +153,13 @@ class QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         grid = f"group {self.group_size}" if self.group_size else self.weight_granularity
+        size = self.activation_group_size
+        inputs = f"group {size}" if size else self.activation_granularity
         offset = "" if self.activation_symmetric else " with zero point"
         rotation = f", Hadamard {self.hadamard_block}" if self.hadamard_block else ""
         return (
             f"{self.in_features} -> {self.out_features}, W{self.weight_bits} per {grid}, "
-            f"A{self.activation_bits} per {self.activation_granularity}{offset}{rotation}"
+            f"A{self.activation_bits} per {inputs}{offset}{rotation}"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
@@ -200,8 +210,12 @@ def stored_shapes(
     """Shapes of a quantized linear's ``weight`` and ``scale``.
 
     Raises:
-        InputError: the group size does not divide ``in_features``, or 4-bit weights meet an odd one.
+        InputError: a group size does not divide ``in_features``, or 4-bit weights meet an odd one.
     """
+    if scheme.activation_group_size is not None and in_features % scheme.activation_group_size:
+        raise InputError(
+            f"activation_group_size {scheme.activation_group_size} does not divide in_features {in_features}"
+        )
     width = packed_width(in_features) if scheme.weight_bits == 4 else in_features
     granularity, size = scheme.weight_granularity, scheme.group_size
     return (out_features, width), scale_shape(out_features, in_features, granularity, size)
