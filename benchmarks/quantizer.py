@@ -1,8 +1,9 @@
 """What the quantizer is worth, on the robot: python benchmarks/quantizer.py --json docs/quantizer.json
 
-For each bundled policy: full precision; W4A8 of the whole policy; W4A4 of the decoder by the method, and
-rounded to nearest without rotation. All on the same seeds with the same diffusion noise, and replayed on
-calibration frames for the action error in millimetres. Nothing is pruned. Interrupted, it goes on.
+For each bundled policy: full precision; W4A8 of the whole policy, without and with the blocks that cost most
+at 8 bits, as many as fit into a budget; W4A4 of the decoder by the method, and rounded to nearest without
+rotation. All on the same seeds with the same diffusion noise, and replayed on calibration frames for the
+action error in millimetres. Nothing is pruned. Interrupted, it goes on.
 """
 
 from __future__ import annotations
@@ -21,20 +22,25 @@ from sqap.files import write_json
 from sqap.frames import collect_frames
 from sqap.models.storage import stored_bytes
 from sqap.recipe import Quantization, Recipe
-from sqap.sensitivity import Replay
+from sqap.sensitivity import Replay, fit
 
 SEED = 1_000_000
 POLICIES = ("reference", "reference-smollm")
+BUDGET = 0.32  # of the bytes in bfloat16
 
 
-def recipes() -> dict[str, Recipe]:
+def recipes(replay: Replay) -> dict[str, Recipe]:
     """Name -> recipe, in the order of the table."""
     w4a8, w4a4 = Recipe.w4a8(keep=1).quantization, Recipe.w4a4(keep=1).quantization
     assert w4a8 is not None
     assert w4a4 is not None
+    # A quarter of the frames is enough to rank blocks.
+    ranking = dataclasses.replace(replay, frames=replay.frames[::4])
+    budget = round(BUDGET * stored_bytes(replay.policy.model))
     return {
         "full": Recipe(),
         "w4a8-whole": Recipe(w4a8),
+        "w4a8-budget": Recipe(fit(ranking, w4a8, target_bytes=budget)),
         "w4a4-decoder": Recipe(
             dataclasses.replace(w4a4, vision=None, projector=None, head=None, overrides=())
         ),
@@ -44,7 +50,10 @@ def recipes() -> dict[str, Recipe]:
 
 def run(source: str, episodes: int, workers: int, out: Path, console: Console) -> dict[str, Any]:
     """Everything about one policy."""
-    chosen = recipes()
+    policy = sqap.load(source)
+    frames = collect_frames(policy, ENV, environments.default_tasks(ENV), FRAMES)
+    replay = Replay(policy, frames, Recipe.w4a8().pruning)
+    chosen = recipes(replay)
     runs = run_variants(
         source,
         chosen,
@@ -54,9 +63,6 @@ def run(source: str, episodes: int, workers: int, out: Path, console: Console) -
         workers=workers,
         console=console,
     )
-    policy = sqap.load(source)
-    tasks = environments.default_tasks(ENV)
-    replay = Replay(policy, collect_frames(policy, ENV, tasks, FRAMES), Recipe.w4a8().pruning)
     full_bytes = stored_bytes(policy.model)
     result: dict[str, Any] = {"full": {**describe(runs["full"]), "weight_bytes": full_bytes}}
     for name, recipe in chosen.items():
