@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
+from sqap import kernels
 from sqap.quantization import QuantizedLinear
 from sqap.quantization import linear as linear_module
 from sqap.quantization.gptq import Hessian
@@ -50,10 +51,13 @@ def schemes(draw: st.DrawFn) -> Scheme:
     return Scheme(weight_bits, activation_bits, granularity, group_size, *activations, draw(st.booleans()))
 
 
+@pytest.mark.parametrize("path", kernels.paths())
 @given(schemes(), st.sampled_from([0, 32]), st.booleans(), st.integers(0, 2**31))
 @settings(max_examples=60, deadline=None)
 @torch.no_grad()
-def test_forward_is_dequantize_and_multiply(scheme: Scheme, block: int, clip: bool, seed: int) -> None:
+def test_forward_is_dequantize_and_multiply(
+    path: str, scheme: Scheme, block: int, clip: bool, seed: int
+) -> None:
     source = random_linear()
     linear = HadamardLinear(source, block) if block else source
     quantized = QuantizedLinear.from_linear(linear, scheme, clip=clip)
@@ -69,15 +73,25 @@ def test_forward_is_dequantize_and_multiply(scheme: Scheme, block: int, clip: bo
         )
     )
     expected = activations.double() @ quantized.dequantized().double().T + source.bias.double()
-    torch.testing.assert_close(quantized(x).double(), expected, rtol=2e-6, atol=2e-6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(kernels.VARIABLE, path)
+        found = quantized(x)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("bits", "inputs"), [((4, 8), 20000), ((8, 8), 2100), ((4, 4), 64)])
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("path", kernels.paths())
 def test_sums_are_exact_however_large(
-    symmetric: bool, bits: tuple[int, int], inputs: int, granularity: Any
+    symmetric: bool,
+    bits: tuple[int, int],
+    inputs: int,
+    granularity: Any,
+    path: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv(kernels.VARIABLE, path)
     scheme = Scheme(*bits, granularity, activation_symmetric=symmetric)
     quantized = QuantizedLinear(inputs, 5, scheme)
     low, high = level_range(bits[0])
@@ -98,6 +112,7 @@ def test_sums_are_exact_however_large(
 def test_a_large_weight_is_unpacked_in_blocks(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     quantized = QuantizedLinear.from_linear(random_linear(), scheme)
     x = torch.randn(2, 3, 64)
+    monkeypatch.setenv(kernels.VARIABLE, kernels.REFERENCE)
     whole = quantized(x)
     monkeypatch.setattr(linear_module, "BLOCK", 7 * 64)
     torch.testing.assert_close(quantized(x), whole, rtol=1e-6, atol=1e-6)
@@ -118,12 +133,7 @@ def test_weights_are_stored_as_integers(scheme: Scheme) -> None:
 
 @pytest.mark.parametrize("levels", [7, 127])
 @pytest.mark.parametrize("shape", [(1, 2, 3), (1, 256, 64), (5, 7, 3), (40, 640, 48), (20, 2100, 16)])
-@pytest.mark.parametrize("fast", [True, False])
-def test_products_are_exact_integers(
-    levels: int, shape: tuple[int, int, int], fast: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not fast:  # as on a CPU whose int8 product is wrong or slow
-        monkeypatch.setattr(linear_module, "_has_fast_int8", lambda: False)
+def test_products_are_exact_integers(levels: int, shape: tuple[int, int, int]) -> None:
     rows, inputs, outputs = shape
     generator = torch.Generator().manual_seed(0)
     q = torch.randint(-levels, levels + 1, (rows, inputs), generator=generator)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sqap import kernels
 from sqap.errors import InputError
 from sqap.quantization.gptq import Factor, gptq
 from sqap.quantization.grid import (
@@ -126,17 +126,38 @@ class QuantizedLinear(nn.Module):
         wide = x.float()
         if self.hadamard_block:
             wide = block_hadamard(wide, self.hadamard_block)
+        if x.device.type == "cpu" and kernels.chosen() != kernels.REFERENCE:
+            out = kernels.linear(
+                wide,
+                self.weight,
+                self.scale,
+                self.bias,
+                weight_bits=self.weight_bits,
+                activation_bits=self.activation_bits,
+                symmetric=self.activation_symmetric,
+                group_size=self._channels_per_scale(),
+            )
+        else:
+            out = self._reference(wide)
+        return out.to(x.dtype)
+
+    def _reference(self, x: Tensor) -> Tensor:
+        """The same in PyTorch's arithmetic: ``(..., in)`` to ``(..., out)``, float32."""
         q, scale, zero_point = quantize_activation(
-            wide,
+            x,
             self.activation_bits,
             self.activation_granularity,
             self.activation_symmetric,
             self.activation_group_size,
         )
-        out = wide.new_empty(*x.shape[:-1], self.out_features)
+        out = x.new_empty(*x.shape[:-1], self.out_features)
         for rows in row_chunks(self.weight, BLOCK):
             out[..., rows] = self._multiply(q, scale, zero_point, rows)
-        return (out if self.bias is None else out + self.bias).to(x.dtype)
+        return out if self.bias is None else out + self.bias
+
+    def _channels_per_scale(self) -> int:
+        sizes = {"token": self.in_features, "group": self.activation_group_size, "tensor": 0}
+        return sizes[self.activation_granularity] or 0
 
     def _multiply(self, q: Tensor, scale: Tensor, zero_point: Tensor | None, rows: slice) -> Tensor:
         """Some of the outputs, without bias: ``(..., rows)``, float32."""
@@ -173,35 +194,17 @@ class QuantizedLinear(nn.Module):
 
 
 def integer_matmul(q: Tensor, weight: Tensor, largest: int) -> Tensor:
-    """int8 ``(..., in)`` times int8 ``(out, in)``: exact int32 ``(..., out)``.
+    """int8 ``(..., in)`` times int8 ``(out, in)``: exact int32 ``(..., out)``, on any device.
 
     ``largest`` is a bound on the magnitude of a single product; int32 holds 131071 of the largest there are.
-    Without an integer product that is worth using, float32 counts exactly up to 2**24, in as many slices of
-    the inputs as that takes.
+    float32 counts exactly up to 2**24, so the inputs are cut into as many slices as that takes.
     """
-    if q.device.type == "cpu" and _has_fast_int8():
-        rows = torch._int_mm(q.reshape(-1, q.shape[-1]), weight.T)
-        return rows.view(*q.shape[:-1], -1)
     step = 2**24 // largest
     sums = F.linear(q[..., :step].float(), weight[:, :step].float()).to(torch.int32)
     for start in range(step, q.shape[-1], step):
         inputs = slice(start, start + step)
         sums += F.linear(q[..., inputs].float(), weight[:, inputs].float()).to(torch.int32)
     return sums
-
-
-@lru_cache(maxsize=1)
-def _has_fast_int8() -> bool:
-    """Whether PyTorch's int8 product is exact and fast here: with VNNI eight times as fast as float32.
-
-    Without it, oneDNN adds pairs of products in 16 bits on some x86 CPUs, which saturate, and on others
-    PyTorch runs a plain loop, forty times slower than float32.
-    """
-    has_vnni: Callable[[], bool] = getattr(torch.cpu, "_is_vnni_supported", lambda: False)  # no public one
-    if not has_vnni():
-        return False
-    largest = torch.full((16, 64), 127, dtype=torch.int8)
-    return bool((torch._int_mm(largest, largest.T) == 64 * 127 * 127).all())
 
 
 def stored_shapes(

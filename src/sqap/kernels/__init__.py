@@ -1,0 +1,106 @@
+"""Native products of packed low-bit weights with activations that are quantized on the way.
+
+One extension holds a path for every kind of processor and picks the fastest that runs on this one. The
+environment variable SQAP_KERNELS names another, or "reference" for PyTorch's arithmetic alone.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from sqap.errors import InputError
+
+try:
+    from sqap.kernels import _native
+except ImportError:  # a source tree that was not installed
+    _native = None  # type: ignore[assignment]
+
+REFERENCE = "reference"
+VARIABLE = "SQAP_KERNELS"
+
+
+@lru_cache(maxsize=1)
+def paths() -> tuple[str, ...]:
+    """The paths that run on this processor, the fastest first; "reference" is the last, and always there."""
+    return (*(_native.paths() if _native else ()), REFERENCE)
+
+
+def chosen() -> str:
+    """The path in use: the one that SQAP_KERNELS names, or the fastest.
+
+    Raises:
+        InputError: no such path runs here.
+    """
+    wanted = os.environ.get(VARIABLE)
+    if not wanted:
+        return paths()[0]
+    if wanted not in paths():
+        raise InputError(f"{VARIABLE} is {wanted!r}; on this processor it can be {', '.join(paths())}")
+    return wanted
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    *,
+    weight_bits: int,
+    activation_bits: int,
+    symmetric: bool,
+    group_size: int,
+    path: str | None = None,
+) -> Tensor:
+    """``(..., in)`` to ``(..., out)`` in the type of ``x``, quantizing ``x`` on the way.
+
+    Args:
+        x: float32 or bfloat16.
+        weight: as `sqap.quantization.QuantizedLinear` stores it, uint8 ``(out, in / 2)`` or int8
+            ``(out, in)``.
+        scale: float32 ``(out, groups)`` or ``(1, 1)``.
+        bias: ``(out,)`` or None.
+        weight_bits: 4 or 8.
+        activation_bits: 4 or 8.
+        symmetric: whether activations have no zero point.
+        group_size: channels of an activation that share a scale; all of them for one per token, 0 for one
+            for the whole tensor.
+        path: which one; the chosen one if not given.
+    """
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()
+    y = x.new_empty(len(tokens), len(weight))
+    _native.linear(
+        path or chosen(),
+        tokens,
+        weight.view(torch.uint8),
+        scale,
+        None if bias is None else bias.float(),
+        y,
+        weight_bits,
+        activation_bits,
+        symmetric,
+        group_size,
+    )
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def quantize(
+    x: Tensor, bits: int, symmetric: bool, group_size: int, path: str | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Levels, scales and zero points of ``x`` ``(tokens, in)``, as `linear` makes them."""
+    groups = x.shape[1] // group_size if group_size else 1
+    q = torch.empty(x.shape, dtype=torch.int8)
+    scale = torch.empty(len(x), groups)
+    zero_point = None if symmetric else torch.empty(len(x), groups, dtype=torch.int32)
+    _native.quantize(path or chosen(), x, bits, symmetric, group_size, q, scale, zero_point)
+    return q, scale, zero_point
+
+
+def matmul(q: Tensor, weight: Tensor, weight_bits: int, path: str | None = None) -> Tensor:
+    """Exact products of int8 levels ``(tokens, in)`` with a packed weight: int32 ``(tokens, out)``."""
+    y = torch.empty(len(q), len(weight), dtype=torch.int32)
+    _native.matmul(path or chosen(), q, weight.view(torch.uint8), y, weight_bits)
+    return y

@@ -1,0 +1,62 @@
+// What a path is: the linear's arithmetic compiled for one kind of processor.
+#pragma once
+
+#include <cstdint>
+
+namespace sqap {
+
+enum class Dtype { f32, bf16 };
+
+// Activations (m, k) and the grid that they are to be quantized on.
+struct Activations {
+    const void* x;
+    Dtype dtype;
+    int64_t m, k;
+    int bits;         // 4 or 8
+    bool symmetric;
+    int64_t group;    // channels that share a scale; k is one scale per token, 0 one for the whole tensor
+
+    int64_t groups() const { return group ? k / group : 1; }
+};
+
+// Activations as levels: about scale * (q - zero_point).
+struct Levels {
+    int8_t* q;            // (m, k)
+    float* scale;         // (m, groups); per tensor (m, 1), all the same
+    int32_t* zero_point;  // as scale; null on a symmetric grid
+};
+
+// Weights (n, k), row by row as they are stored: 8 bits as int8, 4 bits as q + 8, two to a byte.
+struct Weight {
+    const uint8_t* data;
+    int64_t n, k;
+    int bits;
+    const float* scale;  // (n, groups), or a single one
+    int64_t groups;
+    bool shared;         // one scale for all
+
+    int64_t row_bytes() const { return bits == 4 ? k / 2 : k; }
+};
+
+struct Output {
+    void* y;  // (m, n)
+    Dtype dtype;
+    const float* bias;  // (n) or null
+};
+
+struct Path {
+    const char* name;
+    bool (*runs_here)();
+    void (*quantize)(const Activations&, const Levels&);
+    void (*linear)(const Activations&, const Weight&, const Output&);
+    void (*matmul)(const int8_t* q, int64_t m, const Weight&, int32_t* y);
+};
+
+extern const Path portable;
+#if defined(__x86_64__)
+extern const Path avx2, avxvnni, avx512vnni;
+#elif defined(__aarch64__)
+extern const Path neon;
+#endif
+
+}  // namespace sqap

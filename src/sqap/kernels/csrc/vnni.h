@@ -1,0 +1,65 @@
+// VNNI: vpdpbusd multiplies four unsigned bytes by four signed ones and adds them to 32 bits, in one instruction.
+// The same code for vectors of 32 bytes (AVX-VNNI) and of 64 (AVX512-VNNI); `V` says how.
+#pragma once
+
+#include "engine.h"
+
+namespace sqap {
+namespace {
+
+template <class V>
+struct Vnni {
+    using Vector = typename V::Vector;
+    static constexpr int64_t MR = V::TOKENS, WIDTH = V::BYTES / 4, NR = 2 * WIDTH;
+    static constexpr bool UNSIGNED = true, FOUR_BITS_ONLY = false;
+
+    static void tile(const uint8_t* panel, const int8_t* a, int64_t quads, int32_t* acc) {
+        Vector sums[MR][2];
+#pragma GCC unroll 16
+        for (int i = 0; i < MR; i++) {
+            sums[i][0] = V::load(acc + i * NR);
+            sums[i][1] = V::load(acc + i * NR + WIDTH);
+        }
+        for (int64_t q = 0; q < quads; q++) {
+            const Vector w0 = V::load(panel + q * NR * 4), w1 = V::load(panel + q * NR * 4 + V::BYTES);
+#pragma GCC unroll 16
+            for (int i = 0; i < MR; i++) V::add_products(sums[i][0], sums[i][1], w0, w1, a + (q * MR + i) * 4);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < MR; i++) {
+            V::store(acc + i * NR, sums[i][0]);
+            V::store(acc + i * NR + WIDTH, sums[i][1]);
+        }
+    }
+
+    static int32_t dot4(const uint8_t* row, const int8_t* even, const int8_t* odd, int64_t bytes) {
+        Vector low = V::zero(), high = V::zero();
+        each_block(row, bytes, [&](Vector block, int64_t j) {
+            low = V::dot(low, V::low_halves(block), V::load(even + j));
+            high = V::dot(high, V::high_halves(block), V::load(odd + j));
+        });
+        return V::total(low) + V::total(high);
+    }
+
+    static int32_t dot8(const uint8_t* row, const int8_t* q, int64_t bytes) {
+        Vector sums = V::zero();
+        each_block(row, bytes, [&](Vector block, int64_t j) { sums = V::dot(sums, V::flip(block), V::load(q + j)); });
+        return V::total(sums);
+    }
+
+  private:
+    // body(block, j) for every vector of bytes from j on, the last one filled up with zeros.
+    template <class Body>
+    static void each_block(const uint8_t* row, int64_t bytes, Body body) {
+        int64_t j = 0;
+        for (; j + V::BYTES <= bytes; j += V::BYTES) body(V::load(row + j), j);
+        if (j < bytes) {
+            uint8_t rest[V::BYTES] = {};
+            std::memcpy(rest, row + j, bytes - j);
+            body(V::load(rest), j);
+        }
+    }
+};
+
+}  // namespace
+}  // namespace sqap

@@ -1,0 +1,206 @@
+"""Every path that runs here: exact integers, the reference's grids and products, no read beyond an array."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import example, given, settings
+
+from sqap import kernels
+from sqap.errors import InputError
+from sqap.quantization.grid import level_range, quantize_activation
+from sqap.quantization.linear import QuantizedLinear
+from sqap.quantization.packing import pack_int4
+from sqap.recipe import Scheme
+
+PATHS = [path for path in kernels.paths() if path != kernels.REFERENCE]
+every_path = pytest.mark.parametrize("path", PATHS)
+sizes = st.integers(1, 200)
+seeds = st.integers(0, 2**31)
+
+
+def test_the_extension_is_built() -> None:
+    assert "portable" in PATHS
+
+
+def random_levels(low: int, high: int, seed: int, *shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, high + 1, shape, generator=generator, dtype=torch.int8)
+
+
+def check_products(path: str, bits: int, tokens: int, inputs: int, outputs: int, seed: int) -> None:
+    inputs += inputs % 2 if bits == 4 else 0
+    low, high = level_range(bits)
+    weight = random_levels(low, high, seed, outputs, inputs)
+    q = random_levels(-128, 127, seed + 1, tokens, inputs)
+    weight[0] = low  # sums as large as can be
+    q[:1] = -128
+    found = kernels.matmul(q, pack_int4(weight) if bits == 4 else weight, bits, path)
+    assert torch.equal(found.long(), q.long() @ weight.long().T)
+
+
+@every_path
+@given(st.sampled_from([4, 8]), st.integers(0, 40), sizes, sizes, seeds)
+@example(4, 600, 36, 5, 0)
+@example(8, 3, 4099, 17, 0)
+@example(4, 29, 11008, 33, 0)
+@settings(max_examples=60, deadline=None)
+def test_products_are_exact(path: str, bits: int, tokens: int, inputs: int, outputs: int, seed: int) -> None:
+    check_products(path, bits, tokens, inputs, outputs, seed)
+
+
+@every_path
+@pytest.mark.parametrize("threads", [1, 3])
+def test_products_are_exact_however_many_threads(path: str, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check_products(path, 4, 70, 300, 150, 0)
+    finally:
+        torch.set_num_threads(before)
+
+
+@st.composite
+def grids(draw: st.DrawFn) -> tuple[int, int, int, bool]:
+    """Channels, channels per scale (0 for one scale), bits, whether symmetric."""
+    channels = draw(st.sampled_from([6, 32, 96, 256]))
+    size = draw(st.sampled_from([0, 2, channels]))
+    return channels, size, draw(st.sampled_from([4, 8])), draw(st.booleans())
+
+
+@every_path
+@given(grids(), st.integers(1, 20), st.sampled_from([torch.float32, torch.bfloat16]), seeds)
+@settings(max_examples=60, deadline=None)
+def test_activations_get_the_levels_of_the_reference(
+    path: str, grid: tuple[int, int, int, bool], tokens: int, dtype: torch.dtype, seed: int
+) -> None:
+    channels, size, bits, symmetric = grid
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, channels, generator=generator) * 10 ** torch.randn(tokens, 1, generator=generator)
+    x[0] = 0
+    x = x.to(dtype)
+    granularity = {0: "tensor", channels: "token"}.get(size, "group")
+    expected = quantize_activation(x, bits, granularity, symmetric, size if granularity == "group" else None)  # type: ignore[arg-type]
+    found = kernels.quantize(x, bits, symmetric, size, path)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1].expand_as(found[1]))
+    if found[2] is not None and expected[2] is not None:
+        assert torch.equal(found[2], expected[2].expand_as(found[2]))
+    assert (found[2] is None) == (expected[2] is None) == symmetric
+
+
+@every_path
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_activations_that_are_not_finite_give_outputs_that_are_not(
+    path: str, bad: float, symmetric: bool
+) -> None:
+    x = torch.ones(3, 64)
+    x[1, 40] = bad
+    assert not kernels.quantize(x, 8, symmetric, 64, path)[1][1].isfinite()
+    layer = QuantizedLinear.from_linear(torch.nn.Linear(64, 24), Scheme(4, 8, activation_symmetric=symmetric))
+    y = run(layer, x, path)
+    assert y[[0, 2]].isfinite().all()
+    assert not y[1].isfinite().any()
+
+
+def run(layer: QuantizedLinear, x: torch.Tensor, path: str) -> torch.Tensor:
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setenv(kernels.VARIABLE, path)
+        y: torch.Tensor = layer(x)
+    return y
+
+
+@st.composite
+def schemes(draw: st.DrawFn) -> Scheme:
+    weight_bits, activation_bits = draw(st.sampled_from([(4, 4), (4, 8), (8, 8)]))
+    weights = draw(st.sampled_from([("channel", None), ("group", 16), ("group", 48), ("tensor", None)]))
+    inputs = draw(st.sampled_from([("token", None), ("group", 8), ("group", 32), ("tensor", None)]))
+    return Scheme(weight_bits, activation_bits, *weights, *inputs, draw(st.booleans()))
+
+
+@every_path
+@given(schemes(), st.sampled_from([1, 3, 5, 33]), st.integers(1, 70), st.booleans(), seeds)
+@settings(max_examples=100, deadline=None)
+def test_a_linear_is_the_reference_within_a_millionth(
+    path: str, scheme: Scheme, tokens: int, outputs: int, bias: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    layer = QuantizedLinear.from_linear(torch.nn.Linear(96, outputs, bias=bias), scheme)
+    x = torch.randn(tokens, 96) + 0.3
+    terms = x.abs() @ layer.dequantized().abs().T + 1  # what is added up, perhaps to nothing
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
+        expected = run(layer, x.to(dtype), kernels.REFERENCE)
+        found = run(layer, x.to(dtype), path)
+        assert found.dtype == dtype
+        assert ((found - expected).abs() <= tolerance * terms).all()
+
+
+@every_path
+def test_no_tokens_give_no_outputs(path: str) -> None:
+    layer = QuantizedLinear.from_linear(torch.nn.Linear(64, 24), Scheme(4, 8))
+    assert run(layer, torch.ones(2, 0, 64), path).shape == (2, 0, 24)
+
+
+GUARDED = """
+import ctypes, mmap, sys
+import torch
+from sqap import kernels
+
+libc = ctypes.CDLL(None, use_errno=True)
+page, kept = mmap.PAGESIZE, []
+
+def guarded(tensor):
+    # The tensor's bytes end where a page begins that cannot be read.
+    size = tensor.numel() * tensor.element_size()
+    whole = (size + page - 1) // page * page
+    area = mmap.mmap(-1, whole + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    assert libc.mprotect(ctypes.c_void_p(start + whole), page, 0) == 0
+    kept.append(area)
+    copy = torch.frombuffer(area, dtype=tensor.dtype, count=tensor.numel(), offset=whole - size)
+    return copy.view(tensor.shape).copy_(tensor)
+
+path = sys.argv[1]
+for bits in (4, 8):
+    for tokens, inputs, outputs in ((1, 34, 5), (3, 130, 16), (40, 98, 33), (15, 1026, 9)):
+        shape = outputs, inputs // (2 if bits == 4 else 1)
+        weight = guarded(torch.randint(0, 256, shape, dtype=torch.uint8))
+        x = guarded(torch.randn(tokens, inputs))
+        q = guarded(torch.randint(-127, 128, (tokens, inputs), dtype=torch.int8))
+        scale, bias = guarded(torch.ones(outputs, 1)), guarded(torch.ones(outputs))
+        kernels.matmul(q, weight, bits, path)
+        for symmetric in (True, False):
+            for size in (inputs, 2, 0):
+                kernels.linear(x, weight, scale, bias, weight_bits=bits, activation_bits=8,
+                               symmetric=symmetric, group_size=size, path=path)
+print("done")
+"""
+
+
+@every_path
+def test_nothing_is_read_beyond_an_array(path: str) -> None:
+    found = subprocess.run([sys.executable, "-c", GUARDED, path], capture_output=True, text=True)
+    assert found.stdout == "done\n", found.stderr
+
+
+def test_the_variable_chooses_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(kernels.VARIABLE, raising=False)
+    assert kernels.chosen() == kernels.paths()[0]
+    monkeypatch.setenv(kernels.VARIABLE, "portable")
+    assert kernels.chosen() == "portable"
+    monkeypatch.setenv(kernels.VARIABLE, "mmx")
+    with pytest.raises(InputError, match=r"SQAP_KERNELS is 'mmx'; on this processor it can be .*reference"):
+        kernels.chosen()
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    q, weight = torch.zeros(2, 64, dtype=torch.int8), torch.zeros(3, 32, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="do not fit"):
+        kernels.matmul(q, weight, 8)
+    with pytest.raises(ValueError, match="pairs"):
+        kernels.matmul(q[:, :63].contiguous(), weight, 4)
