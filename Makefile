@@ -27,7 +27,7 @@ ifeq ($(MUJOCO_GL),osmesa)
 	"MuJoCo has nothing to draw with: apt-get install libosmesa6, or set MUJOCO_GL=egl if you have EGL.")'
 endif
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/sqap/kernels/csrc/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit( \
 	"sqap runs on Python 3.10 to 3.13, but $(PYTHON) is %d.%d; name another: make setup PYTHON=python3.12." % v)'
 	$(PYTHON) -m venv .venv

@@ -7,6 +7,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import sqap
+from sqap import kernels
 from sqap.cli import app
 
 runner = CliRunner()
@@ -87,12 +88,23 @@ def test_sensitivity_shows_options_and_blocks(saved, pictures, tmp_path):
     assert all(0 <= block["overlap"] <= 1 for block in report["blocks"])
 
 
+def test_inspect_says_which_kernels_run(tmp_path, monkeypatch):
+    out = run("inspect", "--cpu", "--json", tmp_path / "cpu.json")
+    assert "portable" in out
+    found = json.loads((tmp_path / "cpu.json").read_text())
+    assert [path["name"] for path in found["paths"] if path["runs"]] == list(kernels.paths())
+    assert [path["name"] for path in found["paths"] if path["used"]] == [kernels.chosen()]
+    monkeypatch.setenv(kernels.VARIABLE, "mmx")
+    assert "SQAP_KERNELS is 'mmx'" in run("inspect", "--cpu", code=1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["compress", "POLICY", "--out", "OUT", "--frames-from", "mars"], "no calibration frames at mars"),
         (["compress", "POLICY", "--out", "OUT", "--camera", "wrist"], "must be POLICY_CAMERA=DATASET_KEY"),
         (["inspect", "nowhere"], "no policy at nowhere"),
+        (["inspect"], "name a policy, or give --cpu"),
         (["compress", "POLICY", "--out", "OUT", "--keep", 0], "keep_ratio must be in (0, 1], got 0"),
         (["compress", "POLICY", "--out", "OUT", "--keep", 1.5], "keep_ratio must be in (0, 1], got 1.5"),
         (["compress", "POLICY", "--out", "OUT", "--recipe", "w3"], "cannot read w3"),

@@ -23,7 +23,7 @@ from rich.progress import (
 )
 
 import sqap
-from sqap import environments
+from sqap import environments, kernels
 from sqap.checkpoints import fingerprint, locate
 from sqap.errors import InputError, SqapError
 from sqap.files import write_json
@@ -43,9 +43,8 @@ app = typer.Typer(
 console = Console()
 PRESETS = {"w4a8": Recipe.w4a8, "w4a4": Recipe.w4a4}
 
-SourceArgument = Annotated[
-    str, typer.Argument(help="Directory of a policy, org/name on the hub, or a bundled one's name.")
-]
+SOURCE = typer.Argument(help="Directory of a policy, org/name on the hub, or a bundled one's name.")
+SourceArgument = Annotated[str, SOURCE]
 UnnormKeyOption = Annotated[
     str | None, typer.Option(help="Data set whose statistics turn actions into robot units.")
 ]
@@ -233,8 +232,9 @@ def evaluate_command(
 
 @app.command()
 def inspect(
-    source: SourceArgument,
+    source: Annotated[str | None, SOURCE] = None,
     linears: Annotated[bool, typer.Option(help="List every linear.")] = False,
+    cpu: Annotated[bool, typer.Option(help="Show which kernels run on this processor.")] = False,
     unnorm_key: UnnormKeyOption = None,
     cameras: CamerasOption = None,
     tokenizer: TokenizerOption = None,
@@ -243,6 +243,14 @@ def inspect(
 ) -> None:
     """Show a policy's parts, bytes and bit-widths, and what is quantized and what is not."""
     with _user_errors():
+        if cpu:
+            found = kernels.describe()
+            console.print(tables.kernels_table(found))
+            if source is None:
+                _write_json(json_path, found)
+                return
+        if source is None:
+            raise InputError("there is nothing to inspect; name a policy, or give --cpu")
         loaded = _load(source, unnorm_key, cameras, tokenizer, crop)
         reports = list_linears(loaded.model)
         parts = {

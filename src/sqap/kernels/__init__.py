@@ -7,7 +7,10 @@ environment variable SQAP_KERNELS names another, or "reference" for PyTorch's ar
 from __future__ import annotations
 
 import os
+import platform
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +24,14 @@ except ImportError:  # a source tree that was not installed
 
 REFERENCE = "reference"
 VARIABLE = "SQAP_KERNELS"
+NEEDS = {
+    "avx512vnni": "AVX512-VNNI: Intel since Ice Lake, AMD since Zen 4",
+    "avxvnni": "AVX-VNNI: Intel since Alder Lake, AMD since Zen 5",
+    "avx2": "AVX2: nearly every x86 processor",
+    "neon": "the dot products of ARMv8.2",
+    "portable": "nothing",
+    REFERENCE: "PyTorch",
+}
 
 
 @lru_cache(maxsize=1)
@@ -41,6 +52,18 @@ def chosen() -> str:
     if wanted not in paths():
         raise InputError(f"{VARIABLE} is {wanted!r}; on this processor it can be {', '.join(paths())}")
     return wanted
+
+
+def describe() -> dict[str, Any]:
+    """The processor, how many threads share the work, and every path: whether it runs here and is in use."""
+    here, used = paths(), chosen()
+    names = [*(_native.compiled() if _native else ()), REFERENCE]
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "built": _native is not None,
+        "paths": [{"name": n, "needs": NEEDS[n], "runs": n in here, "used": n == used} for n in names],
+    }
 
 
 def linear(
@@ -104,3 +127,12 @@ def matmul(q: Tensor, weight: Tensor, weight_bits: int, path: str | None = None)
     y = torch.empty(len(q), len(weight), dtype=torch.int32)
     _native.matmul(path or chosen(), q, weight.view(torch.uint8), y, weight_bits)
     return y
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -137,3 +137,17 @@ def _interval(bounds: Sequence[float]) -> str:
 
 def _number(value: float | None, unit: str = "") -> str:
     return "-" if value is None else f"{value:.1f} {unit}".rstrip()
+
+
+def kernels_table(found: Mapping[str, Any]) -> Table:
+    """`sqap.kernels.describe` as a table: every path, what it needs, and whether it is in use."""
+    state = {(True, True): "in use", (True, False): "runs here", (False, False): "not on this processor"}
+    table = Table(title=f"{found['processor']}, {found['threads']} threads", title_justify="left")
+    for column in ("kernels", "need", ""):
+        table.add_column(column)
+    for path in found["paths"]:
+        style = "bold" if path["used"] else None
+        table.add_row(path["name"], path["needs"], state[path["runs"], path["used"]], style=style)
+    if not found["built"]:
+        table.caption = "The native kernels are not built: install sqap with pip, from its source or a wheel."
+    return table
