@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -110,7 +111,7 @@ def test_activations_that_are_not_finite_give_outputs_that_are_not(
 
 def run(layer: QuantizedLinear, x: torch.Tensor, path: str) -> torch.Tensor:
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setenv(kernels.VARIABLE, path)
+        patch.setattr(kernels, "chosen", lambda: path)
         y: torch.Tensor = layer(x)
     return y
 
@@ -189,13 +190,17 @@ def test_nothing_is_read_beyond_an_array(path: str) -> None:
 
 
 def test_the_variable_chooses_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = kernels.chosen.__wrapped__  # it looks but once
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
-    assert kernels.chosen() == kernels.paths()[0]
+    assert choose() == kernels.paths()[0]
     monkeypatch.setenv(kernels.VARIABLE, "portable")
-    assert kernels.chosen() == "portable"
+    assert choose() == "portable"
     monkeypatch.setenv(kernels.VARIABLE, "mmx")
     with pytest.raises(InputError, match=r"SQAP_KERNELS is 'mmx'; on this processor it can be .*reference"):
-        kernels.chosen()
+        choose()
+
+
+GRID: Any = {"weight_bits": 4, "activation_bits": 8, "symmetric": True, "group_size": 64}
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
@@ -203,4 +208,12 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         kernels.matmul(q, weight, 8)
     with pytest.raises(ValueError, match="pairs"):
-        kernels.matmul(q[:, :63].contiguous(), weight, 4)
+        kernels.matmul(q[:, :63], weight[:, :31].contiguous(), 4)
+    with pytest.raises(ValueError, match="do not fit a weight stored"):
+        kernels.matmul(q[:, :62], weight[:, :31], 4)  # not contiguous
+    with pytest.raises(ValueError, match=r"scales \(3, 3\) do not fit a weight of 3 by 64 channels"):
+        kernels.linear(q.float(), weight, torch.ones(3, 3), None, **GRID)
+    with pytest.raises(ValueError, match="64 channels cannot be cut into groups of 48"):
+        kernels.linear(q.float(), weight, torch.ones(3, 1), None, **{**GRID, "group_size": 48})
+    with pytest.raises(ValueError, match=r"float32 or torch\.bfloat16 on the CPU, got torch\.float64"):
+        kernels.linear(q.double(), weight, torch.ones(3, 1), None, **GRID)

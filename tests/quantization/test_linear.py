@@ -74,7 +74,7 @@ def test_forward_is_dequantize_and_multiply(
     )
     expected = activations.double() @ quantized.dequantized().double().T + source.bias.double()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(kernels.VARIABLE, path)
+        patch.setattr(kernels, "chosen", lambda: path)
         found = quantized(x)
     torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=2e-6)
 
@@ -91,7 +91,7 @@ def test_sums_are_exact_however_large(
     path: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv(kernels.VARIABLE, path)
+    monkeypatch.setattr(kernels, "chosen", lambda: path)
     scheme = Scheme(*bits, granularity, activation_symmetric=symmetric)
     quantized = QuantizedLinear(inputs, 5, scheme)
     low, high = level_range(bits[0])
@@ -112,7 +112,7 @@ def test_sums_are_exact_however_large(
 def test_a_large_weight_is_unpacked_in_blocks(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     quantized = QuantizedLinear.from_linear(random_linear(), scheme)
     x = torch.randn(2, 3, 64)
-    monkeypatch.setenv(kernels.VARIABLE, kernels.REFERENCE)
+    monkeypatch.setattr(kernels, "chosen", lambda: kernels.REFERENCE)
     whole = quantized(x)
     monkeypatch.setattr(linear_module, "BLOCK", 7 * 64)
     torch.testing.assert_close(quantized(x), whole, rtol=1e-6, atol=1e-6)

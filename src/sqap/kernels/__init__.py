@@ -40,15 +40,14 @@ def paths() -> tuple[str, ...]:
     return (*(_native.paths() if _native else ()), REFERENCE)
 
 
+@lru_cache(maxsize=1)
 def chosen() -> str:
     """The path in use: the one that SQAP_KERNELS names, or the fastest.
 
     Raises:
         InputError: no such path runs here.
     """
-    wanted = os.environ.get(VARIABLE)
-    if not wanted:
-        return paths()[0]
+    wanted = os.environ.get(VARIABLE) or paths()[0]
     if wanted not in paths():
         raise InputError(f"{VARIABLE} is {wanted!r}; on this processor it can be {', '.join(paths())}")
     return wanted
@@ -93,40 +92,72 @@ def linear(
             for the whole tensor.
         path: which one; the chosen one if not given.
     """
-    tokens = x.reshape(-1, x.shape[-1]).contiguous()
-    y = x.new_empty(len(tokens), len(weight))
+    k, n, (rows, groups) = x.shape[-1], len(weight), scale.shape
+    tokens = x.reshape(-1, k).contiguous()
+    _check(tokens, weight, weight_bits, (torch.float32, torch.bfloat16))
+    if group_size and (k % group_size or (weight_bits == 4 and group_size % 2)):
+        raise ValueError(f"{k} channels cannot be cut into groups of {group_size}")
+    if scale.dtype != torch.float32 or not scale.is_contiguous() or k % groups or rows not in (1, n):
+        raise ValueError(f"scales {tuple(scale.shape)} do not fit a weight of {n} by {k} channels")
+    if bias is not None:
+        bias = bias.float().contiguous()
+    y = x.new_empty(*x.shape[:-1], n)
     _native.linear(
         path or chosen(),
-        tokens,
-        weight.view(torch.uint8),
-        scale,
-        None if bias is None else bias.float(),
-        y,
-        weight_bits,
+        tokens.data_ptr(),
+        tokens.dtype == torch.bfloat16,
+        len(tokens),
+        k,
         activation_bits,
         symmetric,
         group_size,
+        weight.data_ptr(),
+        weight_bits,
+        n,
+        scale.data_ptr(),
+        groups,
+        rows != n or scale.numel() == 1,
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
     )
-    return y.view(*x.shape[:-1], len(weight))
+    return y
 
 
 def quantize(
     x: Tensor, bits: int, symmetric: bool, group_size: int, path: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Levels, scales and zero points of ``x`` ``(tokens, in)``, as `linear` makes them."""
-    groups = x.shape[1] // group_size if group_size else 1
-    q = torch.empty(x.shape, dtype=torch.int8)
-    scale = torch.empty(len(x), groups)
-    zero_point = None if symmetric else torch.empty(len(x), groups, dtype=torch.int32)
-    _native.quantize(path or chosen(), x, bits, symmetric, group_size, q, scale, zero_point)
+    m, k = x.shape
+    q = torch.empty(m, k, dtype=torch.int8)
+    scale = torch.empty(m, k // group_size if group_size else 1)
+    zero_point = None if symmetric else torch.empty(scale.shape, dtype=torch.int32)
+    x = x.contiguous()
+    grid = bits, symmetric, group_size
+    arrays = q.data_ptr(), scale.data_ptr(), 0 if zero_point is None else zero_point.data_ptr()
+    _native.quantize(path or chosen(), x.data_ptr(), x.dtype == torch.bfloat16, m, k, *grid, *arrays)
     return q, scale, zero_point
 
 
 def matmul(q: Tensor, weight: Tensor, weight_bits: int, path: str | None = None) -> Tensor:
     """Exact products of int8 levels ``(tokens, in)`` with a packed weight: int32 ``(tokens, out)``."""
-    y = torch.empty(len(q), len(weight), dtype=torch.int32)
-    _native.matmul(path or chosen(), q, weight.view(torch.uint8), y, weight_bits)
+    _check(q, weight, weight_bits, (torch.int8,))
+    (m, k), n = q.shape, len(weight)
+    y = torch.empty(m, n, dtype=torch.int32)
+    q = q.contiguous()
+    _native.matmul(path or chosen(), q.data_ptr(), m, k, weight.data_ptr(), weight_bits, n, y.data_ptr())
     return y
+
+
+def _check(inputs: Tensor, weight: Tensor, weight_bits: int, types: tuple[torch.dtype, ...]) -> None:
+    """The native code is given addresses, and believes what it is told about them."""
+    channels = inputs.shape[1]
+    if weight_bits == 4 and channels % 2:
+        raise ValueError(f"channels of 4-bit weights come in pairs, got {channels}")
+    width = channels // 2 if weight_bits == 4 else channels
+    if weight.shape[1] != width or weight.element_size() != 1 or not weight.is_contiguous():
+        raise ValueError(f"{channels} channels do not fit a weight stored as {tuple(weight.shape)}")
+    if inputs.dtype not in types or not inputs.is_cpu or not weight.is_cpu:
+        raise ValueError(f"inputs must be {' or '.join(map(str, types))} on the CPU, got {inputs.dtype}")
 
 
 def _processor() -> str:

@@ -1,28 +1,35 @@
-from torch import Tensor
-
 def paths() -> list[str]: ...
 def compiled() -> list[str]: ...
 def threads() -> int: ...
 def quantize(
     path: str,
-    x: Tensor,
+    x: int,
+    half: bool,
+    m: int,
+    k: int,
     bits: int,
     symmetric: bool,
     group: int,
-    q: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
+    q: int,
+    scale: int,
+    zero_point: int,
 ) -> None: ...
 def linear(
     path: str,
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-    weight_bits: int,
+    x: int,
+    half: bool,
+    m: int,
+    k: int,
     bits: int,
     symmetric: bool,
     group: int,
+    weight: int,
+    weight_bits: int,
+    n: int,
+    scale: int,
+    groups: int,
+    shared: bool,
+    bias: int,
+    y: int,
 ) -> None: ...
-def matmul(path: str, q: Tensor, weight: Tensor, y: Tensor, weight_bits: int) -> None: ...
+def matmul(path: str, q: int, m: int, k: int, weight: int, weight_bits: int, n: int, y: int) -> None: ...

@@ -34,9 +34,14 @@ struct Avx {
     }
 };
 
-bool runs_here() {
+bool has_avxvnni() {
     unsigned a, b, c, d;
     return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
+bool runs_here() {
+    static const bool found = has_avxvnni();  // in a virtual machine, to ask takes as long as a small product
+    return found;
 }
 
 }  // namespace
