@@ -6,7 +6,11 @@
 
 namespace sqap {
 
-enum class Slot { levels, scales, zero_points, packed, sums, panel, acc, total, count };
+enum class Slot {
+    levels, scales, zero_points, token_scales, token_zeros, packed, sums,  // of the activations
+    panel, panel_scales, panel_sums, acc, total,                           // of the output channels at work
+    count
+};
 
 // At least `bytes` bytes at a multiple of 64: the calling thread's, until it asks for the same slot again.
 void* buffer(Slot slot, std::size_t bytes);

@@ -1,0 +1,222 @@
+// Exact products of levels with packed weights; the innermost ones are `Isa`'s.
+//
+// Weights stay as they are stored. A panel of Isa::NR output channels is unpacked at a time into a buffer that fits a
+// cache, in the order in which the products read it, and multiplied with all tokens, Isa::MR at a time.
+//
+// Channels go in fours (quads). Of eight 4-bit channels, which fill a 32-bit word, the even ones make the first quad
+// and the odd ones the second, so that a mask and a shift unpack them; activations are packed in that order.
+#pragma once
+
+#include "memory.h"
+#include "numbers.h"
+#include "path.h"
+#include "threads.h"
+
+namespace sqap {
+namespace {
+
+constexpr int64_t BLOCK = 1024;  // channels of a panel unpacked at a time
+
+// Eight rows of eight 32-bit words, turned into columns.
+typedef uint32_t Words __attribute__((vector_size(32)));
+
+#if defined(__clang__)
+#define SQAP_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SQAP_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Words{__VA_ARGS__})
+#endif
+
+inline void transpose(Words* w) {
+    Words pairs[8];
+    for (int i = 0; i < 8; i += 2) {
+        pairs[i] = SQAP_SHUFFLE(w[i], w[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        pairs[i + 1] = SQAP_SHUFFLE(w[i], w[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    Words fours[8];  // words 0, 4 | 1, 5 | 2, 6 | 3, 7 of rows 0 to 3, then of rows 4 to 7
+    for (int i = 0; i < 8; i += 4) {
+        for (int j = 0; j < 2; j++) {
+            fours[i + 2 * j] = SQAP_SHUFFLE(pairs[i + j], pairs[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+            fours[i + 2 * j + 1] = SQAP_SHUFFLE(pairs[i + j], pairs[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    }
+    for (int i = 0; i < 4; i++) {
+        w[i] = SQAP_SHUFFLE(fours[i], fours[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        w[i + 4] = SQAP_SHUFFLE(fours[i], fours[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+}
+
+// The products of levels (m, k) with a weight, one segment of the channels after the other: a segment is as long
+// as both keep one scale.
+template <class Isa>
+class Products {
+  public:
+    static constexpr int64_t MR = Isa::MR, NR = Isa::NR;
+
+    Products(const int8_t* q, int64_t m, const Weight& weight, int64_t segment)
+        : q_(q), m_(m), w_(weight), segment_(segment), padded_(round_up(segment, 8)),
+          segments_(weight.k / segment), tiles_((m + MR - 1) / MR),
+          packed_(buffer<int8_t>(Slot::packed, tiles_ * MR * segments_ * padded_)),
+          sums_(buffer<int32_t>(Slot::sums, tiles_ * MR * segments_)) {
+        parallel(tiles_, [&](int64_t tile) { pack(tile); });
+    }
+
+    // For every panel of `count` output channels from n0 on, calls store = begin(n0, count), and then for every tile
+    // of MR tokens and every segment, store(tile, segment, acc) with exact products (MR, NR). All of a panel is done
+    // in one thread, the segments of a tile in order.
+    template <class Begin>
+    void run(Begin begin) {
+        parallel((w_.n + NR - 1) / NR, [&](int64_t index) {
+            const int64_t n0 = index * NR, count = least(NR, w_.n - n0);
+            const auto store = begin(n0, count);
+            if (padded_ <= BLOCK) {
+                run_short(n0, count, store);
+            } else {
+                run_long(n0, count, store);
+            }
+        });
+    }
+
+  private:
+    // Where 8-bit products do not fit, the upper four bits are multiplied first, and then the lower ones.
+    int planes() const { return w_.bits == 8 && Isa::FOUR_BITS_ONLY ? 2 : 1; }
+    int shift(int plane) const { return planes() == 1 ? -1 : 4 * (1 - plane); }
+    const int8_t* packed(int64_t tile, int64_t s) const { return packed_ + (tile * segments_ + s) * MR * padded_; }
+
+    // Several segments fit a panel: a tile's products are done at once for each.
+    template <class Store>
+    void run_short(int64_t n0, int64_t count, const Store& store) {
+        const int64_t step = padded_ == segment_ ? BLOCK / padded_ : 1;
+        auto* panel = buffer<uint8_t>(Slot::panel, 2 * BLOCK * NR);
+        auto* acc = buffer<int32_t>(Slot::acc, MR * NR);
+        for (int64_t first = 0; first < segments_; first += step) {
+            const int64_t last = least(segments_, first + step);
+            for (int plane = 0; plane < planes(); plane++) {
+                unpack(n0, count, first * segment_, (last - first) * segment_, (last - first) * padded_ / 4,
+                       shift(plane), panel + plane * BLOCK * NR);
+            }
+            for (int64_t t = 0; t < tiles_; t++) {
+                for (int64_t s = first; s < last; s++) {
+                    start(t, s, acc);
+                    for (int plane = 0; plane < planes(); plane++) {
+                        if (plane == 1) times_sixteen(acc);
+                        const uint8_t* weights = panel + (plane * BLOCK + (s - first) * padded_) * NR;
+                        Isa::tile(weights, packed(t, s), padded_ / 4, acc);
+                    }
+                    store(t, s, acc);
+                }
+            }
+        }
+    }
+
+    // A segment takes several panels: products of all tiles are added up meanwhile.
+    template <class Store>
+    void run_long(int64_t n0, int64_t count, const Store& store) {
+        auto* panel = buffer<uint8_t>(Slot::panel, 2 * BLOCK * NR);
+        auto* acc = buffer<int32_t>(Slot::acc, tiles_ * MR * NR);
+        for (int64_t s = 0; s < segments_; s++) {
+            for (int64_t t = 0; t < tiles_; t++) start(t, s, acc + t * MR * NR);
+            for (int plane = 0; plane < planes(); plane++) {
+                for (int64_t t = 0; plane == 1 && t < tiles_; t++) times_sixteen(acc + t * MR * NR);
+                for (int64_t k = 0; k < padded_; k += BLOCK) {
+                    const int64_t quads = least(BLOCK, padded_ - k) / 4;
+                    unpack(n0, count, s * segment_ + k, segment_ - k, quads, shift(plane), panel);
+                    for (int64_t t = 0; t < tiles_; t++) {
+                        Isa::tile(panel, packed(t, s) + k * MR, quads, acc + t * MR * NR);
+                    }
+                }
+            }
+            for (int64_t t = 0; t < tiles_; t++) store(t, s, acc + t * MR * NR);
+        }
+    }
+
+    // What makes up for weights being stored without their sign.
+    void start(int64_t tile, int64_t s, int32_t* acc) const {
+        const int32_t offset = !Isa::UNSIGNED ? 0 : w_.bits == 4 ? 8 : planes() == 1 ? 128 : 128 / 16;
+        for (int64_t r = 0; r < MR; r++) {
+            const int32_t value = -offset * sums_[(tile * MR + r) * segments_ + s];
+            for (int64_t j = 0; j < NR; j++) acc[r * NR + j] = value;
+        }
+    }
+
+    static void times_sixteen(int32_t* acc) {
+        for (int64_t i = 0; i < MR * NR; i++) acc[i] *= 16;
+    }
+
+    // Up to 4 * quads of the `channels` from k on, as (quads, NR, 4); `shift` picks four bits of eight, -1 all.
+    void unpack(int64_t n0, int64_t count, int64_t k, int64_t channels, int64_t quads, int shift, uint8_t* panel) {
+        const int64_t width = w_.bits == 4 ? 2 : 4;  // bytes of a quad as stored
+        const int64_t bytes = least(quads * width, channels * width / 4);
+        const uint8_t* rows = w_.data + n0 * w_.row_bytes() + k * width / 4;
+        for (int64_t r = 0; r < NR; r += 8) {
+            for (int64_t at = 0; at < quads * width; at += 32) {
+                Words words[8] = {};
+                if (r + 8 <= count && at + 32 <= bytes) {
+                    for (int i = 0; i < 8; i++) std::memcpy(&words[i], rows + (r + i) * w_.row_bytes() + at, 32);
+                } else {
+                    for (int64_t i = 0; i < least(8, count - r) && at < bytes; i++) {
+                        std::memcpy(&words[i], rows + (r + i) * w_.row_bytes() + at, least(32, bytes - at));
+                    }
+                }
+                transpose(words);
+                uint8_t* to = panel + (at / width * NR + r) * 4;
+                for (int64_t j = 0; j < least(32 / width, quads - at / width); j++) {
+                    put(w_.bits == 4 ? words[j / 2] >> (j % 2 * 4) : words[j], shift, to + j * NR * 4);
+                }
+            }
+        }
+    }
+
+    // A quad of eight output channels, unpacked but for the bytes beside its own.
+    void put(Words quad, int shift, uint8_t* to) const {
+        if (w_.bits == 4) {
+            quad &= 0x0f0f0f0fu;
+            // Minus eight in each byte, without borrowing from its neighbour.
+            if (!Isa::UNSIGNED) quad = ((quad | 0x80808080u) - 0x08080808u) ^ 0x80808080u;
+        } else if (shift >= 0) {
+            quad = (quad ^ 0x80808080u) >> shift & 0x0f0f0f0fu;
+        } else if (Isa::UNSIGNED) {
+            quad ^= 0x80808080u;
+        }
+        std::memcpy(to, &quad, 32);
+    }
+
+    // A tile of MR tokens as (segments, quads, MR, 4), zeros where there is no token or channel; and their sums.
+    void pack(int64_t tile) {
+        int8_t* to = packed_ + tile * segments_ * MR * padded_;
+        for (int64_t r = 0; r < MR; r++) {
+            const int64_t token = tile * MR + r;
+            for (int64_t s = 0; s < segments_; s++) {
+                const int8_t* from = q_ + token * w_.k + s * segment_;
+                const int64_t count = token < m_ ? segment_ : 0;
+                int8_t* start = to + s * MR * padded_ + r * 4;
+                for (int64_t j = 0; j < padded_; j += 8) {
+                    uint64_t eight = 0;
+                    if (j < count) std::memcpy(&eight, from + j, least(8, count - j));
+                    const uint32_t first = w_.bits == 4 ? every_other(eight) : static_cast<uint32_t>(eight);
+                    const uint32_t second = static_cast<uint32_t>(w_.bits == 4 ? every_other(eight >> 8) : eight >> 32);
+                    std::memcpy(start + j * MR, &first, 4);
+                    std::memcpy(start + (j + 4) * MR, &second, 4);
+                }
+                int32_t sum = 0;
+                for (int64_t j = 0; j < count; j++) sum += from[j];
+                sums_[token * segments_ + s] = sum;
+            }
+        }
+    }
+
+    static uint32_t every_other(uint64_t bytes) {
+        bytes &= 0x00ff00ff00ff00ffu;
+        bytes = (bytes | bytes >> 8) & 0x0000ffff0000ffffu;
+        return static_cast<uint32_t>(bytes | bytes >> 16);
+    }
+
+    const int8_t* q_;
+    const int64_t m_;
+    const Weight w_;
+    const int64_t segment_, padded_, segments_, tiles_;
+    int8_t* packed_;
+    int32_t* sums_;
+};
+
+}  // namespace
+}  // namespace sqap
