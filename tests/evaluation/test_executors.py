@@ -15,7 +15,8 @@ from sqap.environments import action_units
 from sqap.errors import CheckpointError, InputError, SqapError
 from sqap.evaluation import evaluate
 from sqap.evaluation.rollout import run_episode
-from sqap.evaluation.worker import WARMUP_CALLS, peak_rss_bytes
+from sqap.evaluation.worker import WARMUP_CALLS
+from sqap.process import peak_rss_bytes
 
 TASKS = ["door-open", "door-close"]
 

@@ -12,7 +12,8 @@ from sqap import environments
 from sqap.errors import InputError
 from sqap.evaluation.log import EpisodeLog, Record, Settings
 from sqap.evaluation.rollout import make_ensemble
-from sqap.evaluation.worker import Load, Make, PolicyWorker, WorkerSpec, available_cores, load_policy
+from sqap.evaluation.worker import Load, Make, WorkerSpec, load_policy, start_worker
+from sqap.process import Worker, available_cores
 
 Progress = Callable[[Record, int, int], None]
 _Job = tuple[str, int, list[int]]  # task, seed, and the policies that have not run there yet
@@ -120,7 +121,7 @@ def _run(specs: Sequence[WorkerSpec], pending: Sequence[_Job], workers: int) -> 
     with contextlib.ExitStack() as stack:
         lanes = []
         for _ in range(workers):
-            members = [stack.enter_context(contextlib.closing(PolicyWorker(spec))) for spec in specs]
+            members = [stack.enter_context(contextlib.closing(start_worker(spec))) for spec in specs]
             lanes.append(_take_turns(members, jobs))
         busy = {worker: lane for lane in lanes if (worker := next(lane, None)) is not None}
         while busy:
@@ -132,14 +133,14 @@ def _run(specs: Sequence[WorkerSpec], pending: Sequence[_Job], workers: int) -> 
                     busy[following] = lane
 
 
-def _take_turns(members: Sequence[PolicyWorker], jobs: Iterator[_Job]) -> Iterator[PolicyWorker]:
+def _take_turns(members: Sequence[Worker], jobs: Iterator[_Job]) -> Iterator[Worker]:
     """Request one episode after another, one at a time; yields the worker that is at it.
 
     Resume it only when that worker has been heard.
     """
     for task, seed, missing in jobs:
         for index in missing:
-            members[index].request(task, seed)
+            members[index].request((task, seed))
             yield members[index]
 
 
