@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 import sqap
 from sqap import environments, kernels
 from sqap.checkpoints import fingerprint, locate
-from sqap.errors import InputError, SqapError
+from sqap.errors import InputError
 from sqap.files import write_json
 from sqap.models.storage import stored_bytes
 from sqap.observation import Observation
@@ -33,6 +21,7 @@ from sqap.policy import Policy
 from sqap.quantization import count_parameters, list_linears
 from sqap.recipe import Recipe
 from sqap.report import tables
+from sqap.terminal import console, progress_bar, user_errors
 
 app = typer.Typer(
     help="Make vision-language-action policies small and fast, and show that they still work.",
@@ -40,7 +29,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
 PRESETS = {"w4a8": Recipe.w4a8, "w4a4": Recipe.w4a4}
 
 SOURCE = typer.Argument(help="Directory of a policy, org/name on the hub, or a bundled one's name.")
@@ -99,13 +87,13 @@ def compress(
     json_path: JsonOption = None,
 ) -> None:
     """Quantize a policy and prune its visual tokens."""
-    with _user_errors():
+    with user_errors():
         settings = _recipe(recipe, keep)
         policy = _load(source, unnorm_key, cameras, tokenizer, crop)
         observations = _frames(policy, frames_from, frames, camera)
         if target_bytes is not None or target_error is not None:
             settings = _fitted(policy, settings, observations, target_bytes, target_error)
-        with _progress("quantizing", percent=True) as advance:
+        with progress_bar("quantizing", percent=True) as advance:
             partial = out.with_name(f".{out.name}.partial")
             small = sqap.compress(policy, settings, observations, progress=advance, resume=partial)
         small.save(out)
@@ -147,7 +135,7 @@ def sensitivity(
     json_path: JsonOption = None,
 ) -> None:
     """Replay observations through the policy quantized in many ways: which settings and blocks hurt."""
-    with _user_errors():
+    with user_errors():
         from sqap.sensitivity import Replay, block_sensitivity, compare_options
 
         settings = _recipe(recipe, keep)
@@ -155,10 +143,10 @@ def sensitivity(
             raise InputError(f"recipe {recipe} quantizes nothing, so there is nothing to measure")
         policy = _load(source, unnorm_key, cameras, tokenizer, crop)
         replay = Replay(policy, _frames(policy, frames_from, frames, camera), settings.pruning)
-        with _progress("options") as advance:
+        with progress_bar("options") as advance:
             options = compare_options(replay, settings.quantization, advance)
         console.print(tables.options_table("The quantizer, one ingredient at a time", options))
-        with _progress("blocks") as advance:
+        with progress_bar("blocks") as advance:
             blocks = block_sensitivity(replay, settings.quantization, advance)
         console.print(tables.options_table("One block quantized at a time", blocks))
         _write_json(
@@ -189,7 +177,7 @@ def evaluate_command(
     json_path: JsonOption = None,
 ) -> None:
     """Run a policy in closed loop and report success with intervals, latency and memory."""
-    with _user_errors():
+    with user_errors():
         from sqap.evaluation.executors import evaluate
         from sqap.evaluation.summary import summarize
 
@@ -199,7 +187,7 @@ def evaluate_command(
         policies = [policy] if against is None else [policy, against]
         fingerprints = [fingerprint(locate(p)) for p in policies]
         log = log or _default_log(fingerprints, env, workers, ensemble)
-        with _progress("episodes") as advance:
+        with progress_bar("episodes") as advance:
             runs = evaluate(
                 policies,
                 env,
@@ -222,7 +210,7 @@ def evaluate_command(
             from sqap.report.comparison import record_comparison
             from sqap.report.video import write_video
 
-            with _progress("videos") as advance:
+            with progress_bar("videos") as advance:
                 columns = record_comparison([sqap.load(p) for p in policies], env, chosen, seed, advance)
             for i, task in enumerate(chosen):
                 write_video(video / f"{task}.mp4", [[clips[i]] for clips in columns])
@@ -242,7 +230,7 @@ def inspect(
     json_path: JsonOption = None,
 ) -> None:
     """Show a policy's parts, bytes and bit-widths, and what is quantized and what is not."""
-    with _user_errors():
+    with user_errors():
         if cpu:
             found = kernels.describe()
             console.print(tables.kernels_table(found))
@@ -276,40 +264,54 @@ def inspect(
 
 
 @app.command()
+def bench(
+    source: Annotated[str | None, SOURCE] = None,
+    shape: Annotated[str | None, typer.Option(help="A published size, with random weights.")] = None,
+    recipe: RecipeOption = "w4a8",
+    keep: KeepOption = None,
+    vs: Annotated[str, typer.Option(help="Rivals, comma-separated.")] = "torch-fp32,torch-bf16",
+    steps: Annotated[int, typer.Option(help="Timed steps of each.", min=1)] = 30,
+    threads: Annotated[int | None, typer.Option(help="Threads of each; all cores if not given.")] = None,
+    one_at_a_time: Annotated[
+        bool, typer.Option(help="Keep one candidate in memory: they take turns in thirds.")
+    ] = False,
+    json_path: JsonOption = None,
+) -> None:
+    """Time a step of a policy beside other forms of it, on this machine."""
+    with user_errors():
+        from sqap.benchmark import Subject
+        from sqap.benchmark import bench as run
+
+        if (source is None) == (shape is None):
+            raise InputError("name a policy to time, or a --shape; one of the two")
+        subject = Subject(shape or str(source), _recipe(recipe, keep), random=shape is not None)
+        rivals = [name for name in vs.split(",") if name]
+        with progress_bar("steps") as advance:
+            report = run(
+                subject,
+                rivals,
+                steps=steps,
+                threads=threads,
+                one_at_a_time=one_at_a_time,
+                progress=advance,
+            )
+        for table in tables.bench_tables(report):
+            console.print(table)
+        _write_json(json_path, report)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for the report and the video.")] = Path("demo"),
     episodes: Annotated[int, typer.Option(help="Episodes per task.", min=1)] = 10,
     json_path: JsonOption = None,
 ) -> None:
     """Compress the bundled policy, run it beside the original, and show what was gained and lost."""
-    with _user_errors():
+    with user_errors():
         from sqap.demo import run_demo
 
-        report = run_demo(out, episodes, console, _progress)
+        report = run_demo(out, episodes, console, progress_bar)
         _write_json(json_path, report)
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """A user's mistake is one sentence and exit code 1; Ctrl-C is 130 and leaves what there is."""
-    try:
-        yield
-    except SqapError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the same command goes on from what is finished")
-        raise typer.Exit(130) from None
-
-
-@contextmanager
-def _progress(what: str, *, percent: bool = False) -> Iterator[Any]:
-    """A progress bar that counts, or shows the share that is done; yields ``advance(done, total)``."""
-    count = TaskProgressColumn() if percent else MofNCompleteColumn()
-    columns = (TextColumn(what), BarColumn(), count, TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not sys.stdout.isatty()) as progress:
-        bar = progress.add_task(what)
-        yield lambda done, total: progress.update(bar, completed=done, total=total)
 
 
 def _load(
@@ -334,7 +336,7 @@ def _frames(policy: Policy, source: str, count: int, cameras: list[str] | None) 
     from sqap.frames import read_frames
 
     mapping = dict(_pair(camera) for camera in cameras or ())
-    with _progress("calibration frames") as advance:
+    with progress_bar("calibration frames") as advance:
         return read_frames(source, policy, count, cameras=mapping, progress=advance)
 
 
@@ -356,7 +358,7 @@ def _fitted(
 
     if recipe.quantization is None:
         raise InputError("a target needs a recipe that quantizes")
-    with _progress("sensitivity of blocks") as advance:
+    with progress_bar("sensitivity of blocks") as advance:
         quantization = fit(
             Replay(policy, frames),
             recipe.quantization,

@@ -100,6 +100,9 @@ class Policy:
         fingerprint: identifies the directory it was loaded from; None if it was not.
         weights: where to read what the model has on the meta device. Acting reads all of it, once;
             compressing reads it stage by stage, so that it never is in memory as a whole.
+
+    Attributes:
+        selector: chooses visual tokens, as the recipe says; None if nothing is pruned.
     """
 
     model: VLA = field(repr=False)
@@ -114,7 +117,7 @@ class Policy:
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
         pruning = self.recipe.pruning
-        self._selector: Selector | None = None
+        self.selector: Selector | None = None
         if pruning is not None:
             if pruning.after_layer >= self.config.model.decoder.depth:
                 raise InputError(
@@ -123,7 +126,7 @@ class Policy:
                 )
             pruning.budget(self.config.model.grid**2)
             top_k = self.calibration.top_k if self.calibration else None
-            self._selector = Selector(pruning, self.config.model.grid, top_k)
+            self.selector = Selector(pruning, self.config.model.grid, top_k)
 
     def act(self, observation: Observation, *, seed: int | None = None) -> np.ndarray:
         """The next actions ``(horizon, action_dim)`` float32 in robot units.
@@ -202,10 +205,10 @@ class Policy:
     def _pruner(
         self, observation: Observation, text_tokens: int, generator: torch.Generator
     ) -> StepPruner | None:
-        if self._selector is None:
+        if self.selector is None:
             return None
         targets = [self._target(observation, camera) for camera in self.config.cameras]
-        return StepPruner(self._selector, self.model.length(text_tokens), targets, generator)
+        return StepPruner(self.selector, self.model.length(text_tokens), targets, generator)
 
     def _target(self, observation: Observation, camera: str) -> tuple[float, float] | None:
         """Where the end effector is in a camera's image, if the observation tells."""

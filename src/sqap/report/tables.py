@@ -151,3 +151,33 @@ def kernels_table(found: Mapping[str, Any]) -> Table:
     if not found["built"]:
         table.caption = "The native kernels are not built: install sqap with pip, from its source or a wheel."
     return table
+
+
+def bench_tables(report: Mapping[str, Any]) -> list[Table]:
+    """`sqap.benchmark.bench` as two tables: a row per candidate, and where each spends its step."""
+    machine = report["machine"]
+    title = f"{report['subject']}: {machine['processor']}, {report['threads']} threads, {machine['kernels']}"
+    steps = Table(title=title, title_justify="left")
+    for column in ("", "step p50", "p90", "p99", "weights", "peak memory", "load", "sqap is faster by"):
+        steps.add_column(column, justify="right" if column else "left")
+    stages = Table(title="Stages, median", title_justify="left")
+    reasons = []
+    for name, row in report["candidates"].items():
+        if "reason" in row:
+            reasons.append(f"{name}: {row['reason']}")
+            continue
+        times = [f"{row[f'p{q}_ms']:.1f} ms" for q in (50, 90, 99)]
+        memory = [megabytes(row[key]) for key in ("weight_bytes", "peak_rss_bytes")]
+        faster = _speedup(report["speedup_over"].get(name))
+        steps.add_row(name, *times, *memory, f"{row['load_s']:.1f} s", faster)
+        if row["stages_ms"]:
+            if not stages.columns:
+                for column in ("", *row["stages_ms"]):
+                    stages.add_column(column, justify="right" if column else "left")
+            stages.add_row(name, *(f"{ms:.1f} ms" for ms in row["stages_ms"].values()))
+    steps.caption = "; ".join(reasons) or None
+    return [steps, stages]
+
+
+def _speedup(ratio: Mapping[str, float] | None) -> str:
+    return "" if ratio is None else f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"

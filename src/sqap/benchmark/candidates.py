@@ -1,0 +1,145 @@
+"""The forms of one policy that are timed: ours, and what PyTorch makes of the same weights, unpruned."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+import sqap
+from sqap.benchmark.shapes import SHAPES, random_policy
+from sqap.compress import compress
+from sqap.errors import InputError
+from sqap.policy import Policy
+from sqap.quantization import QuantizedLinear
+from sqap.quantization.hadamard import block_hadamard
+from sqap.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is timed.
+
+    Args:
+        source: a policy's directory or name.
+        recipe: how it is compressed; not looked at if it is compressed already.
+        random: ``source`` is one of `sqap.benchmark.SHAPES`, to be given random weights.
+    """
+
+    source: str
+    recipe: Recipe
+    random: bool = False
+
+    def load(self) -> Policy:
+        """The compressed policy. Nothing is calibrated, since that changes no time.
+
+        Raises:
+            SqapError: it cannot be loaded or compressed.
+        """
+        if self.random:
+            return random_policy(SHAPES[self.source], self.recipe)
+        policy = sqap.load(self.source)
+        policy.fill()
+        if policy.recipe != Recipe():
+            return policy
+        quantization = self.recipe.quantization
+        if quantization is not None:
+            quantization = replace(quantization, rounding="nearest", clip=False)
+        small = compress(policy, Recipe(quantization), [])
+        return replace(small, recipe=replace(small.recipe, pruning=self.recipe.pruning))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """How a compressed policy is turned into what is timed, in a process of its own.
+
+    Args:
+        about: what it is, for people.
+        make: of the compressed policy, which it may use up.
+        staged: whether its parts can be timed; what is compiled as a whole has none.
+    """
+
+    about: str
+    make: Callable[[Policy], Policy]
+    staged: bool = True
+
+
+def unpruned(policy: Policy) -> Policy:
+    """The same policy, keeping every visual token."""
+    return replace(policy, recipe=replace(policy.recipe, pruning=None))
+
+
+def dense(policy: Policy, dtype: torch.dtype) -> Policy:
+    """The same weights as floats of ``dtype``, nothing pruned, no rotation left at run time."""
+    model = policy.model
+    for name, linear in [*model.named_modules()]:
+        if isinstance(linear, QuantizedLinear):
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, _dense(linear, dtype))
+    model.to(dtype)
+    return Policy(model, policy.config, policy.tokenizer)
+
+
+def _dense(linear: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
+    weight = linear.dequantized()
+    if linear.hadamard_block:  # symmetric: what the input would be multiplied by, the weight may be
+        weight = block_hadamard(weight, linear.hadamard_block)
+    made = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+    made.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    if linear.bias is not None:
+        made.bias = nn.Parameter(linear.bias.to(dtype), requires_grad=False)
+    return made
+
+
+def _dynamic_int8(policy: Policy) -> Policy:
+    policy = dense(policy, torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is deprecated
+        quantize: Any = torch.ao.quantization.quantize_dynamic
+        quantize(policy.model, {nn.Linear}, torch.qint8, inplace=True)
+    return policy
+
+
+def _compiled(policy: Policy) -> Policy:
+    policy = dense(policy, torch.float32)
+    policy.model.compile()
+    return policy
+
+
+CANDIDATES = {
+    "sqap": Candidate("the compressed policy", lambda policy: policy),
+    "sqap-unpruned": Candidate("the compressed policy with all its visual tokens", unpruned),
+    "torch-fp32": Candidate("PyTorch, float32", lambda policy: dense(policy, torch.float32)),
+    "torch-bf16": Candidate("PyTorch, bfloat16", lambda policy: dense(policy, torch.bfloat16)),
+    "torch-compile": Candidate("PyTorch, float32, torch.compile", _compiled, staged=False),
+    "torch-int8": Candidate("PyTorch's dynamic quantization to 8 bits", _dynamic_int8),
+}
+
+
+def weight_bytes(policy: Policy) -> int:
+    """Bytes of the weights in memory."""
+    count = 0
+    for module in policy.model.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if isinstance(module, torch.ao.nn.quantized.Linear):
+            packed: Any = module
+            own.append(packed.weight())
+        count += sum(tensor.numel() * tensor.element_size() for tensor in own)
+    return count
+
+
+def check(subject: Subject, names: Sequence[str]) -> None:
+    """Make sure that the shape and every candidate are known.
+
+    Raises:
+        InputError: one is not.
+    """
+    if subject.random and subject.source not in SHAPES:
+        raise InputError(f"no shape is called {subject.source!r}; there are {', '.join(SHAPES)}")
+    for name in names:
+        if name not in CANDIDATES:
+            raise InputError(f"no candidate is called {name!r}; there are {', '.join(CANDIDATES)}")

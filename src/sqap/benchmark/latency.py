@@ -1,0 +1,180 @@
+"""Candidates side by side: each in a process of its own, in turns, so that noise meets all of them alike."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+import sqap
+from sqap import kernels
+from sqap.benchmark.candidates import Subject, check
+from sqap.benchmark.timing import Bench, Loaded, Timed
+from sqap.errors import InputError, SqapError
+from sqap.process import Worker, available_cores
+
+OURS = "sqap"
+PERCENTILES = (50, 90, 99)
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class _Row:
+    """What is known of one candidate; a ``reason`` is why there is no more."""
+
+    loaded: Loaded | None = None
+    steps: list[Timed] = field(default_factory=list)
+    peak: int = 0
+    reason: str | None = None
+
+
+def bench(
+    subject: Subject,
+    rivals: Sequence[str],
+    *,
+    steps: int = 30,
+    warmups: int = 5,
+    threads: int | None = None,
+    one_at_a_time: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Time the policy and its rivals, and compare them step by step. Interrupted, it reports what it has.
+
+    Args:
+        subject: what to time.
+        rivals: names of `sqap.benchmark.CANDIDATES`.
+        steps: how many are timed of each.
+        warmups: how many come before and are not.
+        threads: of each candidate; as many as there are cores if None.
+        one_at_a_time: in memory. Candidates then take turns in thirds of their steps instead of step by step.
+        progress: gets (steps done, steps in all).
+
+    Raises:
+        InputError: a rival is not known, or a number is not above zero.
+        SqapError: the policy itself cannot be loaded.
+    """
+    check(subject, rivals)
+    names = [OURS, *(name for name in dict.fromkeys(rivals) if name != OURS)]
+    threads = threads or available_cores()
+    for name, value in (("steps", steps), ("threads", threads)):
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    rows = {name: _Row() for name in names}
+    rounds = min(3, steps) if one_at_a_time else 1
+    groups = [[name] for name in names] if one_at_a_time else [names]
+    shares = [len(part) for part in np.array_split(np.arange(steps), rounds)]
+    with contextlib.suppress(KeyboardInterrupt):
+        for share in shares:
+            for group in groups:
+                _take_turns(subject, {name: rows[name] for name in group}, share, warmups, threads, progress)
+                if rows[OURS].reason is not None:
+                    raise SqapError(rows[OURS].reason)
+    return {
+        "subject": subject.source,
+        "recipe": subject.recipe.to_json(),
+        "steps": steps,
+        "warmups": warmups,
+        "interleaved": "in thirds" if one_at_a_time else "step by step",
+        "threads": threads,
+        "machine": _machine(),
+        "candidates": {name: _describe(row, rows) for name, row in rows.items()},
+        "speedup_over": {
+            name: _speedup(rows[OURS], row) for name, row in rows.items() if name != OURS and row.steps
+        },
+    }
+
+
+def _take_turns(
+    subject: Subject,
+    rows: dict[str, _Row],
+    steps: int,
+    warmups: int,
+    threads: int,
+    progress: Progress | None,
+) -> None:
+    """Load the candidates, and let them step in turn."""
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        for name, row in rows.items():
+            if row.reason is None:
+                worker = Worker(name, Bench, (subject, name, threads))
+                workers[name] = stack.enter_context(contextlib.closing(worker))
+
+        def ask(name: str, request: str) -> Any:
+            """The answer, or None from then on if there is none: the candidate's row says why."""
+            row = rows[name]
+            if row.reason is not None:
+                return None
+            try:
+                workers[name].request(request)
+                return workers[name].receive()
+            except (SqapError, RuntimeError) as problem:
+                row.reason = str(problem).strip().splitlines()[-1]
+                return None
+
+        for name in workers:
+            rows[name].loaded = ask(name, "load") or rows[name].loaded
+        total, done = (warmups + steps) * len(workers), 0
+        for turn in range(warmups + steps):
+            for name in workers:
+                timed = ask(name, "step")
+                if timed is not None and turn >= warmups:
+                    rows[name].steps.append(timed)
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+        for name in workers:
+            rows[name].peak = max(rows[name].peak, ask(name, "peak") or 0)
+
+
+def _describe(row: _Row, rows: dict[str, _Row]) -> dict[str, Any]:
+    if row.reason is not None or row.loaded is None or not row.steps:
+        return {"reason": row.reason or "interrupted before it was timed"}
+    ms = [step.ms for step in row.steps]
+    found: dict[str, Any] = {
+        f"p{q}_ms": float(value) for q, value in zip(PERCENTILES, np.percentile(ms, PERCENTILES), strict=True)
+    }
+    stages = row.steps[0].stages_ms
+    exact = rows["torch-fp32"].loaded if "torch-fp32" in rows else None
+    return found | {
+        "min_ms": min(ms),
+        "peak_rss_bytes": row.peak,
+        "weight_bytes": row.loaded.weight_bytes,
+        "load_s": row.loaded.load_s,
+        "stages_ms": {
+            name: float(np.median([step.stages_ms[name] for step in row.steps])) for name in stages
+        },
+        "difference_from_fp32": None if exact is None else _difference(row.loaded.chunk, exact.chunk),
+    }
+
+
+def _difference(chunk: np.ndarray, exact: np.ndarray) -> float:
+    """Relative root-mean-square difference of two action chunks."""
+    return float(np.linalg.norm(chunk - exact) / np.linalg.norm(exact))
+
+
+def _speedup(ours: _Row, rival: _Row) -> dict[str, float]:
+    """How many times as long the rival took, over pairs of steps that were taken in turn."""
+    ratios = [theirs.ms / mine.ms for mine, theirs in zip(ours.steps, rival.steps, strict=False)]
+    return {"median": float(np.median(ratios)), "min": min(ratios), "max": max(ratios)}
+
+
+def _machine() -> dict[str, Any]:
+    found = kernels.describe()
+    return {
+        "processor": found["processor"],
+        "cores": available_cores(),
+        "kernels": kernels.chosen(),
+        "system": platform.platform(),
+        "versions": {
+            "sqap": sqap.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }

@@ -1,0 +1,122 @@
+"""Policies of published sizes with random weights: a step takes as long as with the published ones."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from sqap.models import (
+    DecoderConfig,
+    DiffusionHeadConfig,
+    HeadConfig,
+    ModelConfig,
+    RegressionHeadConfig,
+    TokenHeadConfig,
+    VisionConfig,
+    empty_model,
+)
+from sqap.policy import Policy, PolicyConfig
+from sqap.processing import ActionStatistics, ProprioStatistics
+from sqap.quantization import QuantizedLinear, prepare_quantized
+from sqap.recipe import Recipe
+
+DINOV2 = VisionConfig(
+    image_size=224,
+    patch_size=14,
+    width=1024,
+    depth=24,
+    heads=16,
+    mlp_width=4096,
+    class_token=True,
+    registers=4,
+    layer_scale=True,
+    take_block=-2,
+    final_norm=False,
+)
+SIGLIP = VisionConfig(
+    image_size=224,
+    patch_size=14,
+    width=1152,
+    depth=27,
+    heads=16,
+    mlp_width=4304,
+    take_block=-2,
+    final_norm=False,
+)
+LLAMA = DecoderConfig(
+    vocabulary=32_064, width=4096, depth=32, heads=32, kv_heads=32, head_dim=128, mlp_width=11_008
+)
+DIT_B = DiffusionHeadConfig(action_dim=7, horizon=16, width=768, depth=12, heads=12)
+
+
+def _prismatic(
+    head: HeadConfig, *, causal: bool = True, cameras: int = 1, proprio: int | None = None
+) -> ModelConfig:
+    decoder = dataclasses.replace(LLAMA, causal=causal)
+    return ModelConfig((DINOV2, SIGLIP), (8704, 4096, 4096), decoder, head, 1, cameras, proprio)
+
+
+SHAPES = {
+    "cogact-7b": _prismatic(DIT_B),
+    "openvla-7b": _prismatic(TokenHeadConfig(action_dim=7, vocabulary=32_064)),
+    "openvla-oft-7b": _prismatic(
+        RegressionHeadConfig(action_dim=7, horizon=8, width=4096), causal=False, cameras=2, proprio=8
+    ),
+}
+PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
+
+
+def random_policy(model: ModelConfig, recipe: Recipe) -> Policy:
+    """A policy of this shape, quantized as the recipe says, whose weights were never anything but random.
+
+    Drawn as integers where they are integers, so that it takes no more memory than it will have.
+    """
+    small = empty_model(model)
+    if recipe.quantization is not None:
+        prepare_quantized(small, recipe.quantization)
+    generator = torch.Generator().manual_seed(0)
+    for module in small.modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            drawn = _draw(module, name, tensor, generator)
+            if isinstance(tensor, torch.nn.Parameter):
+                drawn = torch.nn.Parameter(drawn, requires_grad=False)
+            setattr(module, name, drawn)
+    width = model.head.action_dim
+    config = PolicyConfig(
+        family="random",
+        model=model,
+        cameras=tuple(f"camera{i}" for i in range(model.cameras)),
+        actions=ActionStatistics((-1.0,) * width, (1.0,) * width, (True,) * width),
+        prompt=PROMPT,
+        append_tokens=(1,),
+        proprio=None if model.proprio_dim is None else _proprio(model.proprio_dim),
+    )
+    return Policy(small, config, _tokenizer(), recipe)
+
+
+def _draw(module: torch.nn.Module, name: str, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if isinstance(module, QuantizedLinear) and name == "weight":
+        low = 0 if like.dtype == torch.uint8 else -127
+        high = 256 if like.dtype == torch.uint8 else 128
+        return torch.randint(low, high, like.shape, dtype=like.dtype, generator=generator)
+    if isinstance(module, QuantizedLinear) and name == "scale":
+        spread = 4.6 if module.weight_bits == 4 else 73.3  # of levels drawn evenly
+        return torch.full(like.shape, module.in_features**-0.5 / spread)
+    if like.dim() < 2:
+        return torch.ones(like.shape) if name == "weight" else torch.zeros(like.shape)
+    table = isinstance(module, torch.nn.Embedding)
+    drawn = torch.empty(like.shape, dtype=torch.bfloat16 if table else torch.float32)
+    return drawn.normal_(0, 1 if table else like[0].numel() ** -0.5, generator=generator)
+
+
+def _proprio(width: int) -> ProprioStatistics:
+    return ProprioStatistics((-1.0,) * width, (1.0,) * width, (True,) * width)
+
+
+def _tokenizer() -> Tokenizer:
+    """One token for every word, all the same: only their number takes time."""
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer

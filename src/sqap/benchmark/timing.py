@@ -1,0 +1,141 @@
+"""What a candidate's process does: load, step when told to, and say how long each part took."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sqap.benchmark.candidates import CANDIDATES, Subject, weight_bytes
+from sqap.errors import SqapError
+from sqap.observation import Camera, Observation
+from sqap.policy import Policy
+from sqap.process import forget_peak, peak_rss_bytes
+from sqap.pruning import Selection, Selector
+
+INSTRUCTION = "put the carrot on the plate"
+SIDE = 256  # pixels of the images a robot sends
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A candidate that is ready: ``chunk`` (horizon, action_dim) is what its first step said."""
+
+    load_s: float
+    weight_bytes: int
+    chunk: np.ndarray
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One step."""
+
+    ms: float
+    stages_ms: dict[str, float]
+
+
+class Bench:
+    """Answers "load", "step" and "peak" for one candidate."""
+
+    def __init__(self, spec: tuple[Subject, str, int]) -> None:
+        self._subject, self._name, threads = spec
+        torch.set_num_threads(threads)
+
+    def __call__(self, request: str) -> Loaded | Timed | int:
+        if request == "load":
+            return self._load()
+        return self._step() if request == "step" else peak_rss_bytes()
+
+    def _load(self) -> Loaded:
+        candidate = CANDIDATES[self._name]
+        start = time.perf_counter()
+        self._policy = candidate.make(self._subject.load())
+        seconds = time.perf_counter() - start
+        self.observation = _observation(self._policy)
+        forget_peak()  # what it took to make a rival out of the compressed policy is not the rival's
+        chunk = self._policy.act(self.observation, seed=0)
+        if not np.isfinite(chunk).all():
+            raise SqapError("its actions are not finite")
+        self._stages = Stages(self._policy) if candidate.staged else None
+        return Loaded(seconds, weight_bytes(self._policy), chunk)
+
+    def _step(self) -> Timed:
+        if self._stages is not None:
+            self._stages.clear()
+        start = time.perf_counter()
+        self._policy.act(self.observation, seed=0)
+        ms = 1000 * (time.perf_counter() - start)
+        return Timed(ms, {} if self._stages is None else self._stages.split(ms))
+
+
+class Stages:
+    """Times a policy's parts as they run: hooks around modules, and a selector that looks at the clock."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._started: dict[str, float] = {}
+        model = policy.model
+        for encoder in model.vision:
+            self._watch("vision", encoder)
+        for name, part in (("projector", model.projector), ("decoder", model.decoder), ("model", model)):
+            self._watch(name, part)
+        if policy.selector is not None:
+            policy.selector = _TimedSelector(policy.selector, self._seconds)
+
+    def clear(self) -> None:
+        """Forget what was timed."""
+        self._seconds.clear()
+
+    def split(self, ms: float) -> dict[str, float]:
+        """Milliseconds of each stage of a step that took ``ms``; together they are the step."""
+        spent = {name: 1000 * seconds for name, seconds in self._seconds.items()}
+        selection = spent.get("selection", 0.0)
+        vision, projector, decoder = (spent[name] for name in ("vision", "projector", "decoder"))
+        return {
+            "preprocess": ms - spent["model"],
+            "vision": vision,
+            "projector": projector,
+            "decoder": decoder - selection,
+            "selection": selection,
+            "head": spent["model"] - vision - projector - decoder,
+        }
+
+    def _watch(self, name: str, module: nn.Module) -> None:
+        def before(*_: Any) -> None:
+            self._started[name] = time.perf_counter()
+
+        def after(*_: Any) -> None:
+            self._seconds[name] += time.perf_counter() - self._started[name]
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+
+
+class _TimedSelector(Selector):
+    """Chooses as another selector does, and adds up how long that takes."""
+
+    def __init__(self, selector: Selector, seconds: dict[str, float]) -> None:
+        super().__init__(selector.settings, selector.grid, selector.top_k)
+        self._seconds = seconds
+
+    def select(self, *arguments: Any, **named: Any) -> Selection:
+        start = time.perf_counter()
+        selection = super().select(*arguments, **named)
+        self._seconds["selection"] += time.perf_counter() - start
+        return selection
+
+
+def _observation(policy: Policy) -> Observation:
+    """Noise, as large as what a robot sends, with its gripper in front of every camera."""
+    generator, config = np.random.default_rng(0), policy.config
+    images = {
+        camera: generator.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) for camera in config.cameras
+    }
+    state = None if config.proprio is None else np.zeros(len(config.proprio.low))
+    ahead = Camera(np.array([[SIDE, 0, SIDE / 2], [0, SIDE, SIDE / 2], [0, 0, 1]]), np.eye(4))
+    return Observation(images, INSTRUCTION, state, dict.fromkeys(images, ahead), np.array([0, 0, 1.0]))

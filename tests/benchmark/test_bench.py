@@ -1,0 +1,146 @@
+"""`sqap bench`: what it reports, what it compares, and that rivals compute the same policy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import sqap
+from sqap.benchmark import SHAPES, Subject, bench
+from sqap.benchmark.candidates import CANDIDATES, dense, weight_bytes
+from sqap.benchmark.shapes import random_policy
+from sqap.benchmark.timing import Bench, Loaded, Timed
+from sqap.cli import app
+from sqap.errors import InputError, SqapError
+from sqap.policy import Policy
+from sqap.quantization import QuantizedLinear
+from sqap.recipe import Quantization, Recipe, Scheme
+
+W8A8 = Scheme(8, 8)
+GENTLE = Recipe(Quantization(8, 8, vision=W8A8, projector=W8A8, head=W8A8, rotation_seed=0))
+
+
+def test_the_command_times_every_candidate(saved: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    arguments = ["bench", str(saved), "--vs", "torch-fp32,torch-int8,sqap-unpruned", "--steps", "3"]
+    result = CliRunner().invoke(app, [*arguments, "--threads", "1", "--json", str(out)])
+    assert result.exit_code == 0, result.output
+    report = json.loads(out.read_text())
+    assert list(report["candidates"]) == ["sqap", "torch-fp32", "torch-int8", "sqap-unpruned"]
+    for row in report["candidates"].values():
+        assert 0 < row["min_ms"] <= row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
+        stages = row["stages_ms"]
+        assert list(stages) == ["preprocess", "vision", "projector", "decoder", "selection", "head"]
+        assert all(ms >= 0 for ms in stages.values())
+        assert row["peak_rss_bytes"] > row["weight_bytes"] > 0
+    rows = report["candidates"]
+    assert rows["sqap"]["stages_ms"]["selection"] > rows["sqap-unpruned"]["stages_ms"]["selection"] == 0
+    assert rows["torch-fp32"]["difference_from_fp32"] == 0
+    assert rows["sqap"]["weight_bytes"] < rows["torch-int8"]["weight_bytes"]
+    assert rows["torch-int8"]["weight_bytes"] < rows["torch-fp32"]["weight_bytes"]
+    assert set(report["speedup_over"]) == set(rows) - {"sqap"}
+    for ratio in report["speedup_over"].values():
+        assert ratio["min"] <= ratio["median"] <= ratio["max"]
+
+
+def test_one_candidate_at_a_time_takes_as_many_steps(saved: Path) -> None:
+    seen = []
+    report = bench(
+        Subject(str(saved), Recipe.w4a8(keep=1)),
+        ["torch-fp32"],
+        steps=4,
+        warmups=1,
+        threads=1,
+        one_at_a_time=True,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert report["interleaved"] == "in thirds"
+    assert set(report["candidates"]) == {"sqap", "torch-fp32"}
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_a_rival_that_cannot_run_is_reported_with_the_reason(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sqap.benchmark.latency.Bench", Failing)
+    report = bench(Subject(str(saved), Recipe()), ["torch-fp32", "torch-bf16"], steps=1, threads=1)
+    assert report["candidates"]["torch-bf16"] == {"reason": "no bfloat16 here"}
+    assert "p50_ms" in report["candidates"]["torch-fp32"]
+    assert list(report["speedup_over"]) == ["torch-fp32"]
+
+
+class Failing:
+    """Steps without a policy; bfloat16 does not even load."""
+
+    def __init__(self, spec: tuple[Subject, str, int]) -> None:
+        self._name = spec[1]
+
+    def __call__(self, request: str) -> Loaded | Timed | int:
+        if self._name == "torch-bf16":
+            raise SqapError("no bfloat16 here")
+        if request == "load":
+            return Loaded(0.1, 10, np.ones((2, 3)))
+        return Timed(1.0, {}) if request == "step" else 100
+
+
+@pytest.mark.parametrize("name", ["sqap", "sqap-unpruned", "torch-fp32", "torch-bf16", "torch-int8"])
+def test_every_candidate_computes_the_same_policy(saved: Path, name: str) -> None:
+    timed = Bench((Subject(str(saved), GENTLE), name, 1))
+    loaded = timed("load")
+    assert isinstance(loaded, Loaded)
+    expected = sqap.load(saved).act(timed.observation, seed=0)
+    assert np.linalg.norm(loaded.chunk - expected) < 0.1 * np.linalg.norm(expected)
+
+
+def test_dense_weights_need_no_rotation_at_run_time(saved: Path) -> None:
+    small = Subject(str(saved), GENTLE).load()
+    weights = weight_bytes(small)
+    wide = dense(small, torch.float32)
+    assert not any(isinstance(module, QuantizedLinear) for module in wide.model.modules())
+    assert weight_bytes(wide) > 2 * weights
+
+
+def test_a_shape_has_the_size_it_is_published_with() -> None:
+    for name, low, high in (("cogact-7b", 7.4e9, 7.7e9), ("openvla-7b", 7.4e9, 7.7e9)):
+        with torch.device("meta"):
+            count = sum(p.numel() for p in sqap.models.empty_model(SHAPES[name]).parameters())
+        assert low < count < high, name
+
+
+@pytest.mark.parametrize("recipe", [Recipe.w4a8(keep=0.5), Recipe()])
+def test_a_random_policy_acts(policy: Policy, recipe: Recipe) -> None:
+    made = random_policy(policy.config.model, recipe)
+    image = np.zeros((32, 32, 3), np.uint8)
+    chunk = made.act(sqap.Observation(dict.fromkeys(made.config.cameras, image), "go"), seed=0)
+    assert np.isfinite(chunk).all()
+    quantized = sum(isinstance(module, QuantizedLinear) for module in made.model.modules())
+    assert bool(quantized) == (recipe.quantization is not None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["POLICY", "--vs", "magic"], "no candidate is called 'magic'; there are sqap, "),
+        (["--shape", "gpt-5"], "no shape is called 'gpt-5'; there are cogact-7b"),
+        ([], "name a policy to time, or a --shape"),
+        (["POLICY", "--shape", "cogact-7b"], "one of the two"),
+        (["nowhere", "--vs", ""], "no policy at nowhere"),
+    ],
+)
+def test_a_mistake_is_one_sentence(saved: Path, arguments: list[str], sentence: str) -> None:
+    given = [str(saved) if a == "POLICY" else a for a in arguments]
+    result = CliRunner().invoke(app, ["bench", *given])
+    assert result.exit_code == 1
+    assert sentence in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+
+
+def test_every_candidate_says_what_it_is() -> None:
+    assert all(candidate.about for candidate in CANDIDATES.values())
+    with pytest.raises(InputError, match="steps must be at least 1, got 0"):
+        bench(Subject("reference", Recipe()), [], steps=0)
