@@ -11,16 +11,6 @@
 
 namespace {
 
-// The extension of the Python package lists them as well.
-const sqap::Path* const PATHS[] = {
-#if defined(__x86_64__)
-    &sqap::avx512vnni, &sqap::avxvnni, &sqap::avx2,
-#elif defined(__aarch64__)
-    &sqap::neon,
-#endif
-    &sqap::portable,
-};
-
 uint32_t state = 1;
 uint32_t random_bits() { return state = state * 1664525u + 1013904223u; }
 float random_float() { return static_cast<float>(random_bits() >> 8) / (1 << 23) - 1.0f; }
@@ -72,7 +62,7 @@ void check(const sqap::Path& path, int bits, int64_t m, int64_t k, int64_t n, in
 
 int main() {
     const int64_t shapes[][3] = {{1, 2, 1}, {1, 96, 70}, {3, 66, 17}, {5, 32, 33}, {16, 2080, 40}, {37, 160, 50}};
-    for (const sqap::Path* path : PATHS) {
+    for (const sqap::Path* path : sqap::PATHS) {
         if (!path->runs_here()) continue;
         for (const auto& [m, k, n] : shapes) {
             for (int bits : {4, 8}) {

@@ -84,8 +84,8 @@ def test_activations_get_the_levels_of_the_reference(
     x = torch.randn(tokens, channels, generator=generator) * 10 ** torch.randn(tokens, 1, generator=generator)
     x[0] = 0
     x = x.to(dtype)
-    granularity = {0: "tensor", channels: "token"}.get(size, "group")
-    expected = quantize_activation(x, bits, granularity, symmetric, size if granularity == "group" else None)  # type: ignore[arg-type]
+    granularity: Any = {0: "tensor", channels: "token"}.get(size, "group")
+    expected = quantize_activation(x, bits, granularity, symmetric, size if granularity == "group" else None)
     found = kernels.quantize(x, bits, symmetric, size, path)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1].expand_as(found[1]))

@@ -22,29 +22,19 @@ from sqap.processing import ActionStatistics, ProprioStatistics
 from sqap.quantization import QuantizedLinear, prepare_quantized
 from sqap.recipe import Recipe
 
-DINOV2 = VisionConfig(
+# What the two encoders of Prismatic's policies have in common; of each the block before the last one is read.
+VIT = VisionConfig(
     image_size=224,
     patch_size=14,
     width=1024,
     depth=24,
     heads=16,
     mlp_width=4096,
-    class_token=True,
-    registers=4,
-    layer_scale=True,
     take_block=-2,
     final_norm=False,
 )
-SIGLIP = VisionConfig(
-    image_size=224,
-    patch_size=14,
-    width=1152,
-    depth=27,
-    heads=16,
-    mlp_width=4304,
-    take_block=-2,
-    final_norm=False,
-)
+DINOV2 = dataclasses.replace(VIT, class_token=True, registers=4, layer_scale=True)
+SIGLIP = dataclasses.replace(VIT, width=1152, depth=27, mlp_width=4304)
 LLAMA = DecoderConfig(
     vocabulary=32_064, width=4096, depth=32, heads=32, kv_heads=32, head_dim=128, mlp_width=11_008
 )

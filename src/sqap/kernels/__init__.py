@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from torch import Tensor
 from sqap.errors import InputError
 
 try:
-    from sqap.kernels import _native
+    _native: Any = import_module("sqap.kernels._native")
 except ImportError:  # a source tree that was not installed
-    _native = None  # type: ignore[assignment]
+    _native = None
 
 REFERENCE = "reference"
 VARIABLE = "SQAP_KERNELS"

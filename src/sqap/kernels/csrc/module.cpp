@@ -17,16 +17,7 @@ namespace nb = nanobind;
 namespace {
 
 using sqap::Path;
-
-// The fastest first.
-const Path* const PATHS[] = {
-#if defined(__x86_64__)
-    &sqap::avx512vnni, &sqap::avxvnni, &sqap::avx2,
-#elif defined(__aarch64__)
-    &sqap::neon,
-#endif
-    &sqap::portable,
-};
+using sqap::PATHS;
 
 const Path& find(const std::string& name) {
     for (const Path* path : PATHS) {

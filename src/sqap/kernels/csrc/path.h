@@ -59,4 +59,14 @@ extern const Path avx2, avxvnni, avx512vnni;
 extern const Path neon;
 #endif
 
+// All that were compiled, the fastest first.
+inline constexpr const Path* PATHS[] = {
+#if defined(__x86_64__)
+    &avx512vnni, &avxvnni, &avx2,
+#elif defined(__aarch64__)
+    &neon,
+#endif
+    &portable,
+};
+
 }  // namespace sqap
