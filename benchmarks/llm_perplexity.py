@@ -27,11 +27,12 @@ from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import Tensor
+from variants import decoder_alone
 
 import sqap
 from sqap.files import write_json
 from sqap.quantization import quantize_decoder
-from sqap.recipe import Override, Quantization, Scheme
+from sqap.recipe import Override, Quantization, Recipe, Scheme
 
 HERE = Path(__file__).parent
 WINDOW = 512
@@ -58,20 +59,15 @@ PEERS = {
         "w4a8 group-32",
     ),
 }
-ROUNDED: dict[str, Any] = {"rounding": "gptq", "clip": True, "rotation_seed": 0}  # as in the presets
-METHODS: dict[str, dict[str, Any]] = {
-    "w4a4-rtn": {"activation_bits": 4, "rotate": False},
-    "w4a4-hadamard": {"activation_bits": 4, "rotation_seed": 0},
-    "w4a4-token": {"activation_bits": 4, **ROUNDED},
-    "w4a4": {
-        "activation_bits": 4,
-        "activation_granularity": "group",
-        "activation_group_size": 32,
-        **ROUNDED,
-    },
-    "w4a8-rtn": {"rotate": False},
-    "w4a8-hadamard": {"rotation_seed": 0},
-    "w4a8": ROUNDED,
+W4A4 = decoder_alone(Recipe.w4a4())
+METHODS = {
+    "w4a4-rtn": Quantization(4, 4, rotate=False),
+    "w4a4-hadamard": Quantization(4, 4, rotation_seed=0),
+    "w4a4-token": replace(W4A4, activation_granularity="token", activation_group_size=None),
+    "w4a4": W4A4,
+    "w4a8-rtn": Quantization(4, 8, rotate=False),
+    "w4a8-hadamard": Quantization(4, 8, rotation_seed=0),
+    "w4a8": decoder_alone(Recipe.w4a8()),
 }
 GRIDS = {"": None, " group-128": 64, " group-32": 32}  # of weights; 576 is no multiple of 128
 
@@ -80,8 +76,7 @@ def variants() -> dict[str, Quantization]:
     """Name -> quantization. Names without a group are the library's default, a scale per output channel."""
     table = {}
     for suffix, size in GRIDS.items():
-        for method, settings in METHODS.items():
-            made = Quantization(**settings)
+        for method, made in METHODS.items():
             if size is not None:
                 made = replace(made, weight_granularity="group", group_size=size)
             if size == 64:

@@ -21,6 +21,7 @@ import torch
 from perplexity import split_text, windows
 from rich.console import Console
 from torch import Tensor
+from variants import decoder_alone
 
 import sqap
 from sqap.compress import model_inputs
@@ -33,7 +34,7 @@ from sqap.models.vla import VISUAL_START
 from sqap.pruning.attention import query_rows
 from sqap.pruning.calibration import overlap_at_k
 from sqap.quantization import quantize_decoder, quantize_model
-from sqap.recipe import Quantization
+from sqap.recipe import Quantization, Recipe
 
 FACTOR = 64.0  # a power of two, so that multiplying and dividing by it are exact
 CHANNELS = 3
@@ -43,15 +44,15 @@ ROWS = 32  # the last tokens of a window, whose attention counts
 FRAMES = 24  # to calibrate on, and as many others to evaluate on
 
 PLAIN = Quantization(4, 4, rotate=False)
-ROUNDED = Quantization(4, 4, rounding="gptq", clip=True, rotation_seed=0)  # as in the presets
+W4A4 = decoder_alone(Recipe.w4a4())
 METHODS = {
     "w4a4-rtn": PLAIN,
     "w4a4-gptq": replace(PLAIN, rounding="gptq"),
     "w4a4-hadamard": Quantization(4, 4, rotation_seed=0),
-    "w4a4-token": ROUNDED,
-    "w4a4": replace(ROUNDED, activation_granularity="group", activation_group_size=32),
+    "w4a4-token": replace(W4A4, activation_granularity="token", activation_group_size=None),
+    "w4a4": W4A4,
     "w4a8-rtn": replace(PLAIN, activation_bits=8),
-    "w4a8": replace(ROUNDED, activation_bits=8),
+    "w4a8": decoder_alone(Recipe.w4a8()),
 }
 
 Inject = Callable[[DecoderLayer, Tensor], None]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from variants import ENV, FRAMES, compare, describe, run_variants
+from variants import ENV, FRAMES, compare, decoder_alone, describe, run_variants
 
 import sqap
 from sqap import environments
@@ -31,9 +31,8 @@ BUDGET = 0.32  # of the bytes in bfloat16
 
 def recipes(replay: Replay) -> dict[str, Recipe]:
     """Name -> recipe, in the order of the table."""
-    w4a8, w4a4 = Recipe.w4a8(keep=1).quantization, Recipe.w4a4(keep=1).quantization
+    w4a8 = Recipe.w4a8(keep=1).quantization
     assert w4a8 is not None
-    assert w4a4 is not None
     # A quarter of the frames is enough to rank blocks.
     ranking = dataclasses.replace(replay, frames=replay.frames[::4])
     budget = round(BUDGET * stored_bytes(replay.policy.model))
@@ -41,9 +40,7 @@ def recipes(replay: Replay) -> dict[str, Recipe]:
         "full": Recipe(),
         "w4a8-whole": Recipe(w4a8),
         "w4a8-budget": Recipe(fit(ranking, w4a8, target_bytes=budget)),
-        "w4a4-decoder": Recipe(
-            dataclasses.replace(w4a4, vision=None, projector=None, head=None, overrides=())
-        ),
+        "w4a4-decoder": Recipe(decoder_alone(Recipe.w4a4(keep=1))),
         "w4a4-decoder-rtn": Recipe(Quantization(4, 4, rotate=False)),
     }
 

@@ -18,6 +18,7 @@ import torch
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
+from sqap.benchmark.shapes import LLAMA
 from sqap.files import whole_file, write_json
 from sqap.models import DecoderConfig
 from sqap.models.decoder import Decoder, DecoderLayer
@@ -25,9 +26,6 @@ from sqap.models.storage import stored_bytes
 from sqap.quantization import Partial, quantize_decoder
 from sqap.recipe import Recipe
 
-CONFIG = DecoderConfig(
-    vocabulary=32_064, width=4096, depth=32, heads=32, kv_heads=32, head_dim=128, mlp_width=11_008
-)
 SEQUENCE = 256
 
 
@@ -90,11 +88,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--layers", type=int, default=CONFIG.depth)
+    parser.add_argument("--layers", type=int, default=LLAMA.depth)
     parser.add_argument("--tokens", type=int, default=2048, help="calibration tokens")
     parser.add_argument("--work", type=Path, default=Path("build/stream-7b"))
     args = parser.parse_args()
-    config = dataclasses.replace(CONFIG, depth=args.layers)
+    config = dataclasses.replace(LLAMA, depth=args.layers)
     args.work.mkdir(parents=True, exist_ok=True)
     write_layers(args.work, config)
     decoder = mapped_decoder(args.work, config)

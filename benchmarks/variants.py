@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,16 @@ from sqap.checkpoints import fingerprint, locate
 from sqap.evaluation.executors import Run, evaluate
 from sqap.evaluation.statistics import mcnemar_exact, paired_difference, wilson
 from sqap.frames.simulator import collect_frames
-from sqap.recipe import Recipe
+from sqap.recipe import Quantization, Recipe
 
 ENV = "metaworld"
 FRAMES = 48
+
+
+def decoder_alone(preset: Recipe) -> Quantization:
+    """What a preset does to the decoder, and nothing to the other parts."""
+    assert preset.quantization is not None
+    return replace(preset.quantization, vision=None, projector=None, head=None, overrides=())
 
 
 def run_variants(

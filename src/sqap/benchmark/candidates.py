@@ -43,7 +43,6 @@ class Subject:
         if self.random:
             return random_policy(SHAPES[self.source], self.recipe)
         policy = sqap.load(self.source)
-        policy.fill()
         if policy.recipe != Recipe():
             return policy
         quantization = self.recipe.quantization

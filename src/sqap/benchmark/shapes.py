@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from sqap.checkpoints.prismatic import PROMPT
 from sqap.models import (
     DecoderConfig,
     DiffusionHeadConfig,
@@ -55,7 +56,6 @@ SHAPES = {
         RegressionHeadConfig(action_dim=7, horizon=8, width=4096), causal=False, cameras=2, proprio=8
     ),
 }
-PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 
 
 def random_policy(model: ModelConfig, recipe: Recipe) -> Policy:

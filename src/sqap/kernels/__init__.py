@@ -60,7 +60,7 @@ def describe() -> dict[str, Any]:
     names = [*(_native.compiled() if _native else ()), REFERENCE]
     return {
         "processor": _processor(),
-        "threads": torch.get_num_threads(),
+        "threads": _native.threads() if _native else torch.get_num_threads(),
         "built": _native is not None,
         "paths": [{"name": n, "needs": NEEDS[n], "runs": n in here, "used": n == used} for n in names],
     }

@@ -156,8 +156,9 @@ class QuantizedLinear(nn.Module):
         return out if self.bias is None else out + self.bias
 
     def _channels_per_scale(self) -> int:
-        sizes = {"token": self.in_features, "group": self.activation_group_size, "tensor": 0}
-        return sizes[self.activation_granularity] or 0
+        if self.activation_granularity == "tensor":
+            return 0
+        return self.activation_group_size or self.in_features
 
     def _multiply(self, q: Tensor, scale: Tensor, zero_point: Tensor | None, rows: slice) -> Tensor:
         """Some of the outputs, without bias: ``(..., rows)``, float32."""

@@ -1,25 +1,13 @@
 // AVX2 multiplies unsigned bytes by signed ones and adds neighbours in 16 bits, which saturate: safe for weights of
 // four bits, whose sums of eight products stay below 2^15. Eight-bit weights are multiplied four bits at a time.
 
-#include <immintrin.h>
-
 #include "engine.h"
+#include "ymm.h"
 
 namespace sqap {
 namespace {
 
-inline __m256i load(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
-inline __m256i low_halves(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
-inline __m256i high_halves(__m256i bytes) { return low_halves(_mm256_srli_epi16(bytes, 4)); }
-
-inline int32_t total(__m256i sums) {
-    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1));
-    return _mm_cvtsi128_si32(four);
-}
-
-struct Avx2 {
+struct Avx2 : Ymm {
     static constexpr int64_t MR = 3, NR = 16;
     static constexpr bool UNSIGNED = true, FOUR_BITS_ONLY = true;
     static constexpr int64_t SAFE = 8;  // 8 * 2 * 15 * 128 < 2^15
@@ -56,14 +44,15 @@ struct Avx2 {
         }
 #pragma GCC unroll 3
         for (int i = 0; i < MR; i++) {
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + i * NR), wide[i][0]);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + i * NR + 8), wide[i][1]);
+            store(acc + i * NR, wide[i][0]);
+            store(acc + i * NR + 8, wide[i][1]);
         }
     }
 
     static int32_t dot4(const uint8_t* row, const int8_t* even, const int8_t* odd, int64_t bytes) {
         __m256i sums = _mm256_setzero_si256();
-        each_block(row, bytes, [&](__m256i block, int64_t j) {
+        each_block<32>(row, bytes, [&](const uint8_t* at, int64_t j) {
+            const __m256i block = load(at);
             const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low_halves(block), load(even + j)),
                                                    _mm256_maddubs_epi16(high_halves(block), load(odd + j)));
             sums = _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
@@ -74,25 +63,12 @@ struct Avx2 {
     static int32_t dot8(const uint8_t* row, const int8_t* q, int64_t bytes) {
         const __m256i ones = _mm256_set1_epi16(1);
         __m256i low = _mm256_setzero_si256(), high = low;
-        each_block(row, bytes, [&](__m256i block, int64_t j) {
-            const __m256i w = _mm256_xor_si256(block, _mm256_set1_epi8(-128)), x = load(q + j);
+        each_block<32>(row, bytes, [&](const uint8_t* at, int64_t j) {
+            const __m256i w = flip(load(at)), x = load(q + j);
             low = _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_maddubs_epi16(low_halves(w), x), ones));
             high = _mm256_add_epi32(high, _mm256_madd_epi16(_mm256_maddubs_epi16(high_halves(w), x), ones));
         });
         return total(low) + 16 * total(high);
-    }
-
-  private:
-    // body(block, j) for every 32 bytes from j on, the last ones filled up with zeros.
-    template <class Body>
-    static void each_block(const uint8_t* row, int64_t bytes, Body body) {
-        int64_t j = 0;
-        for (; j + 32 <= bytes; j += 32) body(load(row + j), j);
-        if (j < bytes) {
-            uint8_t rest[32] = {};
-            std::memcpy(rest, row + j, bytes - j);
-            body(load(rest), j);
-        }
     }
 };
 

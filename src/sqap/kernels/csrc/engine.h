@@ -83,6 +83,18 @@ void linear_many(const Activations& a, const Weight& w, const Output& out, const
     Products<Isa>(levels.q, a.m, w, segment).run(begin);
 }
 
+// For dot products of rows: body(block, j) for every `WIDTH` bytes from j on, the last ones filled up with zeros.
+template <int64_t WIDTH, class Body>
+void each_block(const uint8_t* row, int64_t bytes, Body body) {
+    int64_t j = 0;
+    for (; j + WIDTH <= bytes; j += WIDTH) body(row + j, j);
+    if (j < bytes) {
+        uint8_t rest[WIDTH] = {};
+        std::memcpy(rest, row + j, bytes - j);
+        body(rest, j);
+    }
+}
+
 // Few tokens and no groups: every row is read once, and multiplied as it is.
 template <class Isa, class T>
 void linear_few(const Activations& a, const Weight& w, const Output& out, const Levels& levels) {

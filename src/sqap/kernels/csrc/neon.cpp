@@ -46,7 +46,8 @@ struct Neon {
 
     static int32_t dot4(const uint8_t* row, const int8_t* even, const int8_t* odd, int64_t bytes) {
         int32x4_t sums = vdupq_n_s32(0);
-        each_block(row, bytes, [&](uint8x16_t block, int64_t j) {
+        each_block<16>(row, bytes, [&](const uint8_t* at, int64_t j) {
+            const uint8x16_t block = vld1q_u8(at);
             const int8x16_t low = vreinterpretq_s8_u8(vandq_u8(block, vdupq_n_u8(15)));
             const int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(block, 4));
             sums = vdotq_s32(vdotq_s32(sums, low, vld1q_s8(even + j)), high, vld1q_s8(odd + j));
@@ -56,25 +57,12 @@ struct Neon {
 
     static int32_t dot8(const uint8_t* row, const int8_t* q, int64_t bytes) {
         int32x4_t sums = vdupq_n_s32(0), levels = sums;
-        each_block(row, bytes, [&](uint8x16_t block, int64_t j) {
+        each_block<16>(row, bytes, [&](const uint8_t* at, int64_t j) {
             const int8x16_t x = vld1q_s8(q + j);
-            sums = vdotq_s32(sums, vreinterpretq_s8_u8(block), x);
+            sums = vdotq_s32(sums, vreinterpretq_s8_u8(vld1q_u8(at)), x);
             levels = vdotq_s32(levels, vdupq_n_s8(1), x);
         });
         return vaddvq_s32(sums) + 128 * vaddvq_s32(levels);  // of weights counted from -128
-    }
-
-  private:
-    // body(block, j) for every 16 bytes from j on, the last ones filled up with zeros.
-    template <class Body>
-    static void each_block(const uint8_t* row, int64_t bytes, Body body) {
-        int64_t j = 0;
-        for (; j + 16 <= bytes; j += 16) body(vld1q_u8(row + j), j);
-        if (j < bytes) {
-            uint8_t rest[16] = {};
-            std::memcpy(rest, row + j, bytes - j);
-            body(vld1q_u8(rest), j);
-        }
     }
 };
 

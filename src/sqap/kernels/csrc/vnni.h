@@ -34,7 +34,8 @@ struct Vnni {
 
     static int32_t dot4(const uint8_t* row, const int8_t* even, const int8_t* odd, int64_t bytes) {
         Vector low = V::zero(), high = V::zero();
-        each_block(row, bytes, [&](Vector block, int64_t j) {
+        each_block<V::BYTES>(row, bytes, [&](const uint8_t* at, int64_t j) {
+            const Vector block = V::load(at);
             low = V::dot(low, V::low_halves(block), V::load(even + j));
             high = V::dot(high, V::high_halves(block), V::load(odd + j));
         });
@@ -43,21 +44,10 @@ struct Vnni {
 
     static int32_t dot8(const uint8_t* row, const int8_t* q, int64_t bytes) {
         Vector sums = V::zero();
-        each_block(row, bytes, [&](Vector block, int64_t j) { sums = V::dot(sums, V::flip(block), V::load(q + j)); });
+        each_block<V::BYTES>(row, bytes, [&](const uint8_t* at, int64_t j) {
+            sums = V::dot(sums, V::flip(V::load(at)), V::load(q + j));
+        });
         return V::total(sums);
-    }
-
-  private:
-    // body(block, j) for every vector of bytes from j on, the last one filled up with zeros.
-    template <class Body>
-    static void each_block(const uint8_t* row, int64_t bytes, Body body) {
-        int64_t j = 0;
-        for (; j + V::BYTES <= bytes; j += V::BYTES) body(V::load(row + j), j);
-        if (j < bytes) {
-            uint8_t rest[V::BYTES] = {};
-            std::memcpy(rest, row + j, bytes - j);
-            body(V::load(rest), j);
-        }
     }
 };
 
