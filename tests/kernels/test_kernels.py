@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import hypothesis.strategies as st
 import pytest
@@ -13,9 +14,12 @@ from hypothesis import example, given, settings
 
 from sqap import kernels
 from sqap.errors import InputError
+from sqap.models.transformer import FUNCTIONS
 from sqap.quantization.grid import level_range, quantize_activation
+from sqap.quantization.hadamard import block_hadamard
 from sqap.quantization.linear import QuantizedLinear
 from sqap.quantization.packing import pack_int4
+from sqap.quantization.rotation import HadamardLinear
 from sqap.recipe import Scheme
 
 PATHS = [path for path in kernels.paths() if path != kernels.REFERENCE]
@@ -86,7 +90,7 @@ def test_activations_get_the_levels_of_the_reference(
     x = x.to(dtype)
     granularity: Any = {0: "tensor", channels: "token"}.get(size, "group")
     expected = quantize_activation(x, bits, granularity, symmetric, size if granularity == "group" else None)
-    found = kernels.quantize(x, bits, symmetric, size, path)
+    found = kernels.quantize(x, bits, symmetric, size, path=path)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1].expand_as(found[1]))
     if found[2] is not None and expected[2] is not None:
@@ -102,17 +106,17 @@ def test_activations_that_are_not_finite_give_outputs_that_are_not(
 ) -> None:
     x = torch.ones(3, 64)
     x[1, 40] = bad
-    assert not kernels.quantize(x, 8, symmetric, 64, path)[1][1].isfinite()
+    assert not kernels.quantize(x, 8, symmetric, 64, path=path)[1][1].isfinite()
     layer = QuantizedLinear.from_linear(torch.nn.Linear(64, 24), Scheme(4, 8, activation_symmetric=symmetric))
     y = run(layer, x, path)
     assert y[[0, 2]].isfinite().all()
     assert not y[1].isfinite().any()
 
 
-def run(layer: QuantizedLinear, x: torch.Tensor, path: str) -> torch.Tensor:
+def run(layer: QuantizedLinear, x: torch.Tensor, path: str, *first: Any) -> torch.Tensor:
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(kernels, "chosen", lambda: path)
-        y: torch.Tensor = layer(x)
+        y: torch.Tensor = layer(x, *first)
     return y
 
 
@@ -139,6 +143,57 @@ def test_a_linear_is_the_reference_within_a_millionth(
         found = run(layer, x.to(dtype), path)
         assert found.dtype == dtype
         assert ((found - expected).abs() <= tolerance * terms).all()
+
+
+@every_path
+@given(
+    st.sampled_from(get_args(kernels.Function)),
+    st.booleans(),
+    st.sampled_from([(96, 1), (96, 2), (96, 32), (44, 4), (256, 256), (27, 1)]),
+    st.sampled_from(["token", "group", "tensor"]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    seeds,
+)
+@settings(max_examples=100, deadline=None)
+def test_functions_and_rotations_come_before_the_grid(
+    path: str,
+    function: kernels.Function,
+    gated: bool,
+    shape: tuple[int, int],
+    granularity: str,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    channels, block = shape
+    generator = torch.Generator().manual_seed(seed)
+    x, times = (8 * torch.randn(2, 5, channels, generator=generator)).to(dtype)
+    exact = FUNCTIONS[function](x.double()) * (times.double() if gated else 1)
+    exact = block_hadamard(exact, block)
+    size = {"token": channels, "group": math.gcd(channels, 4), "tensor": 0}[granularity]
+    first = function, times if gated else None, block
+    q, scale, _ = kernels.quantize(x, 8, True, size, *first, path=path)
+    grid = scale.repeat_interleave(size or channels, dim=1)
+    precision = 1e-6 * float((x.double() * times.double()).abs().max())  # of functions near zero
+    assert ((q * grid - exact).abs() <= 0.5001 * grid + precision).all()
+
+    weight = random_levels(-127, 127, seed, 7, channels)
+    y = kernels.linear(
+        x, weight, torch.ones(1, 1), None, weight_bits=8, activation_bits=8, symmetric=True, group_size=size,
+        function=function, times=times if gated else None, hadamard_block=block, path=path,
+    )  # fmt: skip
+    expected = (q * grid).double() @ weight.double().T
+    assert torch.allclose(y.double(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
+
+
+@every_path
+@pytest.mark.parametrize("function", ["none", "silu", "gelu", "gelu_tanh"])
+def test_a_linear_behind_a_function_is_the_reference(path: str, function: kernels.Function) -> None:
+    torch.manual_seed(0)
+    rotated = HadamardLinear(torch.nn.Linear(96, 40, bias=False), 32)
+    layer = QuantizedLinear.from_linear(rotated, Scheme(4, 8))
+    x, times = torch.randn(2, 3, 5, 96)
+    expected, found = (run(layer, x, which, function, times) for which in (kernels.REFERENCE, path))
+    assert torch.allclose(found, expected, atol=0.02 * float(expected.std()))
 
 
 @every_path
@@ -179,6 +234,9 @@ for bits in (4, 8):
             for size in (inputs, 2, 0):
                 kernels.linear(x, weight, scale, bias, weight_bits=bits, activation_bits=8,
                                symmetric=symmetric, group_size=size, path=path)
+                kernels.linear(x, weight, scale, bias, weight_bits=bits, activation_bits=8,
+                               symmetric=symmetric, group_size=size, function="silu", times=x,
+                               hadamard_block=2, path=path)
 print("done")
 """
 
@@ -215,5 +273,9 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         kernels.linear(q.float(), weight, torch.ones(3, 3), None, **GRID)
     with pytest.raises(ValueError, match="64 channels cannot be cut into groups of 48"):
         kernels.linear(q.float(), weight, torch.ones(3, 1), None, **{**GRID, "group_size": 48})
+    with pytest.raises(ValueError, match="a power of two that divides 64, got 3"):
+        kernels.linear(q.float(), weight, torch.ones(3, 1), None, **GRID, hadamard_block=3)
+    with pytest.raises(ValueError, match=r"factors \(2, 32\) do not fit activations \(2, 64\)"):
+        kernels.linear(q.float(), weight, torch.ones(3, 1), None, **GRID, times=torch.ones(2, 32))
     with pytest.raises(ValueError, match=r"float32 or torch\.bfloat16 on the CPU, got torch\.float64"):
         kernels.linear(q.double(), weight, torch.ones(3, 1), None, **GRID)

@@ -11,7 +11,7 @@ import platform
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ try:
 except ImportError:  # a source tree that was not installed
     _native = None
 
+Function = Literal["none", "silu", "gelu", "gelu_tanh"]  # in the native code's order
 REFERENCE = "reference"
 VARIABLE = "SQAP_KERNELS"
 NEEDS = {
@@ -76,9 +77,14 @@ def linear(
     activation_bits: int,
     symmetric: bool,
     group_size: int,
+    function: Function = "none",
+    times: Tensor | None = None,
+    hadamard_block: int = 1,
     path: str | None = None,
 ) -> Tensor:
     """``(..., in)`` to ``(..., out)`` in the type of ``x``, quantizing ``x`` on the way.
+
+    What is quantized is ``function(x) * times``, behind `sqap.quantization.hadamard.block_hadamard`.
 
     Args:
         x: float32 or bfloat16.
@@ -91,6 +97,9 @@ def linear(
         symmetric: whether activations have no zero point.
         group_size: channels of an activation that share a scale; all of them for one per token, 0 for one
             for the whole tensor.
+        function: applied to ``x``.
+        times: what its results are multiplied by, of the shape and type of ``x``; or None.
+        hadamard_block: the size of the Hadamard matrices, a power of two that divides ``in``; 1 for none.
         path: which one; the chosen one if not given.
     """
     k, n, (rows, groups) = x.shape[-1], len(weight), scale.shape
@@ -112,6 +121,7 @@ def linear(
         activation_bits,
         symmetric,
         group_size,
+        *_first(tokens, function, times, hadamard_block),
         weight.data_ptr(),
         weight_bits,
         n,
@@ -125,7 +135,14 @@ def linear(
 
 
 def quantize(
-    x: Tensor, bits: int, symmetric: bool, group_size: int, path: str | None = None
+    x: Tensor,
+    bits: int,
+    symmetric: bool,
+    group_size: int,
+    function: Function = "none",
+    times: Tensor | None = None,
+    hadamard_block: int = 1,
+    path: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Levels, scales and zero points of ``x`` ``(tokens, in)``, as `linear` makes them."""
     m, k = x.shape
@@ -133,7 +150,7 @@ def quantize(
     scale = torch.empty(m, k // group_size if group_size else 1)
     zero_point = None if symmetric else torch.empty(scale.shape, dtype=torch.int32)
     x = x.contiguous()
-    grid = bits, symmetric, group_size
+    grid = bits, symmetric, group_size, *_first(x, function, times, hadamard_block)
     arrays = q.data_ptr(), scale.data_ptr(), 0 if zero_point is None else zero_point.data_ptr()
     _native.quantize(path or chosen(), x.data_ptr(), x.dtype == torch.bfloat16, m, k, *grid, *arrays)
     return q, scale, zero_point
@@ -147,6 +164,17 @@ def matmul(q: Tensor, weight: Tensor, weight_bits: int, path: str | None = None)
     q = q.contiguous()
     _native.matmul(path or chosen(), q.data_ptr(), m, k, weight.data_ptr(), weight_bits, n, y.data_ptr())
     return y
+
+
+def _first(x: Tensor, function: Function, times: Tensor | None, block: int) -> tuple[int, int, int]:
+    """What is done to ``x`` before it is quantized, as the native code wants it."""
+    if x.shape[1] % block or block & (block - 1):
+        raise ValueError(f"a Hadamard block must be a power of two that divides {x.shape[1]}, got {block}")
+    if times is not None and (
+        times.numel() != x.numel() or times.dtype != x.dtype or not times.is_contiguous()
+    ):
+        raise ValueError(f"factors {tuple(times.shape)} do not fit activations {tuple(x.shape)}")
+    return get_args(Function).index(function), 0 if times is None else times.data_ptr(), block
 
 
 def _check(inputs: Tensor, weight: Tensor, weight_bits: int, types: tuple[torch.dtype, ...]) -> None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sqap.models.config import DecoderConfig
-from sqap.models.transformer import attend
+from sqap.models.transformer import activated, attend
 
 
 class TokenPruner(Protocol):
@@ -157,8 +156,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
+        return activated(self.down_proj, "silu", self.gate_proj(x), self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):

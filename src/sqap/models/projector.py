@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from sqap.models.transformer import activated
+
 
 class Projector(nn.Module):
     """Linears ``fc1, fc2, ...`` with GELU between them, as in Prismatic's VLMs."""
@@ -14,10 +16,9 @@ class Projector(nn.Module):
         super().__init__()
         inputs = (width, *outputs[:-1])
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(inputs, outputs, strict=True))
-        self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, tokens, vision width)`` to ``(batch, tokens, decoder width)``."""
         for i, layer in enumerate(self.layers):
-            x = layer(x if i == 0 else self.act(x))
+            x = activated(layer, "gelu" if i else "none", x)
         return x

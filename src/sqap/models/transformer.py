@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sqap.kernels import Function
+
+FUNCTIONS: dict[Function, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+def activated(linear: nn.Module, function: Function, x: Tensor, times: Tensor | None = None) -> Tensor:
+    """``linear`` of ``function(x) * times``; a quantized linear does all of it in one pass over ``x``."""
+    if not isinstance(linear, nn.Linear):
+        fused: Tensor = linear(x, function, times)
+        return fused
+    y = FUNCTIONS[function](x)
+    out: Tensor = linear(y if times is None else y * times)
+    return out
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
@@ -50,17 +72,16 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, GELU, linear."""
+    """Linear, activation function, linear."""
 
-    def __init__(self, width: int, hidden: int, activation: str) -> None:
+    def __init__(self, width: int, hidden: int, activation: Function) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
-        self.act = nn.GELU(approximate="tanh" if activation == "gelu_tanh" else "none")
+        self.activation = activation
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(self.act(self.fc1(x)))
-        return out
+        return activated(self.fc2, self.activation, self.fc1(x))
 
 
 def sinusoidal_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:

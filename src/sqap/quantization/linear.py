@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sqap import kernels
 from sqap.errors import InputError
+from sqap.models.transformer import FUNCTIONS
 from sqap.quantization.gptq import Factor, gptq
 from sqap.quantization.grid import (
     clip_scale,
@@ -121,36 +122,40 @@ class QuantizedLinear(nn.Module):
         """The float32 weight ``(out, in)`` that the integers stand for."""
         return dequantize_weight(self.levels(), self.scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., in)`` to ``(..., out)`` in the type of ``x``."""
-        wide = x.float()
+    def forward(self, x: Tensor, function: kernels.Function = "none", times: Tensor | None = None) -> Tensor:
+        """``function(x) * times`` ``(..., in)`` to ``(..., out)`` in the type of ``x``."""
+        if x.device.type != "cpu" or kernels.chosen() == kernels.REFERENCE:
+            return self._reference(x, function, times).to(x.dtype)
+        half = x.dtype == torch.bfloat16
+        return kernels.linear(
+            x if half else x.float(),
+            self.weight,
+            self.scale,
+            self.bias,
+            weight_bits=self.weight_bits,
+            activation_bits=self.activation_bits,
+            symmetric=self.activation_symmetric,
+            group_size=self._channels_per_scale(),
+            function=function,
+            times=None if times is None else (times if half else times.float()).contiguous(),
+            hadamard_block=self.hadamard_block or 1,
+        ).to(x.dtype)
+
+    def _reference(self, x: Tensor, function: kernels.Function, times: Tensor | None) -> Tensor:
+        """The same in PyTorch's arithmetic: ``(..., in)`` to ``(..., out)``, float32."""
+        wide = FUNCTIONS[function](x.float())
+        if times is not None:
+            wide = wide * times
         if self.hadamard_block:
             wide = block_hadamard(wide, self.hadamard_block)
-        if x.device.type == "cpu" and kernels.chosen() != kernels.REFERENCE:
-            out = kernels.linear(
-                wide,
-                self.weight,
-                self.scale,
-                self.bias,
-                weight_bits=self.weight_bits,
-                activation_bits=self.activation_bits,
-                symmetric=self.activation_symmetric,
-                group_size=self._channels_per_scale(),
-            )
-        else:
-            out = self._reference(wide)
-        return out.to(x.dtype)
-
-    def _reference(self, x: Tensor) -> Tensor:
-        """The same in PyTorch's arithmetic: ``(..., in)`` to ``(..., out)``, float32."""
         q, scale, zero_point = quantize_activation(
-            x,
+            wide,
             self.activation_bits,
             self.activation_granularity,
             self.activation_symmetric,
             self.activation_group_size,
         )
-        out = x.new_empty(*x.shape[:-1], self.out_features)
+        out = wide.new_empty(*x.shape[:-1], self.out_features)
         for rows in row_chunks(self.weight, BLOCK):
             out[..., rows] = self._multiply(q, scale, zero_point, rows)
         return out if self.bias is None else out + self.bias

@@ -7,8 +7,8 @@
 namespace sqap {
 
 enum class Slot {
-    levels, scales, zero_points, token_scales, token_zeros, packed, sums,  // of the activations
-    panel, panel_scales, panel_sums, acc, total,                           // of the output channels at work
+    row, rows, levels, scales, zero_points, token_scales, token_zeros, packed, sums,  // of the activations
+    panel, panel_scales, panel_sums, acc, total,                                      // of the output channels at work
     count
 };
 

@@ -47,20 +47,27 @@ T* pointer(uintptr_t address) {
 
 sqap::Dtype dtype(bool half) { return half ? sqap::Dtype::bf16 : sqap::Dtype::f32; }
 
+sqap::Activations activations(uintptr_t x, bool half, int64_t m, int64_t k, int bits, bool symmetric, int64_t group,
+                              int function, uintptr_t times, int64_t hadamard) {
+    return {pointer<void>(x), dtype(half), m, k, bits, symmetric, group, static_cast<sqap::Function>(function),
+            pointer<void>(times), hadamard};
+}
+
 void quantize(const std::string& path, uintptr_t x, bool half, int64_t m, int64_t k, int bits, bool symmetric,
-              int64_t group, uintptr_t q, uintptr_t scale, uintptr_t zero_point) {
+              int64_t group, int function, uintptr_t times, int64_t hadamard, uintptr_t q, uintptr_t scale,
+              uintptr_t zero_point) {
     const Path& chosen = find(path);
     nb::gil_scoped_release release;
-    chosen.quantize({pointer<void>(x), dtype(half), m, k, bits, symmetric, group},
+    chosen.quantize(activations(x, half, m, k, bits, symmetric, group, function, times, hadamard),
                     {pointer<int8_t>(q), pointer<float>(scale), pointer<int32_t>(zero_point)});
 }
 
 void linear(const std::string& path, uintptr_t x, bool half, int64_t m, int64_t k, int bits, bool symmetric,
-            int64_t group, uintptr_t weight, int weight_bits, int64_t n, uintptr_t scale, int64_t groups, bool shared,
-            uintptr_t bias, uintptr_t y) {
+            int64_t group, int function, uintptr_t times, int64_t hadamard, uintptr_t weight, int weight_bits,
+            int64_t n, uintptr_t scale, int64_t groups, bool shared, uintptr_t bias, uintptr_t y) {
     const Path& chosen = find(path);
     nb::gil_scoped_release release;
-    chosen.linear({pointer<void>(x), dtype(half), m, k, bits, symmetric, group},
+    chosen.linear(activations(x, half, m, k, bits, symmetric, group, function, times, hadamard),
                   {pointer<uint8_t>(weight), n, k, weight_bits, pointer<float>(scale), groups, shared},
                   {pointer<void>(y), dtype(half), pointer<float>(bias)});
 }

@@ -7,6 +7,14 @@
 #include <cstdint>
 #include <cstring>
 
+// Eight 32-bit lanes of two vectors, by number.
+#if defined(__clang__)
+#define SQAP_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t SqapLanes __attribute__((vector_size(32)));
+#define SQAP_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, SqapLanes{__VA_ARGS__})
+#endif
+
 namespace sqap {
 namespace {
 

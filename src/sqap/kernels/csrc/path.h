@@ -6,8 +6,9 @@
 namespace sqap {
 
 enum class Dtype { f32, bf16 };
+enum class Function { none, silu, gelu, gelu_tanh };
 
-// Activations (m, k) and the grid that they are to be quantized on.
+// Activations (m, k), what is done to them first, and the grid that they are to be quantized on.
 struct Activations {
     const void* x;
     Dtype dtype;
@@ -15,8 +16,12 @@ struct Activations {
     int bits;         // 4 or 8
     bool symmetric;
     int64_t group;    // channels that share a scale; k is one scale per token, 0 one for the whole tensor
+    Function function = Function::none;
+    const void* times = nullptr;  // (m, k), what the function's results are multiplied by; or null
+    int64_t hadamard = 1;         // size of the Hadamard matrices that then rotate the channels
 
     int64_t groups() const { return group ? k / group : 1; }
+    bool ready() const { return function == Function::none && times == nullptr && hadamard == 1; }
 };
 
 // Activations as levels: about scale * (q - zero_point).

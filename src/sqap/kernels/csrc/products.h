@@ -20,12 +20,6 @@ constexpr int64_t BLOCK = 1024;  // channels of a panel unpacked at a time
 // Eight rows of eight 32-bit words, turned into columns.
 typedef uint32_t Words __attribute__((vector_size(32)));
 
-#if defined(__clang__)
-#define SQAP_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SQAP_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Words{__VA_ARGS__})
-#endif
-
 inline void transpose(Words* w) {
     Words pairs[8];
     for (int i = 0; i < 8; i += 2) {

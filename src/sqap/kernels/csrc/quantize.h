@@ -2,7 +2,9 @@
 #pragma once
 
 #include "numbers.h"
+#include "memory.h"
 #include "path.h"
+#include "prepare.h"
 #include "threads.h"
 
 namespace sqap {
@@ -10,33 +12,29 @@ namespace {
 
 constexpr float TINY = 1.17549435e-38f;
 
-// Smallest and largest of `count` values; NaN if one is.
+// Smallest and largest of `count` values; NaN if one is not finite.
 template <class T>
 void extremes(const T* x, int64_t count, float& low, float& high) {
-    constexpr int LANES = 16;
-    float lows[LANES], highs[LANES], poison = 0;
-    for (int i = 0; i < LANES; i++) lows[i] = highs[i] = to_float(x);
+    Floats lows = Floats{} + to_float(x), highs = lows, poisons = {};
     int64_t j = 0;
-    float poisons[LANES] = {};
     for (; j + LANES <= count; j += LANES) {
-        for (int i = 0; i < LANES; i++) {
-            const float v = to_float(x + j + i);
-            lows[i] = v < lows[i] ? v : lows[i];
-            highs[i] = v > highs[i] ? v : highs[i];
-            poisons[i] += v * 0.0f;
-        }
+        const Floats v = load_floats(x + j);
+        lows = v < lows ? v : lows;
+        highs = v > highs ? v : highs;
+        poisons += v * 0.0f;
     }
-    for (; j < count; j++) {
-        const float v = to_float(x + j);
-        lows[0] = v < lows[0] ? v : lows[0];
-        highs[0] = v > highs[0] ? v : highs[0];
-        poisons[0] += v * 0.0f;
-    }
-    low = lows[0], high = highs[0];
+    float poison = 0;
+    low = highs[0], high = lows[0];
     for (int i = 0; i < LANES; i++) {
         low = lows[i] < low ? lows[i] : low;
         high = highs[i] > high ? highs[i] : high;
         poison += poisons[i];
+    }
+    for (; j < count; j++) {
+        const float v = to_float(x + j);
+        low = v < low ? v : low;
+        high = v > high ? v : high;
+        poison += v * 0.0f;
     }
     low += poison, high += poison;
 }
@@ -64,53 +62,77 @@ inline Grid make_grid(float low, float high, int bits, bool symmetric) {
 
 template <class T>
 void round_levels(const T* x, int64_t count, const Grid& grid, int bits, bool symmetric, int8_t* q) {
-    const float most = static_cast<float>(1 << (bits - 1));
+    const float most = static_cast<float>(1 << (bits - 1)), scale = grid.scale;
     const float low = symmetric && bits == 8 ? 1 - most : -most, high = most - 1;
     const float shift = static_cast<float>(grid.zero_point);
-    for (int64_t j = 0; j < count; j++) {
-        float v = to_float(x + j) / grid.scale;
+    const auto round = [=](Floats v) {
+        v /= scale;
         // A limit beyond the grid keeps what is not finite from overflowing below.
-        v = v < -512.0f ? -512.0f : v > 512.0f ? 512.0f : v == v ? v : 0.0f;
+        v = v < -512.0f ? Floats{} - 512.0f : v > 512.0f ? Floats{} + 512.0f : v == v ? v : Floats{};
         v = nearest(v) + shift;
-        v = v < low ? low : v > high ? high : v;
-        q[j] = static_cast<int8_t>(static_cast<int32_t>(v));
+        return v < low ? Floats{} + low : v > high ? Floats{} + high : v;
+    };
+    int64_t j = 0;
+    for (; j + LANES <= count; j += LANES) {
+        const Bytes levels = __builtin_convertvector(__builtin_convertvector(round(load_floats(x + j)), Ints), Bytes);
+        std::memcpy(q + j, &levels, sizeof levels);
     }
+    for (; j < count; j++) q[j] = static_cast<int8_t>(round(Floats{} + to_float(x + j))[0]);
 }
 
-// Levels of a range of tokens; with one scale for the tensor, on the grid given.
+// Levels of token i, (k), with a scale for every group; with one scale for the tensor, on the grid given.
 template <class T>
-void quantize_rows(const Activations& a, const Levels& levels, int64_t first, int64_t last, const Grid* whole) {
-    const T* x = static_cast<const T*>(a.x);
+void quantize_token(const Activations& a, const T* x, int64_t i, const Levels& levels, const Grid* whole) {
     const int64_t groups = a.groups(), size = a.k / groups;
-    for (int64_t i = first * groups; i < last * groups; i++) {
+    for (int64_t g = 0; g < groups; g++) {
         Grid grid;
         if (whole != nullptr) {
             grid = *whole;
         } else {
             float low, high;
-            extremes(x + i * size, size, low, high);
+            extremes(x + g * size, size, low, high);
             grid = make_grid(low, high, a.bits, a.symmetric);
         }
-        round_levels(x + i * size, size, grid, a.bits, a.symmetric, levels.q + i * size);
-        levels.scale[i] = grid.scale;
-        if (levels.zero_point != nullptr) levels.zero_point[i] = grid.zero_point;
+        const int64_t at = i * groups + g;
+        round_levels(x + g * size, size, grid, a.bits, a.symmetric, levels.q + at * size);
+        levels.scale[at] = grid.scale;
+        if (levels.zero_point != nullptr) levels.zero_point[at] = grid.zero_point;
     }
+}
+
+// Calls body(i) for every token, in a few tasks for each thread.
+template <class Body>
+void each_token(int64_t m, Body body) {
+    const int64_t step = 1 + (m - 1) / (4 * threads());
+    parallel((m + step - 1) / step, [&](int64_t task) {
+        for (int64_t i = task * step; i < least(m, (task + 1) * step); i++) body(i);
+    });
 }
 
 template <class T>
 void quantize_as(const Activations& a, const Levels& levels) {
     if (a.m == 0 || a.k == 0) return;
-    Grid grid, *whole = nullptr;
-    if (a.group == 0) {
-        float low, high;
-        extremes(static_cast<const T*>(a.x), a.m * a.k, low, high);
-        grid = make_grid(low, high, a.bits, a.symmetric);
-        whole = &grid;
+    const T* x = static_cast<const T*>(a.x);
+    if (a.ready()) {
+        Grid grid;
+        if (a.group == 0) {
+            float low, high;
+            extremes(x, a.m * a.k, low, high);
+            grid = make_grid(low, high, a.bits, a.symmetric);
+        }
+        const Grid* whole = a.group == 0 ? &grid : nullptr;
+        each_token(a.m, [&](int64_t i) { quantize_token(a, x + i * a.k, i, levels, whole); });
+    } else if (a.group != 0) {
+        each_token(a.m, [&](int64_t i) {
+            auto* row = buffer<float>(Slot::row, a.k);
+            prepare<T>(a, i, row);
+            quantize_token(a, row, i, levels, nullptr);
+        });
+    } else {  // the scale is known when the last token is
+        auto* rows = buffer<float>(Slot::rows, a.m * a.k);
+        each_token(a.m, [&](int64_t i) { prepare<T>(a, i, rows + i * a.k); });
+        quantize_as<float>({rows, Dtype::f32, a.m, a.k, a.bits, a.symmetric, a.group}, levels);
     }
-    const int64_t step = 1 + (a.m - 1) / (4 * threads());
-    parallel((a.m + step - 1) / step, [&](int64_t task) {
-        quantize_rows<T>(a, levels, task * step, least(a.m, (task + 1) * step), whole);
-    });
 }
 
 inline void quantize(const Activations& a, const Levels& levels) {

@@ -1,0 +1,148 @@
+// A token's channels on their way to the grid: an activation function, a product with another row, Hadamard matrices.
+#pragma once
+
+#include <cmath>
+
+#include "numbers.h"
+#include "path.h"
+
+namespace sqap {
+namespace {
+
+constexpr int64_t LANES = 8;
+typedef float Floats __attribute__((vector_size(32)));
+typedef int32_t Ints __attribute__((vector_size(32)));
+typedef int8_t Bytes __attribute__((vector_size(8)));
+
+inline Floats nearest(Floats x) {
+    const Floats shift = Floats{} + 12582912.0f;
+    return (x + shift) - shift;
+}
+
+// e^x for x up to 88, within 2e-7 of it: 2^n e^r, with |r| up to ln 2 / 2.
+inline Floats exponential(Floats x) {
+    x = x < -87.0f ? Floats{} - 87.0f : x > 88.0f ? Floats{} + 88.0f : x;
+    const Floats n = nearest(x * 1.44269504f);
+    const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: n times the first is exact
+    Floats sum = Floats{} + 1.9875691500e-4f;
+    sum = sum * r + 1.3981999507e-3f;
+    sum = sum * r + 8.3334519073e-3f;
+    sum = sum * r + 4.1665795894e-2f;
+    sum = sum * r + 1.6666665459e-1f;
+    sum = sum * r + 5.0000001201e-1f;
+    sum = sum * r * r + r + 1.0f;
+    const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+    Floats scale;
+    std::memcpy(&scale, &power, sizeof scale);
+    return sum * scale;
+}
+
+// Within 2e-7 (Abramowitz and Stegun 7.1.26).
+inline Floats error_function(Floats x) {
+    const Floats size = x < 0.0f ? -x : x, t = 1.0f / (1.0f + 0.3275911f * size);
+    Floats sum = t * 1.061405429f - 1.453152027f;
+    sum = sum * t + 1.421413741f;
+    sum = sum * t - 0.284496736f;
+    sum = sum * t + 0.254829592f;
+    const Floats value = 1.0f - sum * t * exponential(-x * x);
+    return x < 0.0f ? -value : value;
+}
+
+inline Floats activate(Function function, Floats x) {
+    switch (function) {
+        case Function::silu: return x / (1.0f + exponential(-x));
+        case Function::gelu: return 0.5f * x * (1.0f + error_function(x * 0.70710678f));
+        case Function::gelu_tanh: return x / (1.0f + exponential(-1.59576912f * (x + 0.044715f * x * x * x)));
+        default: return x;
+    }
+}
+
+template <class T>
+Floats load_floats(const T* x) {
+    Floats v;
+    for (int i = 0; i < LANES; i++) v[i] = to_float(x + i);
+    return v;
+}
+
+// The function of x, times what there is to multiply it by.
+template <Function F, class T>
+void apply(const T* x, const T* times, int64_t count, float* to) {
+    int64_t j = 0;
+    for (; j + LANES <= count; j += LANES) {
+        Floats v = activate(F, load_floats(x + j));
+        if (times != nullptr) v *= load_floats(times + j);
+        std::memcpy(to + j, &v, sizeof v);
+    }
+    if (j < count) {
+        T last[2][LANES] = {};
+        std::memcpy(last[0], x + j, (count - j) * sizeof(T));
+        if (times != nullptr) std::memcpy(last[1], times + j, (count - j) * sizeof(T));
+        float done[LANES];
+        apply<F>(last[0], times != nullptr ? last[1] : nullptr, LANES, done);
+        std::memcpy(to + j, done, (count - j) * sizeof(float));
+    }
+}
+
+// Sums and differences of pairs of lanes, as the three smallest of Sylvester's matrices go together.
+inline Floats hadamard_of_eight(Floats v) {
+    const Floats ones = {1, -1, 1, -1, 1, -1, 1, -1}, twos = {1, 1, -1, -1, 1, 1, -1, -1},
+                 fours = {1, 1, 1, 1, -1, -1, -1, -1};
+    v = SQAP_SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6) + v * ones;
+    v = SQAP_SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5) + v * twos;
+    return SQAP_SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3) + v * fours;
+}
+
+inline void butterfly(float* a, float* b) {
+    Floats x, y;
+    std::memcpy(&x, a, sizeof x);
+    std::memcpy(&y, b, sizeof y);
+    const Floats sum = x + y, difference = x - y;
+    std::memcpy(a, &sum, sizeof sum);
+    std::memcpy(b, &difference, sizeof difference);
+}
+
+// One block times the orthonormal Sylvester-Hadamard matrix of its size, a power of two, in place.
+inline void hadamard(float* x, int64_t size) {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(size));
+    if (size < LANES) {
+        for (int64_t half = 1; half < size; half *= 2) {
+            for (int64_t j = 0; j < size; j++) {
+                if (j & half) continue;
+                const float a = x[j], b = x[j + half];
+                x[j] = a + b, x[j + half] = a - b;
+            }
+        }
+        for (int64_t j = 0; j < size; j++) x[j] *= scale;
+        return;
+    }
+    for (int64_t j = 0; j < size; j += LANES) {
+        Floats v;
+        std::memcpy(&v, x + j, sizeof v);
+        v = hadamard_of_eight(v) * scale;
+        std::memcpy(x + j, &v, sizeof v);
+    }
+    for (int64_t half = LANES; half < size; half *= 2) {
+        for (int64_t start = 0; start < size; start += 2 * half) {
+            for (int64_t j = start; j < start + half; j += LANES) butterfly(x + j, x + j + half);
+        }
+    }
+}
+
+// Token i as it is to be quantized, (k).
+template <class T>
+void prepare(const Activations& a, int64_t i, float* to) {
+    const T* x = static_cast<const T*>(a.x) + i * a.k;
+    const T* times = a.times != nullptr ? static_cast<const T*>(a.times) + i * a.k : nullptr;
+    switch (a.function) {
+        case Function::silu: apply<Function::silu>(x, times, a.k, to); break;
+        case Function::gelu: apply<Function::gelu>(x, times, a.k, to); break;
+        case Function::gelu_tanh: apply<Function::gelu_tanh>(x, times, a.k, to); break;
+        default: apply<Function::none>(x, times, a.k, to);
+    }
+    if (a.hadamard > 1) {
+        for (int64_t j = 0; j < a.k; j += a.hadamard) hadamard(to + j, a.hadamard);
+    }
+}
+
+}  // namespace
+}  // namespace sqap
