@@ -1,4 +1,4 @@
-"""ONNX Runtime's products for gemm.py: dynamic 8 bits, and 4-bit weights with inputs in 8 bits (MatMulNBits)."""
+"""ONNX Runtime's products for gemm.py: dynamic 8 bits, and MatMulNBits (4-bit weights, inputs in 8 bits)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from gemm_serve import Array, Bind, Product, Weight, serve, threads
+from gemm_serve import Array, Bind, Product, Weight, saturates, serve, threads
 from onnx import ModelProto, TensorProto, helper, numpy_helper, save
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -44,7 +44,9 @@ def dynamic_int8(weight: Weight) -> Bind:
     with tempfile.TemporaryDirectory() as folder:
         dense, small = Path(folder, "dense.onnx"), Path(folder, "small.onnx")
         save(model(node, {"w": np.ascontiguousarray(weight.dense().T)}, k, n), dense)
-        quantize_dynamic(dense, small, per_channel=True, weight_type=QuantType.QInt8)
+        quantize_dynamic(
+            dense, small, per_channel=True, weight_type=QuantType.QInt8, reduce_range=saturates()
+        )
         return run(str(small))
 
 

@@ -8,20 +8,21 @@ import nncf
 import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
-from gemm_serve import Array, Bind, Product, Weight, serve, threads
+from gemm_serve import Array, Bind, Product, Weight, saturates, serve, threads
+from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
 
 GROUP = 128
 CALIBRATION = 34  # tokens
 
 
 def load(compress: Any, settings: dict[str, Any]) -> Any:
-    settings = {"INFERENCE_NUM_THREADS": threads(), "INFERENCE_PRECISION_HINT": "f32", **settings}
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads(), **settings}
 
     def of(weight: Weight) -> Bind:
         inputs = ops.parameter([-1, weight.levels.shape[1]], np.float32)
         product = ops.matmul(inputs, ops.constant(weight.dense()), False, True)
         model = compress(ov.Model([product], [inputs]))
-        compiled = ov.Core().compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY", **settings})
+        compiled = ov.Core().compile_model(model, "CPU", settings)
 
         def bind(x: Array) -> Product:
             request = compiled.create_infer_request()
@@ -42,7 +43,9 @@ def static_int8(model: ov.Model) -> ov.Model:
     """Both sides in 8 bits, the input's range calibrated."""
     k = model.input(0).partial_shape[1].get_length()
     x = np.random.default_rng(0).standard_normal((CALIBRATION, k), dtype=np.float32)
-    return nncf.quantize(model, nncf.Dataset([x]), subset_size=1)
+    overflow = OverflowFix.ENABLE if saturates() else OverflowFix.DISABLE
+    settings = AdvancedQuantizationParameters(overflow_fix=overflow)
+    return nncf.quantize(model, nncf.Dataset([x]), subset_size=1, advanced_parameters=settings)
 
 
 def int8(model: ov.Model) -> ov.Model:

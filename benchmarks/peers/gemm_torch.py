@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gemm_serve import Array, Bind, Product, Weight, serve, threads
+from gemm_serve import Array, Bind, Product, Weight, saturates, serve, threads
 from torch import Tensor
 
 WIDER = 15  # a level of 8 bits is this many times one of 4 bits: -120..105
@@ -57,13 +57,14 @@ def onednn_static(weight: Weight) -> Bind:
     levels = torch.from_numpy(weight.levels * WIDER)
     scale = torch.from_numpy(weight.scale / WIDER)
     zeros = torch.zeros(len(scale), dtype=torch.int32)
-    packed = torch.ops.onednn.qlinear_prepack(levels.T, None)
+    zero_point = 64 if saturates() else 128
 
     def bind(x: Array) -> Product:
-        step = float(abs(x).max()) / 127
-        q = torch.from_numpy(x).div(step).round().add(128).clamp(0, 255).to(torch.uint8)
+        step = float(abs(x).max()) / (zero_point - 1)
+        q = torch.from_numpy(x).div(step).round().add(zero_point).to(torch.uint8)
+        packed = torch.ops.onednn.qlinear_prepack(levels, list(x.shape))
         rest = packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        return lambda: torch.ops.onednn.qlinear_pointwise(q, step, 128, *rest)
+        return lambda: torch.ops.onednn.qlinear_pointwise(q, step, zero_point, *rest)
 
     return bind
 

@@ -24,6 +24,7 @@ except ImportError:  # a source tree that was not installed
     _native = None
 
 Function = Literal["none", "silu", "gelu", "gelu_tanh"]  # in the native code's order
+FUNCTIONS: tuple[str, ...] = get_args(Function)
 REFERENCE = "reference"
 VARIABLE = "SQAP_KERNELS"
 NEEDS = {
@@ -67,27 +68,10 @@ def describe() -> dict[str, Any]:
     }
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    *,
-    weight_bits: int,
-    activation_bits: int,
-    symmetric: bool,
-    group_size: int,
-    function: Function = "none",
-    times: Tensor | None = None,
-    hadamard_block: int = 1,
-    path: str | None = None,
-) -> Tensor:
-    """``(..., in)`` to ``(..., out)`` in the type of ``x``, quantizing ``x`` on the way.
-
-    What is quantized is ``function(x) * times``, behind `sqap.quantization.hadamard.block_hadamard`.
+class Linear:
+    """A packed weight, checked once and multiplied often.
 
     Args:
-        x: float32 or bfloat16.
         weight: as `sqap.quantization.QuantizedLinear` stores it, uint8 ``(out, in / 2)`` or int8
             ``(out, in)``.
         scale: float32 ``(out, groups)`` or ``(1, 1)``.
@@ -97,96 +81,107 @@ def linear(
         symmetric: whether activations have no zero point.
         group_size: channels of an activation that share a scale; all of them for one per token, 0 for one
             for the whole tensor.
-        function: applied to ``x``.
-        times: what its results are multiplied by, of the shape and type of ``x``; or None.
-        hadamard_block: the size of the Hadamard matrices, a power of two that divides ``in``; 1 for none.
+        hadamard_block: the size of the Hadamard matrices that rotate an activation before it is quantized, a
+            power of two that divides ``in``; 1 for none.
         path: which one; the chosen one if not given.
+
+    Raises:
+        ValueError: the tensors do not fit together.
     """
-    k, n, (rows, groups) = x.shape[-1], len(weight), scale.shape
-    tokens = x.reshape(-1, k).contiguous()
-    _check(tokens, weight, weight_bits, (torch.float32, torch.bfloat16))
-    if group_size and (k % group_size or (weight_bits == 4 and group_size % 2)):
-        raise ValueError(f"{k} channels cannot be cut into groups of {group_size}")
-    if scale.dtype != torch.float32 or not scale.is_contiguous() or k % groups or rows not in (1, n):
-        raise ValueError(f"scales {tuple(scale.shape)} do not fit a weight of {n} by {k} channels")
-    if bias is not None:
-        bias = bias.float().contiguous()
-    y = x.new_empty(*x.shape[:-1], n)
-    _native.linear(
-        path or chosen(),
-        tokens.data_ptr(),
-        tokens.dtype == torch.bfloat16,
-        len(tokens),
-        k,
-        activation_bits,
-        symmetric,
-        group_size,
-        *_first(tokens, function, times, hadamard_block),
-        weight.data_ptr(),
-        weight_bits,
-        n,
-        scale.data_ptr(),
-        groups,
-        rows != n or scale.numel() == 1,
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-    )
-    return y
 
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        *,
+        weight_bits: int,
+        activation_bits: int,
+        symmetric: bool,
+        group_size: int,
+        hadamard_block: int = 1,
+        path: str | None = None,
+    ) -> None:
+        n, width = weight.shape
+        k = 2 * width if weight_bits == 4 else width
+        rows, groups = scale.shape
+        _check_weight(weight)
+        if group_size and (k % group_size or (weight_bits == 4 and group_size % 2)):
+            raise ValueError(f"{k} channels cannot be cut into groups of {group_size}")
+        if scale.dtype != torch.float32 or not scale.is_contiguous() or k % groups or rows not in (1, n):
+            raise ValueError(f"scales {tuple(scale.shape)} do not fit a weight of {n} by {k} channels")
+        if k % hadamard_block or hadamard_block & (hadamard_block - 1):
+            raise ValueError(
+                f"a Hadamard block must be a power of two that divides {k}, got {hadamard_block}"
+            )
+        self.in_features, self.out_features = k, n
+        self._grids = 1 if group_size == 0 else k // group_size
+        self._symmetric = symmetric
+        bias = None if bias is None else bias.float().contiguous()
+        self._kept = weight, scale, bias  # the native code has their addresses
+        self.native = _native.Linear(
+            path or chosen(), weight.data_ptr(), weight_bits, n, k,
+            scale.data_ptr(), groups, rows != n or scale.numel() == 1, address(bias),
+            activation_bits, symmetric, group_size, hadamard_block,
+        )  # fmt: skip
 
-def quantize(
-    x: Tensor,
-    bits: int,
-    symmetric: bool,
-    group_size: int,
-    function: Function = "none",
-    times: Tensor | None = None,
-    hadamard_block: int = 1,
-    path: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Levels, scales and zero points of ``x`` ``(tokens, in)``, as `linear` makes them."""
-    m, k = x.shape
-    q = torch.empty(m, k, dtype=torch.int8)
-    scale = torch.empty(m, k // group_size if group_size else 1)
-    zero_point = None if symmetric else torch.empty(scale.shape, dtype=torch.int32)
-    x = x.contiguous()
-    grid = bits, symmetric, group_size, *_first(x, function, times, hadamard_block)
-    arrays = q.data_ptr(), scale.data_ptr(), 0 if zero_point is None else zero_point.data_ptr()
-    _native.quantize(path or chosen(), x.data_ptr(), x.dtype == torch.bfloat16, m, k, *grid, *arrays)
-    return q, scale, zero_point
+    def __call__(self, x: Tensor, function: Function = "none", times: Tensor | None = None) -> Tensor:
+        """``function(x) * times`` ``(..., in)`` to ``(..., out)``, all float32 or all bfloat16."""
+        x, times = self._check(x, times)
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        half, m = x.dtype == torch.bfloat16, x.numel() // self.in_features
+        self.native(x.data_ptr(), half, m, FUNCTIONS.index(function), address(times), y.data_ptr())
+        return y
+
+    def quantize(
+        self, x: Tensor, function: Function = "none", times: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Levels, scales and zero points of ``x`` ``(tokens, in)``, as they are multiplied."""
+        x, times = self._check(x, times)
+        m = len(x)
+        q, scale = torch.empty(m, self.in_features, dtype=torch.int8), torch.empty(m, self._grids)
+        zero_point = None if self._symmetric else torch.empty(m, self._grids, dtype=torch.int32)
+        first = x.data_ptr(), x.dtype == torch.bfloat16, m, FUNCTIONS.index(function), address(times)
+        self.native.quantize(*first, q.data_ptr(), scale.data_ptr(), address(zero_point))
+        return q, scale, zero_point
+
+    def _check(self, x: Tensor, times: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"inputs {tuple(x.shape)} do not fit a weight of {self.in_features} channels")
+        if x.dtype not in (torch.float32, torch.bfloat16) or not x.is_cpu:
+            raise ValueError(f"inputs must be float32 or bfloat16 on the CPU, got {x.dtype} on {x.device}")
+        if times is not None:
+            if times.shape != x.shape or times.dtype != x.dtype:
+                raise ValueError(f"factors {tuple(times.shape)} do not fit inputs {tuple(x.shape)}")
+            times = times.contiguous()
+        return x.contiguous(), times
 
 
 def matmul(q: Tensor, weight: Tensor, weight_bits: int, path: str | None = None) -> Tensor:
-    """Exact products of int8 levels ``(tokens, in)`` with a packed weight: int32 ``(tokens, out)``."""
-    _check(q, weight, weight_bits, (torch.int8,))
+    """Exact products of int8 levels ``(tokens, in)`` with a packed weight: int32 ``(tokens, out)``.
+
+    Raises:
+        ValueError: the tensors do not fit together.
+    """
     (m, k), n = q.shape, len(weight)
+    _check_weight(weight)
+    if weight.shape[1] * (2 if weight_bits == 4 else 1) != k or q.dtype != torch.int8:
+        raise ValueError(f"levels {tuple(q.shape)} do not fit a weight stored as {tuple(weight.shape)}")
     y = torch.empty(m, n, dtype=torch.int32)
     q = q.contiguous()
     _native.matmul(path or chosen(), q.data_ptr(), m, k, weight.data_ptr(), weight_bits, n, y.data_ptr())
     return y
 
 
-def _first(x: Tensor, function: Function, times: Tensor | None, block: int) -> tuple[int, int, int]:
-    """What is done to ``x`` before it is quantized, as the native code wants it."""
-    if x.shape[1] % block or block & (block - 1):
-        raise ValueError(f"a Hadamard block must be a power of two that divides {x.shape[1]}, got {block}")
-    if times is not None and (
-        times.numel() != x.numel() or times.dtype != x.dtype or not times.is_contiguous()
-    ):
-        raise ValueError(f"factors {tuple(times.shape)} do not fit activations {tuple(x.shape)}")
-    return get_args(Function).index(function), 0 if times is None else times.data_ptr(), block
+def address(tensor: Tensor | None) -> int:
+    """Of a tensor's first value; 0 of none."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
-def _check(inputs: Tensor, weight: Tensor, weight_bits: int, types: tuple[torch.dtype, ...]) -> None:
+def _check_weight(weight: Tensor) -> None:
     """The native code is given addresses, and believes what it is told about them."""
-    channels = inputs.shape[1]
-    if weight_bits == 4 and channels % 2:
-        raise ValueError(f"channels of 4-bit weights come in pairs, got {channels}")
-    width = channels // 2 if weight_bits == 4 else channels
-    if weight.shape[1] != width or weight.element_size() != 1 or not weight.is_contiguous():
-        raise ValueError(f"{channels} channels do not fit a weight stored as {tuple(weight.shape)}")
-    if inputs.dtype not in types or not inputs.is_cpu or not weight.is_cpu:
-        raise ValueError(f"inputs must be {' or '.join(map(str, types))} on the CPU, got {inputs.dtype}")
+    if weight.element_size() != 1 or not weight.is_contiguous() or not weight.is_cpu:
+        raise ValueError("a packed weight must be contiguous bytes on the CPU")
 
 
 def _processor() -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sqap.models.config import DecoderConfig
-from sqap.models.transformer import activated, attend
+from sqap.models.transformer import Fused, activated, attend
 
 
 class TokenPruner(Protocol):
@@ -64,6 +64,10 @@ class KVCache:
     def nbytes(self) -> int:
         """Memory taken by all that is stored."""
         return sum(tensor.nbytes for entry in self._entries for tensor in entry)
+
+    def is_empty(self, layer: int) -> bool:
+        """Whether nothing is stored yet."""
+        return not self._entries[layer]
 
     def extend(self, layer: int, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Append tensors ``(batch, kv_heads, tokens, ...)`` and return all that is stored."""
@@ -124,6 +128,11 @@ class Attention(nn.Module):
         received = None if rows is None else attention_received(q, k, rows, causal=self.causal)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, tokens, -1)), received
 
+    def empty_kv(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for keys and values ``(batch, kv_heads, tokens, head_dim)`` of ``x``."""
+        shape = x.shape[0], self.kv_heads, x.shape[1], self.head_dim
+        return x.new_empty(shape), x.new_empty(shape)
+
 
 def attention_received(q: Tensor, k: Tensor, rows: Tensor, *, causal: bool = True) -> Tensor:
     """Attention that each key gets from a few query rows: one row block, not a second full attention.
@@ -162,6 +171,8 @@ class SwiGLU(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention, then MLP, each behind an RMSNorm and on a residual branch."""
 
+    fused: Fused | None = None
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.width, config.norm_eps)
@@ -177,6 +188,13 @@ class DecoderLayer(nn.Module):
         cache: KVCache | None = None,
         rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
+        if self.fused is not None and (cache is None or cache.is_empty(layer)):
+            kept = None if cache is None else self.self_attn.empty_kv(x)
+            done = self.fused(self, x, rope, rows, kept)
+            if done is not None:
+                if cache is not None and kept is not None:
+                    cache.extend(layer, kept)
+                return done
         mixed, received = self.self_attn(self.input_layernorm(x), rope, layer, cache, rows)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), received

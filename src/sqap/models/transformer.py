@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,22 @@ FUNCTIONS: dict[Function, Callable[[Tensor], Tensor]] = {
 }
 
 
+class Fused(Protocol):
+    """Runs a whole layer in one native call, or says None where it cannot."""
+
+    def __call__(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        rows: Tensor | None = None,
+        kept: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None] | None: ...
+
+
 def activated(linear: nn.Module, function: Function, x: Tensor, times: Tensor | None = None) -> Tensor:
-    """``linear`` of ``function(x) * times``; a quantized linear does all of it in one pass over ``x``."""
-    if not isinstance(linear, nn.Linear):
+    """``linear`` of ``function(x) * times``; one that ``fuses`` does all of it in one pass over ``x``."""
+    if getattr(linear, "fuses", False):
         fused: Tensor = linear(x, function, times)
         return fused
     y = FUNCTIONS[function](x)
@@ -57,7 +71,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.width, self.heads = width, heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 

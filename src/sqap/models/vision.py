@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sqap.models.config import VisionConfig
-from sqap.models.transformer import MLP, SelfAttention
+from sqap.models.transformer import MLP, Fused, SelfAttention
 
 
 class LayerScale(nn.Module):
@@ -37,6 +37,8 @@ class FiLM(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each behind a LayerNorm and on a residual branch; FiLM, if any, between the two."""
 
+    fused: Fused | None = None
+
     def __init__(self, config: VisionConfig, language_width: int) -> None:
         super().__init__()
         width = config.width
@@ -49,6 +51,9 @@ class Block(nn.Module):
         self.ls2 = LayerScale(width) if config.layer_scale else nn.Identity()
 
     def forward(self, x: Tensor, language: Tensor | None = None) -> Tensor:
+        done = None if self.fused is None else self.fused(self, x)
+        if done is not None:
+            return done[0]
         x = x + self.ls1(self.attn(self.norm1(x)))
         if self.film is not None:
             x = self.film(x, language)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from sqap.quantization.packing import pack_int4, packed_width, unpack_int4
 from sqap.quantization.rotation import HadamardLinear
 from sqap.recipe import Scheme
 
+_bound: WeakKeyDictionary[QuantizedLinear, tuple[tuple[object, ...], kernels.Linear]] = WeakKeyDictionary()
 BLOCK = 1 << 20  # bytes of a packed weight that are unpacked at a time: what fits in a cache
 
 
@@ -44,6 +46,7 @@ class QuantizedLinear(nn.Module):
     weight: Tensor
     scale: Tensor
     bias: Tensor | None
+    fuses = True
 
     def __init__(
         self,
@@ -126,20 +129,31 @@ class QuantizedLinear(nn.Module):
         """``function(x) * times`` ``(..., in)`` to ``(..., out)`` in the type of ``x``."""
         if x.device.type != "cpu" or kernels.chosen() == kernels.REFERENCE:
             return self._reference(x, function, times).to(x.dtype)
-        half = x.dtype == torch.bfloat16
-        return kernels.linear(
-            x if half else x.float(),
-            self.weight,
-            self.scale,
-            self.bias,
-            weight_bits=self.weight_bits,
-            activation_bits=self.activation_bits,
-            symmetric=self.activation_symmetric,
-            group_size=self._channels_per_scale(),
-            function=function,
-            times=None if times is None else (times if half else times.float()).contiguous(),
-            hadamard_block=self.hadamard_block or 1,
-        ).to(x.dtype)
+        if x.dtype not in (torch.float32, torch.bfloat16):
+            return self.bound()(x.float(), function, None if times is None else times.float()).to(x.dtype)
+        return self.bound()(x, function, times)
+
+    def bound(self) -> kernels.Linear:
+        """What multiplies on this processor, made anew when a tensor has been replaced."""
+        weight, scale, bias = self.weight, self.scale, self.bias
+        key = kernels.chosen(), *map(kernels.address, (weight, scale, bias))
+        found = _bound.get(self)
+        if found is None or found[0] != key:
+            found = (
+                key,
+                kernels.Linear(
+                    weight,
+                    scale,
+                    bias,
+                    weight_bits=self.weight_bits,
+                    activation_bits=self.activation_bits,
+                    symmetric=self.activation_symmetric,
+                    group_size=self._channels_per_scale(),
+                    hadamard_block=self.hadamard_block or 1,
+                ),
+            )
+            _bound[self] = found
+        return found[1]
 
     def _reference(self, x: Tensor, function: kernels.Function, times: Tensor | None) -> Tensor:
         """The same in PyTorch's arithmetic: ``(..., in)`` to ``(..., out)``, float32."""

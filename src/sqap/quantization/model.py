@@ -17,6 +17,7 @@ from sqap.models.heads.ddim import ddim_sample
 from sqap.models.stages import embed_through, fill_around, run_layer, stages
 from sqap.models.storage import Weights, fill
 from sqap.models.vla import VISUAL_START, VLA, ModelInputs
+from sqap.quantization.fused import fuse
 from sqap.quantization.kv import set_kv_bits
 from sqap.quantization.linear import QuantizedLinear
 from sqap.quantization.partial import Partial
@@ -90,6 +91,7 @@ def quantize_model(
     if weights is not None:
         fill(model.head, weights, prefix="head.", dtype=torch.float32)
     walk.through("head", model.head, *_head_states(model, hidden, inputs))
+    fuse(model)
     return model.to(dtype)
 
 
@@ -131,6 +133,7 @@ def quantize_decoder(
     hidden = [h.float() if rotation is None else rotation.residual.apply(h.float()) for h in hidden]
     quantize_layers(walk, decoder, hidden, rotation)
     set_kv_bits(decoder, quantization.kv_bits)
+    fuse(decoder)
     return decoder.to(dtype)
 
 
@@ -159,6 +162,7 @@ def prepare_quantized(model: VLA, quantization: Quantization) -> None:
     for name, stage in stages(model):
         prepare(name, stage, quantization)
     set_kv_bits(model.decoder, quantization.kv_bits)
+    fuse(model)
 
 
 def _float_around(model: nn.Module, inner: Iterable[nn.Module]) -> None:

@@ -1,51 +1,44 @@
 // AVX2 multiplies unsigned bytes by signed ones and adds neighbours in 16 bits, which saturate: safe for weights of
 // four bits, whose sums of eight products stay below 2^15. Eight-bit weights are multiplied four bits at a time.
 
-#include "engine.h"
+#include "layer.h"
 #include "ymm.h"
 
 namespace sqap {
 namespace {
 
 struct Avx2 : Ymm {
-    static constexpr int64_t MR = 3, NR = 16;
+    static constexpr int64_t MR = 4, NR = 16;
     static constexpr bool UNSIGNED = true, FOUR_BITS_ONLY = true;
     static constexpr int64_t SAFE = 8;  // 8 * 2 * 15 * 128 < 2^15
 
+    // In assembly, since GCC would add into another register and move it back, and spill the sums for want of them.
+    static void add(__m256i& sums, __m256i products) { asm("vpaddw %1, %0, %0" : "+x"(sums) : "x"(products)); }
+
     static void tile(const uint8_t* panel, const int8_t* a, int64_t quads, int32_t* acc) {
         const __m256i ones = _mm256_set1_epi16(1);
-        __m256i wide[MR][2];
-#pragma GCC unroll 3
-        for (int i = 0; i < MR; i++) {
-            wide[i][0] = load(acc + i * NR);
-            wide[i][1] = load(acc + i * NR + 8);
-        }
         for (int64_t q = 0; q < quads; q += SAFE) {
             const int64_t stop = least(quads, q + SAFE);
-            __m256i narrow[MR][2];
-#pragma GCC unroll 3
-            for (int i = 0; i < MR; i++) narrow[i][0] = narrow[i][1] = _mm256_setzero_si256();
+            __m256i sums[MR][2];
+#pragma GCC unroll 6
+            for (int i = 0; i < MR; i++) sums[i][0] = sums[i][1] = zero();
             for (int64_t j = q; j < stop; j++) {
                 const __m256i w0 = load(panel + j * NR * 4), w1 = load(panel + j * NR * 4 + 32);
-#pragma GCC unroll 3
+#pragma GCC unroll 6
                 for (int i = 0; i < MR; i++) {
                     int32_t four;
                     std::memcpy(&four, a + (j * MR + i) * 4, 4);
                     const __m256i x = _mm256_set1_epi32(four);
-                    narrow[i][0] = _mm256_add_epi16(narrow[i][0], _mm256_maddubs_epi16(w0, x));
-                    narrow[i][1] = _mm256_add_epi16(narrow[i][1], _mm256_maddubs_epi16(w1, x));
+                    add(sums[i][0], _mm256_maddubs_epi16(w0, x));
+                    add(sums[i][1], _mm256_maddubs_epi16(w1, x));
                 }
             }
-#pragma GCC unroll 3
+#pragma GCC unroll 6
             for (int i = 0; i < MR; i++) {
-                wide[i][0] = _mm256_add_epi32(wide[i][0], _mm256_madd_epi16(narrow[i][0], ones));
-                wide[i][1] = _mm256_add_epi32(wide[i][1], _mm256_madd_epi16(narrow[i][1], ones));
+                int32_t* to = acc + i * NR;
+                store(to, _mm256_add_epi32(load(to), _mm256_madd_epi16(sums[i][0], ones)));
+                store(to + 8, _mm256_add_epi32(load(to + 8), _mm256_madd_epi16(sums[i][1], ones)));
             }
-        }
-#pragma GCC unroll 3
-        for (int i = 0; i < MR; i++) {
-            store(acc + i * NR, wide[i][0]);
-            store(acc + i * NR + 8, wide[i][1]);
         }
     }
 
@@ -72,10 +65,10 @@ struct Avx2 : Ymm {
     }
 };
 
-bool runs_here() { return __builtin_cpu_supports("avx2"); }
+bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 }  // namespace
 
-const Path avx2 = {"avx2", runs_here, quantize, linear<Avx2>, matmul<Avx2>};
+const Path avx2 = {"avx2", runs_here, quantize, linear<Avx2>, matmul<Avx2>, layer<Avx2>};
 
 }  // namespace sqap

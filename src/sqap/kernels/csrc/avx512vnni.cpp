@@ -29,11 +29,12 @@ struct Avx512 {
 bool runs_here() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vnni");
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
 }
 
 }  // namespace
 
-const Path avx512vnni = {"avx512vnni", runs_here, quantize, linear<Vnni<Avx512>>, matmul<Vnni<Avx512>>};
+const Path avx512vnni = {"avx512vnni", runs_here, quantize, linear<Vnni<Avx512>>, matmul<Vnni<Avx512>>,
+                         layer<Vnni<Avx512>>};
 
 }  // namespace sqap

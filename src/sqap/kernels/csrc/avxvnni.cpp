@@ -22,7 +22,8 @@ struct Avx : Ymm {
 
 bool has_avxvnni() {
     unsigned a, b, c, d;
-    return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 
 bool runs_here() {
@@ -32,6 +33,6 @@ bool runs_here() {
 
 }  // namespace
 
-const Path avxvnni = {"avxvnni", runs_here, quantize, linear<Vnni<Avx>>, matmul<Vnni<Avx>>};
+const Path avxvnni = {"avxvnni", runs_here, quantize, linear<Vnni<Avx>>, matmul<Vnni<Avx>>, layer<Vnni<Avx>>};
 
 }  // namespace sqap

@@ -34,6 +34,23 @@ const T* for_segments(const T* values, Slot slot, int64_t m, int64_t groups, int
     return wide;
 }
 
+// Products with a stretch of output channels of token i become outputs. Inlined, so that a full stretch has a constant
+// length.
+template <class T>
+__attribute__((always_inline)) inline void finish(const Output& out, int64_t n, int64_t i, int64_t n0, int64_t count, float* values) {
+    if (out.bias != nullptr) {
+        for (int64_t j = 0; j < count; j++) values[j] += out.bias[n0 + j];
+    }
+    if (out.gain != nullptr) {
+        for (int64_t j = 0; j < count; j++) values[j] *= out.gain[n0 + j];
+    }
+    if (out.residual != nullptr) {
+        for (int64_t j = 0; j < count; j++) values[j] += out.residual[i * n + n0 + j];
+    }
+    T* y = static_cast<T*>(out.y) + i * n + n0;
+    for (int64_t j = 0; j < count; j++) from_float(values[j], y + j);
+}
+
 template <class Isa, class T>
 void linear_many(const Activations& a, const Weight& w, const Output& out, const Levels& levels) {
     constexpr int64_t MR = Isa::MR, NR = Isa::NR;
@@ -73,9 +90,10 @@ void linear_many(const Activations& a, const Weight& w, const Output& out, const
                     for (int64_t j = 0; j < NR; j++) values[j] = total[j] = (s ? total[j] : 0.0f) + values[j];
                     if (s + 1 < segments) continue;
                 }
-                T* y = static_cast<T*>(out.y) + i * w.n + n0;
-                for (int64_t j = 0; j < count; j++) {
-                    from_float(out.bias != nullptr ? values[j] + out.bias[n0 + j] : values[j], y + j);
+                if (count == NR) {
+                    finish<T>(out, w.n, i, n0, NR, values);
+                } else {
+                    finish<T>(out, w.n, i, n0, count, values);
                 }
             }
         };
@@ -111,7 +129,6 @@ void linear_few(const Activations& a, const Weight& w, const Output& out, const 
             sums[i] += levels.q[i * a.k + j];
         }
     }
-    T* y = static_cast<T*>(out.y);
     parallel((w.n + ROWS - 1) / ROWS, [&](int64_t task) {
         for (int64_t n = task * ROWS; n < least(w.n, (task + 1) * ROWS); n++) {
             const uint8_t* row = w.data + n * bytes;
@@ -122,26 +139,35 @@ void linear_few(const Activations& a, const Weight& w, const Output& out, const 
                                           : Isa::dot8(row, q, bytes) - 128 * sums[i];
                 if (levels.zero_point != nullptr) sum -= static_cast<int32_t>(levels.zero_point[i] * row_sum);
                 float value = static_cast<float>(sum) * levels.scale[i] * w.scale[w.shared ? 0 : n];
-                if (out.bias != nullptr) value += out.bias[n];
-                from_float(value, y + i * w.n + n);
+                finish<T>(out, w.n, i, n, 1, &value);
             }
         }
     });
 }
 
-template <class Isa>
-void linear(const Activations& a, const Weight& w, const Output& out) {
-    if (a.m == 0 || w.n == 0) return;
+inline Levels quantized(const Activations& a) {
     const int64_t grids = a.m * a.groups();
     const Levels levels{buffer<int8_t>(Slot::levels, a.m * a.k), buffer<float>(Slot::scales, grids),
                         a.symmetric ? nullptr : buffer<int32_t>(Slot::zero_points, grids)};
     quantize(a, levels);
+    return levels;
+}
+
+// The linear of activations whose levels are known.
+template <class Isa>
+void multiply(const Activations& a, const Levels& levels, const Weight& w, const Output& out) {
+    if (a.m == 0 || w.n == 0) return;
     const bool few = a.m <= FEW && a.groups() == 1 && w.groups == 1;
     if (out.dtype == Dtype::f32) {
         few ? linear_few<Isa, float>(a, w, out, levels) : linear_many<Isa, float>(a, w, out, levels);
     } else {
         few ? linear_few<Isa, uint16_t>(a, w, out, levels) : linear_many<Isa, uint16_t>(a, w, out, levels);
     }
+}
+
+template <class Isa>
+void linear(const Activations& a, const Weight& w, const Output& out) {
+    multiply<Isa>(a, quantized(a), w, out);
 }
 
 template <class Isa>

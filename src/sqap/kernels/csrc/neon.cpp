@@ -6,7 +6,7 @@
 #include <sys/auxv.h>
 #endif
 
-#include "engine.h"
+#include "layer.h"
 
 namespace sqap {
 namespace {
@@ -76,6 +76,6 @@ bool runs_here() {
 
 }  // namespace
 
-const Path neon = {"neon", runs_here, quantize, linear<Neon>, matmul<Neon>};
+const Path neon = {"neon", runs_here, quantize, linear<Neon>, matmul<Neon>, layer<Neon>};
 
 }  // namespace sqap

@@ -8,6 +8,14 @@ namespace sqap {
 enum class Dtype { f32, bf16 };
 enum class Function { none, silu, gelu, gelu_tanh };
 
+// LayerNorm or RMSNorm of a token.
+struct Norm {
+    enum Kind { layer, rms } kind;
+    const float* weight;  // (k) or null
+    const float* bias;    // (k) or null
+    float eps;
+};
+
 // Activations (m, k), what is done to them first, and the grid that they are to be quantized on.
 struct Activations {
     const void* x;
@@ -16,12 +24,15 @@ struct Activations {
     int bits;         // 4 or 8
     bool symmetric;
     int64_t group;    // channels that share a scale; k is one scale per token, 0 one for the whole tensor
+    const Norm* norm = nullptr;
     Function function = Function::none;
     const void* times = nullptr;  // (m, k), what the function's results are multiplied by; or null
     int64_t hadamard = 1;         // size of the Hadamard matrices that then rotate the channels
 
     int64_t groups() const { return group ? k / group : 1; }
-    bool ready() const { return function == Function::none && times == nullptr && hadamard == 1; }
+    bool ready() const {
+        return norm == nullptr && function == Function::none && times == nullptr && hadamard == 1;
+    }
 };
 
 // Activations as levels: about scale * (q - zero_point).
@@ -43,10 +54,49 @@ struct Weight {
     int64_t row_bytes() const { return bits == 4 ? k / 2 : k; }
 };
 
+// residual + gain * (product + bias)
 struct Output {
     void* y;  // (m, n)
     Dtype dtype;
-    const float* bias;  // (n) or null
+    const float* bias;                // (n) or null
+    const float* gain = nullptr;      // (n) or null
+    const float* residual = nullptr;  // (m, n) or null; may be y
+};
+
+// A weight, and the grid of what it is multiplied by, as in `Activations`.
+struct Linear {
+    Weight weight;
+    const float* bias;
+    int bits;
+    bool symmetric;
+    int64_t group;
+    int64_t hadamard;
+};
+
+// A pre-norm layer: x += gain1 * out(attention(in(norm1(x)))), then x += gain2 * down(function(up(norm2(x)))).
+struct Layer {
+    Norm norm1, norm2;
+    Linear in[3];  // queries, keys and values, each on its own, or all from the first
+    bool fused_in;
+    Linear out;
+    Linear up[2];  // the second, if gated, multiplies the function's results
+    bool gated;
+    Function function;
+    Linear down;
+    const float *gain1, *gain2;          // (width) or null
+    int64_t heads, kv_heads, head_dim;
+    bool causal;
+};
+
+// What a layer is given, and where it puts what it makes of it.
+struct Tokens {
+    const float* x;  // (batch * tokens, width)
+    float* y;        // the same
+    int64_t batch, tokens;
+    const float *cos, *sin;  // of rotary positions, (batch * tokens, head_dim); or null
+    const uint8_t* rows;     // (tokens), whose attention is wanted; or null
+    float* received;         // (batch, tokens), what they attend to, averaged over heads and rows
+    float *keys, *values;    // (batch, kv_heads, tokens, head_dim), for later queries; or null
 };
 
 struct Path {
@@ -55,6 +105,7 @@ struct Path {
     void (*quantize)(const Activations&, const Levels&);
     void (*linear)(const Activations&, const Weight&, const Output&);
     void (*matmul)(const int8_t* q, int64_t m, const Weight&, int32_t* y);
+    void (*layer)(const Layer&, const Tokens&);
 };
 
 extern const Path portable;

@@ -1,6 +1,6 @@
 // Plain C++, for processors that no other path is for.
 
-#include "engine.h"
+#include "layer.h"
 
 namespace sqap {
 namespace {
@@ -36,6 +36,7 @@ struct Portable {
 
 }  // namespace
 
-const Path portable = {"portable", [] { return true; }, quantize, linear<Portable>, matmul<Portable>};
+const Path portable = {"portable", [] { return true; }, quantize, linear<Portable>, matmul<Portable>,
+                       layer<Portable>};
 
 }  // namespace sqap

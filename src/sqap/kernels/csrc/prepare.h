@@ -1,4 +1,5 @@
-// A token's channels on their way to the grid: an activation function, a product with another row, Hadamard matrices.
+// A token's channels on their way to the grid: a norm, or an activation function and a product with another row; then
+// Hadamard matrices.
 #pragma once
 
 #include <cmath>
@@ -14,17 +15,19 @@ typedef float Floats __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(32)));
 typedef int8_t Bytes __attribute__((vector_size(8)));
 
+inline Floats spread(float x) { return Floats{x, x, x, x, x, x, x, x}; }
+
 inline Floats nearest(Floats x) {
-    const Floats shift = Floats{} + 12582912.0f;
+    const Floats shift = spread(12582912.0f);
     return (x + shift) - shift;
 }
 
 // e^x for x up to 88, within 2e-7 of it: 2^n e^r, with |r| up to ln 2 / 2.
 inline Floats exponential(Floats x) {
-    x = x < -87.0f ? Floats{} - 87.0f : x > 88.0f ? Floats{} + 88.0f : x;
+    x = x < -87.0f ? spread(-87.0f) : x > 88.0f ? spread(88.0f) : x;
     const Floats n = nearest(x * 1.44269504f);
     const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: n times the first is exact
-    Floats sum = Floats{} + 1.9875691500e-4f;
+    Floats sum = spread(1.9875691500e-4f);
     sum = sum * r + 1.3981999507e-3f;
     sum = sum * r + 8.3334519073e-3f;
     sum = sum * r + 4.1665795894e-2f;
@@ -128,16 +131,62 @@ inline void hadamard(float* x, int64_t size) {
     }
 }
 
+// Sum of the squares of what `center` leaves.
+template <class T>
+float squares(const T* x, int64_t count, float center) {
+    Floats sums = {};
+    int64_t j = 0;
+    for (; j + LANES <= count; j += LANES) {
+        const Floats v = load_floats(x + j) - center;
+        sums += v * v;
+    }
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += sums[i];
+    for (; j < count; j++) sum += (to_float(x + j) - center) * (to_float(x + j) - center);
+    return sum;
+}
+
+template <class T>
+float mean(const T* x, int64_t count) {
+    Floats sums = {};
+    int64_t j = 0;
+    for (; j + LANES <= count; j += LANES) sums += load_floats(x + j);
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += sums[i];
+    for (; j < count; j++) sum += to_float(x + j);
+    return sum / static_cast<float>(count);
+}
+
+template <class T>
+void normalize(const Norm& norm, const T* x, int64_t count, float* to) {
+    const float center = norm.kind == Norm::layer ? mean(x, count) : 0.0f;
+    const float scale = 1.0f / std::sqrt(squares(x, count, center) / static_cast<float>(count) + norm.eps);
+    for (int64_t j = 0; j < count; j++) {
+        float v = (to_float(x + j) - center) * scale;
+        if (norm.weight != nullptr) v *= norm.weight[j];
+        to[j] = norm.bias != nullptr ? v + norm.bias[j] : v;
+    }
+}
+
+template <class T>
+void apply(Function function, const T* x, const T* times, int64_t count, float* to) {
+    switch (function) {
+        case Function::silu: return apply<Function::silu>(x, times, count, to);
+        case Function::gelu: return apply<Function::gelu>(x, times, count, to);
+        case Function::gelu_tanh: return apply<Function::gelu_tanh>(x, times, count, to);
+        default: return apply<Function::none>(x, times, count, to);
+    }
+}
+
 // Token i as it is to be quantized, (k).
 template <class T>
 void prepare(const Activations& a, int64_t i, float* to) {
     const T* x = static_cast<const T*>(a.x) + i * a.k;
     const T* times = a.times != nullptr ? static_cast<const T*>(a.times) + i * a.k : nullptr;
-    switch (a.function) {
-        case Function::silu: apply<Function::silu>(x, times, a.k, to); break;
-        case Function::gelu: apply<Function::gelu>(x, times, a.k, to); break;
-        case Function::gelu_tanh: apply<Function::gelu_tanh>(x, times, a.k, to); break;
-        default: apply<Function::none>(x, times, a.k, to);
+    if (a.norm != nullptr) {
+        normalize(*a.norm, x, a.k, to);
+    } else {
+        apply(a.function, x, times, a.k, to);
     }
     if (a.hadamard > 1) {
         for (int64_t j = 0; j < a.k; j += a.hadamard) hadamard(to + j, a.hadamard);

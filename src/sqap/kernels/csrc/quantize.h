@@ -15,7 +15,7 @@ constexpr float TINY = 1.17549435e-38f;
 // Smallest and largest of `count` values; NaN if one is not finite.
 template <class T>
 void extremes(const T* x, int64_t count, float& low, float& high) {
-    Floats lows = Floats{} + to_float(x), highs = lows, poisons = {};
+    Floats lows = spread(to_float(x)), highs = lows, poisons = {};
     int64_t j = 0;
     for (; j + LANES <= count; j += LANES) {
         const Floats v = load_floats(x + j);
@@ -68,16 +68,16 @@ void round_levels(const T* x, int64_t count, const Grid& grid, int bits, bool sy
     const auto round = [=](Floats v) {
         v /= scale;
         // A limit beyond the grid keeps what is not finite from overflowing below.
-        v = v < -512.0f ? Floats{} - 512.0f : v > 512.0f ? Floats{} + 512.0f : v == v ? v : Floats{};
+        v = v < -512.0f ? spread(-512.0f) : v > 512.0f ? spread(512.0f) : v == v ? v : Floats{};
         v = nearest(v) + shift;
-        return v < low ? Floats{} + low : v > high ? Floats{} + high : v;
+        return v < low ? spread(low) : v > high ? spread(high) : v;
     };
     int64_t j = 0;
     for (; j + LANES <= count; j += LANES) {
         const Bytes levels = __builtin_convertvector(__builtin_convertvector(round(load_floats(x + j)), Ints), Bytes);
         std::memcpy(q + j, &levels, sizeof levels);
     }
-    for (; j < count; j++) q[j] = static_cast<int8_t>(round(Floats{} + to_float(x + j))[0]);
+    for (; j < count; j++) q[j] = static_cast<int8_t>(round(spread(to_float(x + j)))[0]);
 }
 
 // Levels of token i, (k), with a scale for every group; with one scale for the tensor, on the grid given.

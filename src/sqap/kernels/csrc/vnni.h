@@ -2,7 +2,7 @@
 // The same code for vectors of 32 bytes (AVX-VNNI) and of 64 (AVX512-VNNI); `V` says how.
 #pragma once
 
-#include "engine.h"
+#include "layer.h"
 
 namespace sqap {
 namespace {

@@ -1,0 +1,218 @@
+// Softmax attention in 32 bits, a few queries of a head at a time: their scores stay in a cache, and what some queries
+// attend to is a by-product.
+#pragma once
+
+#if defined(__FMA__)
+#include <immintrin.h>
+#endif
+
+#include "memory.h"
+#include "prepare.h"
+#include "threads.h"
+
+namespace sqap {
+namespace {
+
+constexpr int64_t QUERIES = 6;       // at a time
+constexpr int64_t TILE = 2 * LANES;  // keys, or channels, at a time
+constexpr int64_t CHUNK = 72;        // queries per task
+constexpr float HIDDEN = -1e30f;     // the score of a key that a query must not see
+
+struct Attention {
+    const float *q, *k, *v;  // rows of every token, `q_stride` and `kv_stride` apart, head after head
+    int64_t q_stride, kv_stride;
+    int64_t heads, kv_heads, head_dim;  // head_dim a multiple of LANES
+    bool causal;
+    float* mixed;  // (batch * tokens, heads * head_dim)
+};
+
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__FMA__)
+    return reinterpret_cast<Floats>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b),
+                                                    reinterpret_cast<__m256>(c)));
+#else
+    return a * b + c;
+#endif
+}
+
+inline Floats load(const float* x) {
+    Floats v;
+    std::memcpy(&v, x, sizeof v);
+    return v;
+}
+
+inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
+
+// A query or key turned by its rotary position, times a factor.
+inline void turn(const Tokens& t, int64_t token, const float* __restrict x, int64_t head_dim, float factor,
+                 float* __restrict to) {
+    if (t.cos == nullptr) {
+        for (int64_t d = 0; d < head_dim; d++) to[d] = x[d] * factor;
+        return;
+    }
+    const float *cos = t.cos + token * head_dim, *sin = t.sin + token * head_dim;
+    const int64_t half = head_dim / 2;
+    for (int64_t d = 0; d < half; d++) to[d] = (x[d] * cos[d] - x[d + half] * sin[d]) * factor;
+    for (int64_t d = half; d < head_dim; d++) to[d] = (x[d] * cos[d] + x[d - half] * sin[d]) * factor;
+}
+
+// Rows (count, head_dim) of keys as tiles (keys / TILE, head_dim, TILE), zeros behind the last one.
+inline void pack_keys(const Attention& a, const Tokens& t, int64_t start, int64_t kv, int64_t count, float* row,
+                      float* tiles) {
+    for (int64_t j = 0; j < round_up(count, TILE); j++) {
+        float* to = tiles + j / TILE * TILE * a.head_dim + j % TILE;
+        if (j < count) {
+            turn(t, start + j, a.k + (start + j) * a.kv_stride + kv * a.head_dim, a.head_dim, 1.0f, row);
+        } else {
+            std::memset(row, 0, a.head_dim * sizeof(float));
+        }
+        for (int64_t d = 0; d < a.head_dim; d++) to[d * TILE] = row[d];
+    }
+}
+
+// Rows of values as tiles (head_dim / TILE, count, TILE), of which the last may be half empty.
+inline void pack_values(const Attention& a, int64_t start, int64_t kv, int64_t count, float* tiles) {
+    for (int64_t j = 0; j < count; j++) {
+        const float* row = a.v + (start + j) * a.kv_stride + kv * a.head_dim;
+        for (int64_t d = 0; d < a.head_dim; d += LANES) {
+            std::memcpy(tiles + (d / TILE * count + j) * TILE + d % TILE, row + d, LANES * sizeof(float));
+        }
+    }
+}
+
+// scores (QUERIES, padded) of queries (QUERIES, head_dim) with `keys` keys, a multiple of TILE.
+inline void score(const float* queries, const float* tiles, int64_t head_dim, int64_t padded, int64_t keys,
+                  float* scores) {
+    for (int64_t j = 0; j < keys; j += TILE) {
+        Floats sums[QUERIES][2] = {};
+        for (int64_t d = 0; d < head_dim; d++) {
+            const float* tile = tiles + j * head_dim + d * TILE;
+            const Floats first = load(tile), second = load(tile + LANES);
+#pragma GCC unroll 8
+            for (int64_t r = 0; r < QUERIES; r++) {
+                const Floats q = spread(queries[r * head_dim + d]);
+                sums[r][0] = multiply_add(q, first, sums[r][0]);
+                sums[r][1] = multiply_add(q, second, sums[r][1]);
+            }
+        }
+#pragma GCC unroll 8
+        for (int64_t r = 0; r < QUERIES; r++) {
+            store(scores + r * padded + j, sums[r][0]);
+            store(scores + r * padded + j + LANES, sums[r][1]);
+        }
+    }
+}
+
+// e^(score - the largest) in place, 0 from `visible` on; returns what makes them add up to one.
+inline float softmax(float* scores, int64_t visible, int64_t keys) {
+    for (int64_t j = visible; j < keys; j++) scores[j] = HIDDEN;
+    Floats highest = load(scores), sums = {};
+    for (int64_t j = LANES; j < keys; j += LANES) {
+        const Floats v = load(scores + j);
+        highest = v > highest ? v : highest;
+    }
+    float most = highest[0], sum = 0;
+    for (int i = 1; i < LANES; i++) most = highest[i] > most ? highest[i] : most;
+    for (int64_t j = 0; j < keys; j += LANES) {
+        const Floats v = exponential(load(scores + j) - most);
+        store(scores + j, v);
+        sums += v;
+    }
+    for (int i = 0; i < LANES; i++) sum += sums[i];
+    return 1.0f / sum;
+}
+
+// `count` rows of a tile of values, weighted by each query's row of weights (QUERIES, padded).
+inline void mix(const float* weights, int64_t padded, const float* tile, int64_t count, const float* inverse,
+                Floats (&mixed)[QUERIES][2]) {
+    Floats sums[QUERIES][2] = {};
+    for (int64_t j = 0; j < count; j++) {
+        const Floats first = load(tile + j * TILE), second = load(tile + j * TILE + LANES);
+#pragma GCC unroll 8
+        for (int64_t r = 0; r < QUERIES; r++) {
+            const Floats weight = spread(weights[r * padded + j]);
+            sums[r][0] = multiply_add(weight, first, sums[r][0]);
+            sums[r][1] = multiply_add(weight, second, sums[r][1]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < QUERIES; r++) {
+        mixed[r][0] = sums[r][0] * inverse[r];
+        mixed[r][1] = sums[r][1] * inverse[r];
+    }
+}
+
+// Queries from `first` to `last` of one head; adds what the wanted ones attend to to `received` (tokens).
+inline void attend(const Attention& a, const Tokens& t, int64_t batch, int64_t head, int64_t first, int64_t last,
+                   float* received) {
+    const int64_t kv = head / (a.heads / a.kv_heads), start = batch * t.tokens, dim = a.head_dim;
+    const int64_t keys = a.causal ? last : t.tokens, padded = round_up(keys, TILE);
+    auto* queries = buffer<float>(Slot::queries, QUERIES * dim);
+    auto* weights = buffer<float>(Slot::weights, QUERIES * padded);
+    auto* key_tiles = buffer<float>(Slot::keys, dim * padded);
+    auto* value_tiles = buffer<float>(Slot::values, round_up(dim, TILE) * keys);
+    pack_keys(a, t, start, kv, keys, queries, key_tiles);
+    pack_values(a, start, kv, keys, value_tiles);
+    const float factor = 1.0f / std::sqrt(static_cast<float>(dim));
+    for (int64_t i = first; i < last; i += QUERIES) {
+        const int64_t count = least(QUERIES, last - i), seen = a.causal ? i + count : t.tokens;
+        for (int64_t r = 0; r < QUERIES; r++) {
+            const int64_t token = start + least(i + r, last - 1);
+            turn(t, token, a.q + token * a.q_stride + head * dim, dim, factor, queries + r * dim);
+        }
+        score(queries, key_tiles, dim, padded, round_up(seen, TILE), weights);
+        float inverse[QUERIES];
+        for (int64_t r = 0; r < QUERIES; r++) {
+            const int64_t visible = a.causal ? least(i + r + 1, seen) : seen;
+            inverse[r] = softmax(weights + r * padded, visible, round_up(seen, TILE));
+            if (t.rows == nullptr || r >= count || !t.rows[i + r]) continue;
+            for (int64_t j = 0; j < visible; j++) received[j] += weights[r * padded + j] * inverse[r];
+        }
+        for (int64_t d = 0; d < dim; d += TILE) {
+            Floats mixed[QUERIES][2];
+            mix(weights, padded, value_tiles + d * keys, seen, inverse, mixed);
+            for (int64_t r = 0; r < count; r++) {
+                float* to = a.mixed + (start + i + r) * a.heads * dim + head * dim + d;
+                std::memcpy(to, mixed[r], least(TILE, dim - d) * sizeof(float));
+            }
+        }
+    }
+}
+
+// Turned keys, and values, for queries that come later.
+inline void keep(const Attention& a, const Tokens& t) {
+    parallel(t.batch * a.kv_heads, [&](int64_t task) {
+        const int64_t start = task / a.kv_heads * t.tokens, kv = task % a.kv_heads * a.head_dim;
+        for (int64_t j = 0; j < t.tokens; j++) {
+            const int64_t from = (start + j) * a.kv_stride + kv, to = (task * t.tokens + j) * a.head_dim;
+            turn(t, start + j, a.k + from, a.head_dim, 1.0f, t.keys + to);
+            std::memcpy(t.values + to, a.v + from, a.head_dim * sizeof(float));
+        }
+    });
+}
+
+inline void attention(const Attention& a, const Tokens& t) {
+    if (t.keys != nullptr) keep(a, t);
+    const int64_t chunks = (t.tokens + CHUNK - 1) / CHUNK, tasks = t.batch * a.heads * chunks;
+    float* received = nullptr;
+    if (t.rows != nullptr) {
+        received = buffer<float>(Slot::received, tasks * t.tokens);
+        std::memset(received, 0, tasks * t.tokens * sizeof(float));
+    }
+    parallel(tasks, [&](int64_t task) {
+        const int64_t first = task % chunks * CHUNK, head = task / chunks % a.heads, batch = task / chunks / a.heads;
+        attend(a, t, batch, head, first, least(t.tokens, first + CHUNK), received + task * t.tokens);
+    });
+    if (t.rows == nullptr) return;
+    int64_t rows = 0;
+    for (int64_t i = 0; i < t.tokens; i++) rows += t.rows[i];
+    const float share = 1.0f / static_cast<float>(a.heads * rows);
+    std::memset(t.received, 0, t.batch * t.tokens * sizeof(float));
+    for (int64_t task = 0; task < tasks; task++) {
+        float* to = t.received + task / chunks / a.heads * t.tokens;
+        for (int64_t j = 0; j < t.tokens; j++) to[j] += received[task * t.tokens + j] * share;
+    }
+}
+
+}  // namespace
+}  // namespace sqap

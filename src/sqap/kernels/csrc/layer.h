@@ -1,0 +1,61 @@
+// A whole transformer layer: norms, products, attention and residuals, with nothing in between but its own buffers.
+#pragma once
+
+#include "attention.h"
+#include "engine.h"
+
+namespace sqap {
+namespace {
+
+inline bool same_grid(const Linear& a, const Linear& b) {
+    return a.bits == b.bits && a.symmetric == b.symmetric && a.group == b.group && a.hadamard == b.hadamard;
+}
+
+// What is done to the tokens that a linear is given.
+struct Before {
+    const Norm* norm = nullptr;
+    Function function = Function::none;
+    const float* times = nullptr;
+};
+
+// Products of the same tokens with several weights, quantized once where the grid is the same.
+template <class Isa>
+void multiply_all(const float* x, int64_t m, const Before& before, const Linear* linears, const Output* outputs,
+                  int64_t count) {
+    Levels levels{};
+    for (int64_t i = 0; i < count; i++) {
+        const Linear& l = linears[i];
+        const Activations a{x, Dtype::f32, m, l.weight.k, l.bits, l.symmetric, l.group,
+                            before.norm, before.function, before.times, l.hadamard};
+        if (i == 0 || !same_grid(l, linears[i - 1])) levels = quantized(a);
+        multiply<Isa>(a, levels, l.weight, outputs[i]);
+    }
+}
+
+template <class Isa>
+void layer(const Layer& l, const Tokens& t) {
+    const int64_t m = t.batch * t.tokens, hidden = l.up[0].weight.n;
+    const int64_t queries = l.heads * l.head_dim, keys = l.kv_heads * l.head_dim;
+    auto* in = buffer<float>(Slot::in, m * (queries + 2 * keys));
+    auto* mixed = buffer<float>(Slot::mixed, m * queries);
+    auto* middle = buffer<float>(Slot::hidden, 2 * m * hidden);
+    float *q = in, *k = in + queries, *v = k + keys;
+    int64_t q_stride = queries + 2 * keys, kv_stride = q_stride;
+    if (!l.fused_in) {
+        k = in + m * queries, v = k + m * keys;
+        q_stride = queries, kv_stride = keys;
+    }
+    const Output ins[] = {{q, Dtype::f32, l.in[0].bias}, {k, Dtype::f32, l.in[1].bias}, {v, Dtype::f32, l.in[2].bias}};
+    multiply_all<Isa>(t.x, m, {&l.norm1}, l.in, ins, l.fused_in ? 1 : 3);
+    attention({q, k, v, q_stride, kv_stride, l.heads, l.kv_heads, l.head_dim, l.causal, mixed}, t);
+    const Output out{t.y, Dtype::f32, l.out.bias, l.gain1, t.x};
+    multiply_all<Isa>(mixed, m, {}, &l.out, &out, 1);
+
+    const Output ups[] = {{middle, Dtype::f32, l.up[0].bias}, {middle + m * hidden, Dtype::f32, l.up[1].bias}};
+    multiply_all<Isa>(t.y, m, {&l.norm2}, l.up, ups, l.gated ? 2 : 1);
+    const Output down{t.y, Dtype::f32, l.down.bias, l.gain2, t.y};
+    multiply_all<Isa>(middle, m, {nullptr, l.function, l.gated ? middle + m * hidden : nullptr}, &l.down, &down, 1);
+}
+
+}  // namespace
+}  // namespace sqap

@@ -1,0 +1,196 @@
+"""A layer in one native call is what its modules make of the same tokens, one after the other."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from sqap import kernels
+from sqap.models.config import DecoderConfig, VisionConfig
+from sqap.models.decoder import DecoderLayer, KVCache, rope_angles
+from sqap.models.heads.diffusion import DiTBlock
+from sqap.models.vision import Block
+from sqap.quantization import QuantizedLinear
+from sqap.quantization.fused import fuse, run_fused
+from sqap.quantization.hadamard import Hadamard
+from sqap.quantization.kv import QuantizedKV
+from sqap.quantization.rotation import HadamardLinear
+from sqap.recipe import Scheme
+
+PATHS = [path for path in kernels.paths() if path != kernels.REFERENCE]
+W8A8 = Scheme(8, 8)  # fine enough that a level more or less is not seen
+VISION = VisionConfig(
+    image_size=28,
+    patch_size=14,
+    width=48,
+    depth=1,
+    heads=2,
+    mlp_width=80,
+    layer_scale=True,
+    activation="gelu",
+)
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(kernels, "chosen", lambda: request.param)
+    return str(request.param)
+
+
+def quantize(layer: nn.Module, scheme: Scheme = W8A8) -> nn.Module:
+    """Every linear of the layer quantized, and other parameters random."""
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3 if parameter.dim() > 1 else 1)
+    for name, linear in [*layer.named_modules()]:
+        if isinstance(linear, nn.Linear):
+            owner, _, attribute = name.rpartition(".")
+            if attribute == "down_proj":
+                linear = HadamardLinear(linear, 16)
+            setattr(layer.get_submodule(owner), attribute, QuantizedLinear.from_linear(linear, scheme))
+    return layer.requires_grad_(False)
+
+
+def decoder_layer(
+    heads: int = 4, kv_heads: int = 2, causal: bool = True
+) -> tuple[DecoderLayer, DecoderConfig]:
+    config = DecoderConfig(
+        vocabulary=8,
+        width=64,
+        depth=1,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=24,
+        mlp_width=112,
+        causal=causal,
+    )
+    layer = DecoderLayer(config)
+    quantize(layer)
+    return layer, config
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    # A level of 255 more or less, now and then.
+    assert float((found - expected).norm() / expected.norm()) < 5e-3
+
+
+@given(
+    st.integers(1, 2),
+    st.integers(1, 150),
+    st.sampled_from([(4, 4), (4, 2), (3, 1)]),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+@example(1, 64, (4, 4), True, 0)
+@example(2, 129, (4, 2), False, 0)
+@settings(max_examples=25, deadline=None)
+def test_a_decoder_layer(batch: int, tokens: int, heads: tuple[int, int], causal: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    layer, config = decoder_layer(*heads, causal=causal)
+    x = torch.randn(batch, tokens, 64)
+    positions = torch.randint(0, 500, (batch, tokens)).sort()[0]
+    rope = rope_angles(positions, config, torch.float32)
+    rows = torch.randperm(tokens)[: torch.randint(1, tokens + 1, ())].sort()[0]
+    expected, scores = layer(x, rope, 0, None, rows)
+    done = run_fused(layer, x, rope, rows)
+    assert done is not None
+    assert_near(done[0], expected)
+    assert done[1] is not None
+    assert torch.allclose(done[1], scores, atol=2e-3)
+    assert torch.allclose(done[1].sum(1), torch.ones(batch), atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [Block(VISION, 0), DiTBlock(48, 2)])
+def test_an_encoder_block(path: str, layer: nn.Module) -> None:
+    torch.manual_seed(0)
+    layer = quantize(copy.deepcopy(layer))
+    x = torch.randn(2, 37, 48)
+    expected = layer(x)
+    before = x.clone()
+    fuse(layer)
+    assert_near(layer(x), expected)
+    assert torch.equal(x, before)
+
+
+def test_every_path_runs_a_layer(path: str) -> None:
+    torch.manual_seed(0)
+    layer, config = decoder_layer()
+    x, rope = torch.randn(1, 70, 64), rope_angles(torch.arange(70)[None], config, torch.float32)
+    expected, _ = layer(x, rope)
+    done = run_fused(layer, x, rope)
+    assert done is not None
+    assert_near(done[0], expected)
+
+
+def test_keys_and_values_are_kept_for_later_tokens() -> None:
+    torch.manual_seed(0)
+    layer, config = decoder_layer()
+    x, rope = torch.randn(1, 40, 64), rope_angles(torch.arange(40)[None], config, torch.float32)
+    found = {}
+    for fused in (False, True):
+        layer.fused = run_fused if fused else None
+        cache, parts = KVCache(1), []
+        for part in (slice(0, 37), slice(37, 38), slice(38, 40)):
+            parts.append(layer(x[:, part], (rope[0][:, part], rope[1][:, part]), 0, cache)[0])
+        found[fused] = torch.cat(parts, dim=1)
+    assert_near(found[True], found[False])
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(4, 8),
+        Scheme(4, 4, activation_granularity="group", activation_group_size=8),
+        Scheme(8, 8, "group", 8, activation_symmetric=False),
+        Scheme(8, 8, activation_granularity="tensor"),
+    ],
+)
+def test_a_layer_on_any_grid(scheme: Scheme) -> None:
+    torch.manual_seed(0)
+    layer = quantize(DiTBlock(48, 2), scheme)
+    x = torch.randn(2, 9, 48)
+    expected, done = layer(x), run_fused(layer, x)
+    assert done is not None
+    coarse = 0.1 if scheme.activation_bits == 4 else 0.02  # a level more or less
+    assert float((done[0] - expected).norm() / expected.norm()) < coarse
+
+
+def test_a_layer_notices_new_weights() -> None:
+    torch.manual_seed(0)
+    layer = quantize(DiTBlock(48, 2))
+    fuse(layer)
+    x = torch.randn(1, 5, 48)
+    first = layer(x)
+    layer.mlp.fc2 = QuantizedLinear.from_linear(nn.Linear(192, 48), W8A8)
+    second = layer(x)
+    layer.fused = None
+    assert float((first - second).norm()) > 1
+    assert_near(second, layer(x))
+
+
+def test_a_copy_of_a_layer_has_its_own_weights() -> None:
+    layer = quantize(DiTBlock(48, 2))
+    fuse(layer)
+    x = torch.randn(1, 5, 48)
+    layer(x)
+    other = copy.deepcopy(layer)
+    other.mlp.fc2.scale.zero_()
+    other.mlp.fc2.bias.zero_()
+    assert not torch.equal(other(x), layer(x))
+
+
+def test_what_the_native_layer_does_not_know_is_left_to_the_modules() -> None:
+    layer, config = decoder_layer()
+    x, rope = torch.randn(1, 5, 64), rope_angles(torch.arange(5)[None], config, torch.float32)
+    assert run_fused(layer, x.bfloat16(), rope) is None
+    assert run_fused(layer, x.clone().requires_grad_(), rope) is None
+    film = VisionConfig(image_size=28, patch_size=14, width=48, depth=1, heads=2, mlp_width=80, film=True)
+    assert run_fused(quantize(Block(film, 8)), torch.randn(1, 4, 48)) is None
+    layer.self_attn.kv_format = QuantizedKV(8, Hadamard.of(24))
+    assert run_fused(layer, x, rope) is None
+    layer.mlp.up_proj = nn.Linear(64, 112)
+    assert run_fused(layer, x, rope) is None
