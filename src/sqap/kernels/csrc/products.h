@@ -73,7 +73,6 @@ class Products {
   private:
     // Where 8-bit products do not fit, the upper four bits are multiplied first, and then the lower ones.
     int planes() const { return w_.bits == 8 && Isa::FOUR_BITS_ONLY ? 2 : 1; }
-    int shift(int plane) const { return planes() == 1 ? -1 : 4 * (1 - plane); }
     const int8_t* packed(int64_t tile, int64_t s) const { return packed_ + (tile * segments_ + s) * MR * padded_; }
 
     // Several segments fit a panel: a tile's products are done at once for each.
@@ -86,7 +85,7 @@ class Products {
             const int64_t last = least(segments_, first + step);
             for (int plane = 0; plane < planes(); plane++) {
                 unpack(n0, count, first * segment_, (last - first) * segment_, (last - first) * padded_ / 4,
-                       shift(plane), panel + plane * BLOCK * NR);
+                       take(plane), panel + plane * BLOCK * NR);
             }
             for (int64_t t = 0; t < tiles_; t++) {
                 for (int64_t s = first; s < last; s++) {
@@ -113,7 +112,7 @@ class Products {
                 for (int64_t t = 0; plane == 1 && t < tiles_; t++) times_sixteen(acc + t * MR * NR);
                 for (int64_t k = 0; k < padded_; k += BLOCK) {
                     const int64_t quads = least(BLOCK, padded_ - k) / 4;
-                    unpack(n0, count, s * segment_ + k, segment_ - k, quads, shift(plane), panel);
+                    unpack(n0, count, s * segment_ + k, segment_ - k, quads, take(plane), panel);
                     for (int64_t t = 0; t < tiles_; t++) {
                         Isa::tile(panel, packed(t, s) + k * MR, quads, acc + t * MR * NR);
                     }
@@ -136,42 +135,63 @@ class Products {
         for (int64_t i = 0; i < MR * NR; i++) acc[i] *= 16;
     }
 
-    // Up to 4 * quads of the `channels` from k on, as (quads, NR, 4); `shift` picks four bits of eight, -1 all.
-    void unpack(int64_t n0, int64_t count, int64_t k, int64_t channels, int64_t quads, int shift, uint8_t* panel) {
-        const int64_t width = w_.bits == 4 ? 2 : 4;  // bytes of a quad as stored
-        const int64_t bytes = least(quads * width, channels * width / 4);
-        const uint8_t* rows = w_.data + n0 * w_.row_bytes() + k * width / 4;
+    // What a word of weights becomes: levels of four bits (its first quad), of eight, or the four lower or upper bits
+    // of eight.
+    enum class Take { fours, eights, lower, upper };
+
+    Take take(int plane) const {
+        if (w_.bits == 4) return Take::fours;
+        return planes() == 1 ? Take::eights : plane == 0 ? Take::upper : Take::lower;
+    }
+
+    // Up to 4 * quads of the `channels` from k on, as (quads, NR, 4).
+    void unpack(int64_t n0, int64_t count, int64_t k, int64_t channels, int64_t quads, Take how, uint8_t* panel) const {
+        switch (how) {
+            case Take::fours: return unpack<Take::fours>(n0, count, k, channels, quads, panel);
+            case Take::eights: return unpack<Take::eights>(n0, count, k, channels, quads, panel);
+            case Take::lower: return unpack<Take::lower>(n0, count, k, channels, quads, panel);
+            case Take::upper: return unpack<Take::upper>(n0, count, k, channels, quads, panel);
+        }
+    }
+
+    template <Take HOW>
+    void unpack(int64_t n0, int64_t count, int64_t k, int64_t channels, int64_t quads, uint8_t* panel) const {
+        constexpr int64_t WIDTH = HOW == Take::fours ? 2 : 4;  // bytes of a quad as stored
+        const int64_t bytes = least(quads * WIDTH, channels * WIDTH / 4), row_bytes = w_.row_bytes();
+        const uint8_t* rows = w_.data + n0 * row_bytes + k * WIDTH / 4;
         for (int64_t r = 0; r < NR; r += 8) {
-            for (int64_t at = 0; at < quads * width; at += 32) {
+            for (int64_t at = 0; at < quads * WIDTH; at += 32) {
                 Words words[8] = {};
                 if (r + 8 <= count && at + 32 <= bytes) {
-                    for (int i = 0; i < 8; i++) std::memcpy(&words[i], rows + (r + i) * w_.row_bytes() + at, 32);
+#pragma GCC unroll 8
+                    for (int i = 0; i < 8; i++) std::memcpy(&words[i], rows + (r + i) * row_bytes + at, 32);
                 } else {
                     for (int64_t i = 0; i < least(8, count - r) && at < bytes; i++) {
-                        std::memcpy(&words[i], rows + (r + i) * w_.row_bytes() + at, least(32, bytes - at));
+                        std::memcpy(&words[i], rows + (r + i) * row_bytes + at, least(32, bytes - at));
                     }
                 }
                 transpose(words);
-                uint8_t* to = panel + (at / width * NR + r) * 4;
-                for (int64_t j = 0; j < least(32 / width, quads - at / width); j++) {
-                    put(w_.bits == 4 ? words[j / 2] >> (j % 2 * 4) : words[j], shift, to + j * NR * 4);
+                uint8_t* to = panel + (at / WIDTH * NR + r) * 4;
+                const int64_t left = quads - at / WIDTH;
+#pragma GCC unroll 16
+                for (int64_t j = 0; j < 32 / WIDTH; j++) {
+                    const Words quad = quad_of<HOW>(WIDTH == 2 ? words[j / 2] >> (j % 2 * 4) : words[j]);
+                    if (j < left) std::memcpy(to + j * NR * 4, &quad, 32);
                 }
             }
         }
     }
 
-    // A quad of eight output channels, unpacked but for the bytes beside its own.
-    void put(Words quad, int shift, uint8_t* to) const {
-        if (w_.bits == 4) {
+    // A quad of eight output channels.
+    template <Take HOW>
+    static Words quad_of(Words quad) {
+        if (HOW == Take::fours) {
             quad &= 0x0f0f0f0fu;
             // Minus eight in each byte, without borrowing from its neighbour.
-            if (!Isa::UNSIGNED) quad = ((quad | 0x80808080u) - 0x08080808u) ^ 0x80808080u;
-        } else if (shift >= 0) {
-            quad = (quad ^ 0x80808080u) >> shift & 0x0f0f0f0fu;
-        } else if (Isa::UNSIGNED) {
-            quad ^= 0x80808080u;
+            return Isa::UNSIGNED ? quad : ((quad | 0x80808080u) - 0x08080808u) ^ 0x80808080u;
         }
-        std::memcpy(to, &quad, 32);
+        if (HOW == Take::eights) return Isa::UNSIGNED ? quad ^ 0x80808080u : quad;
+        return (quad ^ 0x80808080u) >> (HOW == Take::upper ? 4 : 0) & 0x0f0f0f0fu;
     }
 
     // A tile of MR tokens as (segments, quads, MR, 4), zeros where there is no token or channel; and their sums.

@@ -28,6 +28,11 @@ def add_noise(clean: Tensor, noise: Tensor, t: Tensor, alpha_bar: Tensor) -> Ten
     return a.sqrt() * clean + (1 - a).sqrt() * noise
 
 
+def ddim_steps(train_steps: int, sample_steps: int) -> list[int]:
+    """The training steps that are sampled at, ascending."""
+    return list(range(0, train_steps, train_steps // sample_steps))[:sample_steps]
+
+
 def ddim_sample(
     predict_noise: Callable[[Tensor, Tensor], Tensor],
     noise: Tensor,
@@ -38,8 +43,7 @@ def ddim_sample(
 
     ``predict_noise(x, t)`` is the network; ``t`` ``(batch,)`` counts the training steps.
     """
-    stride = len(alpha_bar) // sample_steps
-    steps = list(range(0, len(alpha_bar), stride))[:sample_steps]
+    steps = ddim_steps(len(alpha_bar), sample_steps)
     x = noise
     for i in reversed(range(len(steps))):
         a = float(alpha_bar[steps[i]])

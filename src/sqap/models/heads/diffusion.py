@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sqap.models.config import DiffusionHeadConfig
 from sqap.models.decoder import Decoder, TokenPruner
-from sqap.models.heads.ddim import add_noise, cosine_alpha_bar, ddim_sample
+from sqap.models.heads.ddim import add_noise, cosine_alpha_bar, ddim_sample, ddim_steps
 from sqap.models.transformer import MLP, Fused, SelfAttention, sinusoidal_embedding
 
 TIME_FREQUENCIES = 256
@@ -65,9 +65,16 @@ class DiffusionHead(nn.Module):
 
     def predict_noise(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """Noise in ``x`` ``(batch, horizon, action_dim)`` at ``t`` ``(batch,)``, given ``(batch, width)``."""
-        time = self.t_embedder(sinusoidal_embedding(t, TIME_FREQUENCIES).to(x.dtype))
-        token = (time + self.z_embedder(condition))[:, None]
-        h = torch.cat([token, self.x_embedder(x)], dim=1) + self.positional_embedding
+        return self.denoise(x, self.embed_time(t).to(x.dtype) + self.z_embedder(condition))
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        """Time steps ``(batch,)`` to ``(batch, width)``."""
+        out: Tensor = self.t_embedder(sinusoidal_embedding(t, TIME_FREQUENCIES).to(self.uncondition.dtype))
+        return out
+
+    def denoise(self, x: Tensor, token: Tensor) -> Tensor:
+        """Noise in ``x`` ``(batch, horizon, action_dim)``, given what time and condition add up to."""
+        h = torch.cat([token[:, None], self.x_embedder(x)], dim=1) + self.positional_embedding
         for block in self.blocks:
             h = block(h)
         out: Tensor = self.final_layer(self.norm_final(h))
@@ -93,12 +100,19 @@ class DiffusionHead(nn.Module):
     def sample(self, condition: Tensor, noise: Tensor) -> Tensor:
         """Chunks ``(batch, horizon, action_dim)`` from ``noise`` of that shape, given ``(batch, width)``.
 
-        Both halves of the guidance (with and without the condition) run as one batch.
+        Both halves of the guidance (with and without the condition) run as one batch. What depends on the
+        time alone, or on the condition alone, is computed once.
         """
         both = self.conditions(condition)
-        return ddim_sample(
-            lambda x, t: self.guided_noise(x, t, both), noise, self.alpha_bar, self.config.sample_steps
-        )
+        given = self.z_embedder(both)
+        steps = ddim_steps(len(self.alpha_bar), self.config.sample_steps)
+        times = dict(zip(steps, self.embed_time(torch.tensor(steps, device=noise.device)), strict=True))
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            repeated = x.repeat(len(both) // len(x), 1, 1)
+            return self.guide(self.denoise(repeated, times[int(t[0])] + given), len(x))
+
+        return ddim_sample(predict, noise, self.alpha_bar, self.config.sample_steps)
 
     def conditions(self, condition: Tensor) -> Tensor:
         """``(batch, width)`` to what a guided pass is given: the condition's half, then the free one's."""
@@ -113,8 +127,11 @@ class DiffusionHead(nn.Module):
 
     def guided_noise(self, x: Tensor, t: Tensor, both: Tensor) -> Tensor:
         """Noise in ``x`` ``(batch, horizon, action_dim)`` by classifier-free guidance."""
-        predicted = self.predict_noise(*self.batch(x, t, both))
-        if len(both) == len(x):
+        return self.guide(self.predict_noise(*self.batch(x, t, both)), len(x))
+
+    def guide(self, predicted: Tensor, batch: int) -> Tensor:
+        """The noise predicted for ``batch`` chunks, of both halves of the guidance if there are two."""
+        if len(predicted) == batch:
             return predicted
         given, free = predicted.chunk(2)
         return free + self.config.guidance * (given - free)
