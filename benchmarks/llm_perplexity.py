@@ -23,6 +23,7 @@ from typing import Any, cast
 import smollm
 import torch
 from perplexity import CALIBRATION, EVALUATION, perplexity, split_text, windows
+from results import Results
 from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import save_file
@@ -84,23 +85,6 @@ def variants() -> dict[str, Quantization]:
                 made = replace(made, overrides=(Override("*.down_proj", down),))
             table[method + suffix] = made
     return table
-
-
-class Results:
-    """Numbers measured so far, each with the mark of what it was measured on."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._rows: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
-
-    def get(self, name: str, mark: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What was measured under this name and mark, or what ``measure`` says now."""
-        row = self._rows.get(name)
-        if row is None or row["mark"] != mark:
-            row = {"mark": mark, **measure()}
-            self._rows[name] = row
-            write_json(self._path, self._rows)
-        return row
 
 
 def measure_ours(tokens: dict[str, Tensor], results: Results, console: Console) -> dict[str, float]:

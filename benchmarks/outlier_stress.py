@@ -3,7 +3,7 @@
 A few channels of a pretrained decoder are made large where its linears read them, and the linears' columns
 small by the same factor, so that the function stays what it was. Twice: on the residual stream, behind each
 norm, and inside each MLP. The decoder of SmolLM2-135M and the bundled policy are then quantized with and
-without.
+without. Interrupted, it goes on where it was; after a change to the quantizer, give another ``--out``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Protocol, cast
 import smollm
 import torch
 from perplexity import split_text, windows
+from results import Results
 from rich.console import Console
 from torch import Tensor
 from variants import decoder_alone
@@ -44,14 +45,11 @@ ROWS = 32  # the last tokens of a window, whose attention counts
 FRAMES = 24  # to calibrate on, and as many others to evaluate on
 
 PLAIN = Quantization(4, 4, rotate=False)
-W4A4 = decoder_alone(Recipe.w4a4())
 METHODS = {
     "w4a4-rtn": PLAIN,
     "w4a4-gptq": replace(PLAIN, rounding="gptq"),
     "w4a4-hadamard": Quantization(4, 4, rotation_seed=0),
-    "w4a4-token": replace(W4A4, activation_granularity="token", activation_group_size=None),
-    "w4a4": W4A4,
-    "w4a8-rtn": replace(PLAIN, activation_bits=8),
+    "w4a4": decoder_alone(Recipe.w4a4()),
     "w4a8": decoder_alone(Recipe.w4a8()),
 }
 
@@ -185,23 +183,37 @@ def inside_mlp(layer: DecoderLayer, order: Tensor) -> None:
     mlp.down_proj.weight[:, channels] /= FACTOR
 
 
-def stress(subject: Subject, inject: Inject, console: Console) -> dict[str, Any]:
-    """Relative error of the outputs and overlap of the attention's top tenth, against full precision."""
-    full = subject.see()
-    injected = subject.injected(inject)
-    change = error(full, injected.see())
-    if change > 1e-5:
-        raise RuntimeError(f"the injection changed the function: relative difference {change}")
-    result: dict[str, Any] = {"unchanged_within": change, "error": {}, "topk_overlap": {}}
-    for name, quantization in METHODS.items():
-        low = {
-            "plain": subject.quantized(quantization).see(),
-            "injected": injected.quantized(quantization).see(),
-        }
-        result["error"][name] = {key: error(full, seen) for key, seen in low.items()}
-        result["topk_overlap"][name] = {key: overlap(full, seen) for key, seen in low.items()}
-        console.print(name, result["error"][name], result["topk_overlap"][name])
-    return result
+def stress(
+    subject: Subject, places: dict[str, Inject], results: Results, console: Console
+) -> dict[str, dict[str, Any]]:
+    """Relative error of the outputs and overlap of the attention's top tenth, against full precision.
+
+    By place of the outliers, then as ``--json`` has them.
+    """
+    full, found = subject.see(), {}
+    kind = type(subject).__name__
+    for place, inject in places.items():
+        injected = subject.injected(inject)
+        change = error(full, injected.see())
+        if change > 1e-5:
+            raise RuntimeError(f"the injection changed the function: relative difference {change}")
+        found[place] = {"unchanged_within": change, "error": {}, "topk_overlap": {}}
+        for name, quantization in METHODS.items():
+            low = {}
+            for key, start in (("plain", subject), ("injected", injected)):
+
+                def measure(
+                    start: Subject = start, quantization: Quantization = quantization
+                ) -> dict[str, Any]:
+                    seen = start.quantized(quantization).see()
+                    return {"error": error(full, seen), "topk_overlap": overlap(full, seen)}
+
+                where = place if key == "injected" else "plain"
+                low[key] = results.get(f"{kind}, {where}, {name}", repr(quantization), measure)
+            for number in ("error", "topk_overlap"):
+                found[place][number][name] = {key: row[number] for key, row in low.items()}
+            console.print(kind, place, name, found[place]["error"][name], found[place]["topk_overlap"][name])
+    return found
 
 
 def error(full: Seen, low: Seen) -> float:
@@ -251,13 +263,15 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/outlier_stress"), help="what is measured so far"
+    )
     args = parser.parse_args()
     console = Console()
-    parts = []
+    results, parts = Results(args.out / "results.json"), []
     for make in (language, robot):
-        subject = make()
-        parts.append(stress(subject, behind_norms, console))
-        parts[-1]["inside_mlp"] = stress(subject, inside_mlp, console)
+        found = stress(make(), {"norms": behind_norms, "mlp": inside_mlp}, results, console)
+        parts.append({**found["norms"], "inside_mlp": found["mlp"]})
     settings = {
         "factor": FACTOR,
         "channels_per_layer": CHANNELS,

@@ -87,8 +87,15 @@ void linear_many(const Activations& a, const Weight& w, const Output& out, const
                 }
                 if (segments > 1) {
                     float* total = totals + i * NR;
-                    for (int64_t j = 0; j < NR; j++) values[j] = total[j] = (s ? total[j] : 0.0f) + values[j];
-                    if (s + 1 < segments) continue;
+                    if (s == 0) {
+                        std::memcpy(total, values, sizeof values);
+                        continue;
+                    }
+                    for (int64_t j = 0; j < NR; j++) values[j] += total[j];
+                    if (s + 1 < segments) {
+                        std::memcpy(total, values, sizeof values);
+                        continue;
+                    }
                 }
                 if (count == NR) {
                     finish<T>(out, w.n, i, n0, NR, values);
