@@ -68,8 +68,10 @@ def load_policy(directory: Path) -> Policy:
     """Read what `save_policy` wrote; the loaded policy gives bit-identical actions.
 
     Raises:
-        CheckpointError: the directory is foreign, of another version, incomplete, truncated or altered.
+        CheckpointError: the directory is foreign, of another version, incomplete, truncated or altered, or
+            was replaced meanwhile.
     """
+    known_by = fingerprint(directory)
     manifest = _read_manifest(directory)
     for name, expected in manifest["sha256"].items():
         if _sha256(directory / name) != expected:
@@ -86,15 +88,19 @@ def load_policy(directory: Path) -> Policy:
     _fill(model, directory / WEIGHTS)
     if [dataclasses.asdict(linear) for linear in list_linears(model)] != manifest["linears"]:
         raise CheckpointError(f"{where}: its list of linears is not what its recipe and weights make")
+    tokenizer = Tokenizer.from_file(str(directory / TOKENIZER))
+    # A policy saved here since the hashes were compared was not compared with any.
+    if fingerprint(directory) != known_by:
+        raise CheckpointError(f"{directory} was replaced while it was being read; load it again")
     return Policy(
         model=model,
         config=config,
-        tokenizer=Tokenizer.from_file(str(directory / TOKENIZER)),
+        tokenizer=tokenizer,
         recipe=recipe,
         calibration=calibration
         and from_json(Calibration, calibration, f"{where}: calibration", CheckpointError),
         source=manifest["source"],
-        fingerprint=fingerprint(directory),
+        fingerprint=known_by,
     )
 
 
@@ -114,6 +120,10 @@ def fingerprint(directory: Path) -> str:
 
 
 def _fill(model: VLA, path: Path) -> None:
+    """Give ``model`` the tensors of a file: views of its pages, but for the parameters that get 32 bits.
+
+    The pages are shared with every process that has loaded the file; one that is written to becomes a copy.
+    """
     try:
         tensors = load_file(path)
     except SafetensorError as problem:
