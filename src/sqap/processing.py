@@ -89,9 +89,9 @@ def pixel_values(image: np.ndarray, config: VisionConfig, crop: float = 1.0) -> 
         image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
     if crop < 1:
         image = center_crop(image, crop)
-    pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
+    pixels = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1).div_(255)
     mean, std = torch.tensor(config.mean), torch.tensor(config.std)
-    return ((pixels - mean[:, None, None]) / std[:, None, None])[None]
+    return pixels.sub_(mean[:, None, None]).div_(std[:, None, None])[None]
 
 
 def center_crop(image: np.ndarray, area: float) -> np.ndarray:
