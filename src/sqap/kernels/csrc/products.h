@@ -161,24 +161,32 @@ class Products {
         const uint8_t* rows = w_.data + n0 * row_bytes + k * WIDTH / 4;
         for (int64_t r = 0; r < NR; r += 8) {
             for (int64_t at = 0; at < quads * WIDTH; at += 32) {
-                Words words[8] = {};
+                uint8_t* to = panel + (at / WIDTH * NR + r) * 4;
+                Words words[8];
                 if (r + 8 <= count && at + 32 <= bytes) {
 #pragma GCC unroll 8
                     for (int i = 0; i < 8; i++) std::memcpy(&words[i], rows + (r + i) * row_bytes + at, 32);
+                    put<HOW>(words, to, 32 / WIDTH);
                 } else {
+                    std::memset(words, 0, sizeof words);
                     for (int64_t i = 0; i < least(8, count - r) && at < bytes; i++) {
                         std::memcpy(&words[i], rows + (r + i) * row_bytes + at, least(32, bytes - at));
                     }
-                }
-                transpose(words);
-                uint8_t* to = panel + (at / WIDTH * NR + r) * 4;
-                const int64_t left = quads - at / WIDTH;
-#pragma GCC unroll 16
-                for (int64_t j = 0; j < 32 / WIDTH; j++) {
-                    const Words quad = quad_of<HOW>(WIDTH == 2 ? words[j / 2] >> (j % 2 * 4) : words[j]);
-                    if (j < left) std::memcpy(to + j * NR * 4, &quad, 32);
+                    put<HOW>(words, to, least(32 / WIDTH, quads - at / WIDTH));
                 }
             }
+        }
+    }
+
+    // Up to `count` quads of eight rows of words. Inlined, so that all of them are a constant number.
+    template <Take HOW>
+    __attribute__((always_inline)) static inline void put(Words* words, uint8_t* to, int64_t count) {
+        constexpr int64_t PER_WORD = HOW == Take::fours ? 2 : 1;
+        transpose(words);
+#pragma GCC unroll 16
+        for (int64_t j = 0; j < 8 * PER_WORD; j++) {
+            const Words quad = quad_of<HOW>(words[j / PER_WORD] >> (j % PER_WORD * 4));
+            if (j < count) std::memcpy(to + j * NR * 4, &quad, 32);
         }
     }
 
