@@ -31,6 +31,7 @@ NEEDS = {
     "avx512vnni": "AVX512-VNNI: Intel since Ice Lake, AMD since Zen 4",
     "avxvnni": "AVX-VNNI: Intel since Alder Lake, AMD since Zen 5",
     "avx2": "AVX2: nearly every x86 processor",
+    "amx": "AMX-INT8: Intel's servers since Sapphire Rapids; only if asked for",
     "neon": "the dot products of ARMv8.2",
     "portable": "nothing",
     REFERENCE: "PyTorch",

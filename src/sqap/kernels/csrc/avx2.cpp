@@ -7,7 +7,7 @@
 namespace sqap {
 namespace {
 
-struct Avx2 : Ymm {
+struct Avx2 : Ymm, ByQuads {
     static constexpr int64_t MR = 4, NR = 16;
     static constexpr bool UNSIGNED = true, FOUR_BITS_ONLY = true;
     static constexpr int64_t SAFE = 8;  // 8 * 2 * 15 * 128 < 2^15

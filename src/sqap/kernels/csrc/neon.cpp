@@ -11,7 +11,7 @@
 namespace sqap {
 namespace {
 
-struct Neon {
+struct Neon : ByQuads {
     static constexpr int64_t MR = 12, NR = 8;  // 24 sums, 2 weights and 3 activations of 32 registers
     static constexpr bool UNSIGNED = false, FOUR_BITS_ONLY = false;
 

@@ -110,15 +110,15 @@ struct Path {
 
 extern const Path portable;
 #if defined(__x86_64__)
-extern const Path avx2, avxvnni, avx512vnni;
+extern const Path avx2, avxvnni, avx512vnni, amx;
 #elif defined(__aarch64__)
 extern const Path neon;
 #endif
 
-// All that were compiled, the fastest first.
+// All that were compiled, the fastest first; but AMX, which no processor has run yet, only if it is asked for.
 inline constexpr const Path* PATHS[] = {
 #if defined(__x86_64__)
-    &avx512vnni, &avxvnni, &avx2,
+    &avx512vnni, &avxvnni, &avx2, &amx,
 #elif defined(__aarch64__)
     &neon,
 #endif

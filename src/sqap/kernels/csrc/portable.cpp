@@ -5,7 +5,7 @@
 namespace sqap {
 namespace {
 
-struct Portable {
+struct Portable : ByQuads {
     static constexpr int64_t MR = 4, NR = 16;
     static constexpr bool UNSIGNED = false, FOUR_BITS_ONLY = false;
 

@@ -4,7 +4,8 @@
 // cache, in the order in which the products read it, and multiplied with all tokens, Isa::MR at a time.
 //
 // Channels go in fours (quads). Of eight 4-bit channels, which fill a 32-bit word, the even ones make the first quad
-// and the odd ones the second, so that a mask and a shift unpack them; activations are packed in that order.
+// and the odd ones the second, so that a mask and a shift unpack them; activations are packed in that order, with
+// Isa::DEPTH channels of a token side by side.
 #pragma once
 
 #include "memory.h"
@@ -16,6 +17,12 @@ namespace sqap {
 namespace {
 
 constexpr int64_t BLOCK = 1024;  // channels of a panel unpacked at a time
+
+// Most processors multiply a quad at a time, and need no preparation.
+struct ByQuads {
+    static constexpr int64_t DEPTH = 4;
+    struct Session {};  // lives while a thread multiplies
+};
 
 // Eight rows of eight 32-bit words, turned into columns.
 typedef uint32_t Words __attribute__((vector_size(32)));
@@ -44,10 +51,10 @@ inline void transpose(Words* w) {
 template <class Isa>
 class Products {
   public:
-    static constexpr int64_t MR = Isa::MR, NR = Isa::NR;
+    static constexpr int64_t MR = Isa::MR, NR = Isa::NR, DEPTH = Isa::DEPTH;
 
     Products(const int8_t* q, int64_t m, const Weight& weight, int64_t segment)
-        : q_(q), m_(m), w_(weight), segment_(segment), padded_(round_up(segment, 8)),
+        : q_(q), m_(m), w_(weight), segment_(segment), padded_(round_up(segment, DEPTH > 8 ? DEPTH : 8)),
           segments_(weight.k / segment), tiles_((m + MR - 1) / MR),
           packed_(buffer<int8_t>(Slot::packed, tiles_ * MR * segments_ * padded_)),
           sums_(buffer<int32_t>(Slot::sums, tiles_ * MR * segments_)) {
@@ -62,6 +69,7 @@ class Products {
         parallel((w_.n + NR - 1) / NR, [&](int64_t index) {
             const int64_t n0 = index * NR, count = least(NR, w_.n - n0);
             const auto store = begin(n0, count);
+            [[maybe_unused]] const typename Isa::Session session;
             if (padded_ <= BLOCK) {
                 run_short(n0, count, store);
             } else {
@@ -202,7 +210,8 @@ class Products {
         return (quad ^ 0x80808080u) >> (HOW == Take::upper ? 4 : 0) & 0x0f0f0f0fu;
     }
 
-    // A tile of MR tokens as (segments, quads, MR, 4), zeros where there is no token or channel; and their sums.
+    // A tile of MR tokens as (segments, padded_ / DEPTH, MR, DEPTH), zeros where there is no token or channel; and
+    // their sums.
     void pack(int64_t tile) {
         int8_t* to = packed_ + tile * segments_ * MR * padded_;
         for (int64_t r = 0; r < MR; r++) {
@@ -210,14 +219,15 @@ class Products {
             for (int64_t s = 0; s < segments_; s++) {
                 const int8_t* from = q_ + token * w_.k + s * segment_;
                 const int64_t count = token < m_ ? segment_ : 0;
-                int8_t* start = to + s * MR * padded_ + r * 4;
+                int8_t* start = to + s * MR * padded_ + r * DEPTH;
+                const auto place = [&](int64_t j) { return start + j / DEPTH * DEPTH * MR + j % DEPTH; };
                 for (int64_t j = 0; j < padded_; j += 8) {
                     uint64_t eight = 0;
                     if (j < count) std::memcpy(&eight, from + j, least(8, count - j));
                     const uint32_t first = w_.bits == 4 ? every_other(eight) : static_cast<uint32_t>(eight);
                     const uint32_t second = static_cast<uint32_t>(w_.bits == 4 ? every_other(eight >> 8) : eight >> 32);
-                    std::memcpy(start + j * MR, &first, 4);
-                    std::memcpy(start + (j + 4) * MR, &second, 4);
+                    std::memcpy(place(j), &first, 4);
+                    std::memcpy(place(j + 4), &second, 4);
                 }
                 int32_t sum = 0;
                 for (int64_t j = 0; j < count; j++) sum += from[j];

@@ -8,7 +8,7 @@ namespace sqap {
 namespace {
 
 template <class V>
-struct Vnni {
+struct Vnni : ByQuads {
     using Vector = typename V::Vector;
     static constexpr int64_t MR = V::TOKENS, WIDTH = V::BYTES / 4, NR = 2 * WIDTH;
     static constexpr bool UNSIGNED = true, FOUR_BITS_ONLY = false;

@@ -1,0 +1,83 @@
+// AMX-INT8 multiplies tiles: 16 tokens by 16 output channels, 64 channels of each in one instruction. Few tokens are
+// left to AVX512-VNNI, which every processor with AMX has.
+
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "avx512.h"
+
+namespace sqap {
+namespace {
+
+// As ldtilecfg reads it: eight tiles, each of 16 rows of 64 bytes.
+struct alignas(64) Config {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+constexpr Config CONFIG;
+
+struct Amx {
+    static constexpr int64_t MR = 32, NR = 32, DEPTH = 64;
+    static constexpr bool UNSIGNED = false, FOUR_BITS_ONLY = false;
+    static constexpr auto dot4 = Vnni<Avx512>::dot4;
+    static constexpr auto dot8 = Vnni<Avx512>::dot8;
+
+    // A thread's tiles have no shape but in a session; between ours it may have one of PyTorch's.
+    struct Session {
+        Session() { _tile_loadconfig(&CONFIG); }
+        ~Session() { _tile_release(); }
+    };
+
+    static void tile(const uint8_t* panel, const int8_t* a, int64_t quads, int32_t* acc) {
+        constexpr int64_t ROW = NR * 4;  // bytes, of the panel and of the sums
+        // GCC does not know that loads of tiles read memory: all that was written must be there.
+        asm volatile("" ::: "memory");
+        _tile_loadd(0, acc, ROW);
+        _tile_loadd(1, acc + 16, ROW);
+        _tile_loadd(2, acc + 16 * NR, ROW);
+        _tile_loadd(3, acc + 16 * NR + 16, ROW);
+        for (int64_t q = 0; q < quads; q += DEPTH / 4) {
+            _tile_loadd(4, a + q * MR * 4, DEPTH);
+            _tile_loadd(5, a + q * MR * 4 + 16 * DEPTH, DEPTH);
+            _tile_loadd(6, panel + q * ROW, ROW);
+            _tile_loadd(7, panel + q * ROW + 64, ROW);
+            _tile_dpbssd(0, 4, 6);
+            _tile_dpbssd(1, 4, 7);
+            _tile_dpbssd(2, 5, 6);
+            _tile_dpbssd(3, 5, 7);
+        }
+        _tile_stored(0, acc, ROW);
+        _tile_stored(1, acc + 16, ROW);
+        _tile_stored(2, acc + 16 * NR, ROW);
+        _tile_stored(3, acc + 16 * NR + 16, ROW);
+    }
+};
+
+bool has_amx() {
+    constexpr unsigned TILES = 1u << 24, INT8 = 1u << 25;
+    unsigned a, b, c, d;
+    if (!has_avx512vnni() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & TILES) || !(d & INT8)) return false;
+#if defined(__linux__)
+    // Tiles make a thread's saved state 8 KiB larger; Linux wants to be asked, once for the process.
+    constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+
+bool runs_here() {
+    static const bool found = has_amx();
+    return found;
+}
+
+}  // namespace
+
+const Path amx = {"amx", runs_here, quantize, linear<Amx>, matmul<Amx>, layer<Amx>};
+
+}  // namespace sqap

@@ -1,0 +1,39 @@
+// Vectors of 64 bytes, with AVX512-VNNI.
+#pragma once
+
+#include <immintrin.h>
+
+#include "vnni.h"
+
+namespace sqap {
+namespace {
+
+struct Avx512 {
+    using Vector = __m512i;
+    static constexpr int64_t BYTES = 64, TOKENS = 14;  // 28 sums and 2 weights of 32 registers
+
+    static Vector zero() { return _mm512_setzero_si512(); }
+    static Vector load(const void* at) { return _mm512_loadu_si512(at); }
+    static void store(void* at, Vector v) { _mm512_storeu_si512(at, v); }
+    static Vector dot(Vector sum, Vector w, Vector x) { return _mm512_dpbusd_epi32(sum, w, x); }
+    static Vector low_halves(Vector v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+    static Vector high_halves(Vector v) { return low_halves(_mm512_srli_epi16(v, 4)); }
+    static Vector flip(Vector v) { return _mm512_xor_si512(v, _mm512_set1_epi8(-128)); }
+    static int32_t total(Vector v) { return _mm512_reduce_add_epi32(v); }
+
+    // In assembly, since GCC would broadcast into a register that it has not, and spill the sums.
+    static void add_products(Vector& s0, Vector& s1, Vector w0, Vector w1, const int8_t* four) {
+        const auto& word = *reinterpret_cast<const int32_t(*)[1]>(four);
+        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(s0) : "v"(w0), "m"(word));
+        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(s1) : "v"(w1), "m"(word));
+    }
+};
+
+inline bool has_avx512vnni() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
+}
+
+}  // namespace
+}  // namespace sqap
