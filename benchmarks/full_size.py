@@ -2,7 +2,7 @@
 
 Writes CogACT and OpenVLA as they are published, 7B with random weights, compresses them to W4A8 with the
 command line, and lets the result act: weight bytes, time and peak memory of each, every step in a process of
-its own. CogACT is rounded by GPTQ and OpenVLA, whose decoder is the same, to nearest: what GPTQ takes shows.
+its own.
 Interrupted, it goes on: with a finished directory, a half-compressed policy, or a finished one.
 """
 
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import published
@@ -32,7 +32,7 @@ from sqap.files import write_json
 from sqap.recipe import Recipe
 
 WRITERS = {"cogact": published.write_cogact, "openvla": published.write_openvla}
-ROUNDING: dict[str, Literal["gptq", "nearest"]] = {"cogact": "gptq", "openvla": "nearest"}
+Rounding = Literal["gptq", "nearest"]
 KEY = "bridge_orig"
 INSTRUCTION = "put the carrot on the plate"
 # What a process is told to do with a policy; prints how long each step took.
@@ -89,7 +89,9 @@ def write_frames(root: Path, count: int) -> None:
     (root / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def measure(family: str, work: Path, frames: int, steps: int, console: Console) -> dict[str, Any]:
+def measure(
+    family: str, work: Path, rounding: Rounding, frames: int, steps: int, console: Console
+) -> dict[str, Any]:
     """Write, compress and run one family."""
     source, small, report = work / family, work / f"{family}-w4a8", work / f"{family}.json"
     found: dict[str, Any] = json.loads(report.read_text()) if report.is_file() else {}
@@ -101,7 +103,7 @@ def measure(family: str, work: Path, frames: int, steps: int, console: Console) 
             (source / "written").touch()
         write_frames(work / "frames", frames)
         console.print(f"{family}: compressing")
-        write_json(work / "recipe.json", _recipe(ROUNDING[family]).to_json())
+        write_json(work / "recipe.json", _recipe(rounding).to_json())
         recipe = ["--recipe", work / "recipe.json"]
         options = ["--unnorm-key", KEY, "--frames", str(frames), "--frames-from", work / "frames"]
         numbers = work / "compress.json"
@@ -113,7 +115,7 @@ def measure(family: str, work: Path, frames: int, steps: int, console: Console) 
             "directory_bytes": size,
             "weight_bytes": json.loads(numbers.read_text())["weight_bytes"],
             "frames": frames,
-            "rounding": ROUNDING[family],
+            "rounding": rounding,
         }
         write_json(report, found)
     if "act" not in found:
@@ -125,7 +127,7 @@ def measure(family: str, work: Path, frames: int, steps: int, console: Console) 
     return found
 
 
-def _recipe(rounding: Literal["gptq", "nearest"]) -> Recipe:
+def _recipe(rounding: Rounding) -> Recipe:
     recipe = Recipe.w4a8()
     assert recipe.quantization is not None
     return replace(recipe, quantization=replace(recipe.quantization, rounding=rounding))
@@ -157,11 +159,14 @@ def main() -> None:
     parser.add_argument("families", nargs="*", default=list(WRITERS))
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--work", type=Path, default=Path("build/full-size"), help="40 GB for each family")
+    parser.add_argument("--rounding", choices=get_args(Rounding), default="gptq")
     parser.add_argument("--frames", type=int, default=8, help="calibration frames")
     parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args()
     console = Console()
-    results = {f: measure(f, args.work, args.frames, args.steps, console) for f in args.families}
+    results = {
+        f: measure(f, args.work, args.rounding, args.frames, args.steps, console) for f in args.families
+    }
     console.print(show(results))
     if args.json is not None:
         write_json(args.json, {"sqap": sqap.__version__, **results})

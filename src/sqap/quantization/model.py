@@ -15,7 +15,7 @@ from sqap.models.decoder import Decoder
 from sqap.models.heads import DiffusionHead, RegressionHead, TokenHead
 from sqap.models.heads.ddim import ddim_sample
 from sqap.models.stages import embed_through, fill_around, run_layer, stages
-from sqap.models.storage import Weights, fill
+from sqap.models.storage import STORAGE_DTYPE, Weights, fill
 from sqap.models.vla import VISUAL_START, VLA, ModelInputs
 from sqap.quantization.fused import fuse
 from sqap.quantization.kv import set_kv_bits
@@ -83,6 +83,8 @@ def quantize_model(
         if model.proprio is not None:
             own(model.proprio)
         rotate_input(model.decoder.embed_tokens, model.proprio, rotation)
+        if weights is not None:  # the largest there is outside of the stages: not in 32 bits all the while
+            model.decoder.embed_tokens.to(STORAGE_DTYPE)
         walk.before = lambda _, stage: rotate_stage(stage, rotation)
 
     hidden = embed_through(model, inputs, walk.through)

@@ -23,8 +23,9 @@ constexpr Config CONFIG;
 
 struct Amx {
     static constexpr int64_t MR = 32, NR = 32, DEPTH = 64;
-    static constexpr bool UNSIGNED = false, FOUR_BITS_ONLY = false;
+    static constexpr bool UNSIGNED = false, FOUR_BITS_ONLY = false, SCALED = true;
     static constexpr auto dot4 = Vnni<Avx512>::dot4;
+    static constexpr auto dot4_scaled = Vnni<Avx512>::dot4_scaled;
     static constexpr auto dot8 = Vnni<Avx512>::dot8;
 
     // A thread's tiles have no shape but in a session; between ours it may have one of PyTorch's.

@@ -9,7 +9,7 @@ namespace {
 
 struct Avx2 : Ymm, ByQuads {
     static constexpr int64_t MR = 4, NR = 16;
-    static constexpr bool UNSIGNED = true, FOUR_BITS_ONLY = true;
+    static constexpr bool UNSIGNED = true, FOUR_BITS_ONLY = true, SCALED = true;
     static constexpr int64_t SAFE = 8;  // 8 * 2 * 15 * 128 < 2^15
 
     // In assembly, since GCC would add into another register and move it back, and spill the sums for want of them.
@@ -52,6 +52,12 @@ struct Avx2 : Ymm, ByQuads {
         });
         return total(sums);
     }
+
+    static __m256i dot(__m256i sum, __m256i w, __m256i x) {
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+    }
+
+    static float dot4_scaled(const ScaledRow& r) { return sqap::dot4_scaled<Avx2>(r); }
 
     static int32_t dot8(const uint8_t* row, const int8_t* q, int64_t bytes) {
         const __m256i ones = _mm256_set1_epi16(1);

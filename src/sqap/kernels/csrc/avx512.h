@@ -10,6 +10,7 @@ namespace {
 
 struct Avx512 {
     using Vector = __m512i;
+    using Reals = __m512;
     static constexpr int64_t BYTES = 64, TOKENS = 14;  // 28 sums and 2 weights of 32 registers
 
     static Vector zero() { return _mm512_setzero_si512(); }
@@ -19,6 +20,11 @@ struct Avx512 {
     static Vector low_halves(Vector v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
     static Vector high_halves(Vector v) { return low_halves(_mm512_srli_epi16(v, 4)); }
     static Vector flip(Vector v) { return _mm512_xor_si512(v, _mm512_set1_epi8(-128)); }
+    static Reals no_reals() { return _mm512_setzero_ps(); }
+    static Reals add_scaled(Reals sum, Vector v, const float* a, const float* b) {
+        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(v), _mm512_mul_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b)), sum);
+    }
+    static float total(Reals v) { return _mm512_reduce_add_ps(v); }
     static int32_t total(Vector v) { return _mm512_reduce_add_epi32(v); }
 
     // In assembly, since GCC would broadcast into a register that it has not, and spill the sums.

@@ -120,6 +120,69 @@ void each_block(const uint8_t* row, int64_t bytes, Body body) {
     }
 }
 
+// A row of 4-bit weights and a token, with a scale for every eight channels of each: a word of the row.
+struct ScaledRow {
+    const uint8_t* row;
+    const int8_t *even, *odd;  // the token's levels
+    int64_t bytes;             // of the row
+    const int32_t* offsets;    // what makes up for weights being stored without their sign, per word
+    const float *token, *channel;
+};
+
+// Products of words become floats lane by lane, and are added up across lanes but once.
+template <class V>
+float dot4_scaled(const ScaledRow& r) {
+    typename V::Reals sum = V::no_reals();
+    each_block<V::BYTES>(r.row, r.bytes, [&](const uint8_t* at, int64_t j) {
+        const typename V::Vector block = V::load(at);
+        typename V::Vector words = V::load(r.offsets + j / 4);
+        words = V::dot(words, V::low_halves(block), V::load(r.even + j));
+        words = V::dot(words, V::high_halves(block), V::load(r.odd + j));
+        sum = V::add_scaled(sum, words, r.token + j / 4, r.channel + j / 4);
+    });
+    return V::total(sum);
+}
+
+// Few tokens and groups that are whole words: every row is read once, and multiplied as it is.
+template <class Isa, class T>
+void linear_few_scaled(const Activations& a, const Weight& w, const Output& out, const Levels& levels) {
+    const int64_t bytes = w.row_bytes(), padded = round_up(bytes, 64), words = padded / 4;
+    auto* packed = buffer<int8_t>(Slot::packed, 2 * a.m * padded);  // even channels, then odd ones
+    auto* offsets = buffer<int32_t>(Slot::sums, a.m * words);
+    auto* tokens = buffer<float>(Slot::token_scales, a.m * words);
+    std::memset(packed, 0, 2 * a.m * padded);
+    std::memset(offsets, 0, a.m * words * sizeof(int32_t));
+    std::memset(tokens, 0, a.m * words * sizeof(float));
+    for (int64_t i = 0; i < a.m; i++) {
+        for (int64_t j = 0; j < a.k; j++) {
+            const int8_t q = levels.q[i * a.k + j];
+            packed[(2 * i + j % 2) * padded + j / 2] = q;
+            offsets[i * words + j / 8] -= 8 * q;
+            tokens[i * words + j / 8] = levels.scale[i * a.groups() + j * a.groups() / a.k];
+        }
+    }
+    parallel((w.n + ROWS - 1) / ROWS, [&](int64_t task) {
+        auto* channels = buffer<float>(Slot::panel_scales, words);
+        const int64_t group = w.k / w.groups / 8;  // in words
+        for (int64_t j = w.k / 8; j < words; j++) channels[j] = 0;
+        for (int64_t n = task * ROWS; n < least(w.n, (task + 1) * ROWS); n++) {
+            for (int64_t g = 0; g < w.groups; g++) {
+                const float scale = w.shared ? *w.scale : w.scale[n * w.groups + g];
+                float* to = channels + g * group;
+                int64_t j = 0;
+                for (; j + 4 <= group; j += 4) to[j] = to[j + 1] = to[j + 2] = to[j + 3] = scale;
+                for (; j < group; j++) to[j] = scale;
+            }
+            for (int64_t i = 0; i < a.m; i++) {
+                const int8_t* even = packed + 2 * i * padded;
+                float value = Isa::dot4_scaled({w.data + n * bytes, even, even + padded, bytes, offsets + i * words,
+                                                tokens + i * words, channels});
+                finish<T>(out, w.n, i, n, 1, &value);
+            }
+        }
+    });
+}
+
 // Few tokens and no groups: every row is read once, and multiplied as it is.
 template <class Isa, class T>
 void linear_few(const Activations& a, const Weight& w, const Output& out, const Levels& levels) {
@@ -164,6 +227,16 @@ inline Levels quantized(const Activations& a) {
 template <class Isa>
 void multiply(const Activations& a, const Levels& levels, const Weight& w, const Output& out) {
     if (a.m == 0 || w.n == 0) return;
+    if (a.m <= FEW && (a.groups() > 1 || w.groups > 1)) {
+        const bool whole_words = w.k / w.groups % 8 == 0 && a.k / a.groups() % 8 == 0;
+        if constexpr (Isa::SCALED) {
+            if (w.bits == 4 && a.symmetric && whole_words) {
+                out.dtype == Dtype::f32 ? linear_few_scaled<Isa, float>(a, w, out, levels)
+                                        : linear_few_scaled<Isa, uint16_t>(a, w, out, levels);
+                return;
+            }
+        }
+    }
     const bool few = a.m <= FEW && a.groups() == 1 && w.groups == 1;
     if (out.dtype == Dtype::f32) {
         few ? linear_few<Isa, float>(a, w, out, levels) : linear_many<Isa, float>(a, w, out, levels);

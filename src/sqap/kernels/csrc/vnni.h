@@ -11,7 +11,7 @@ template <class V>
 struct Vnni : ByQuads {
     using Vector = typename V::Vector;
     static constexpr int64_t MR = V::TOKENS, WIDTH = V::BYTES / 4, NR = 2 * WIDTH;
-    static constexpr bool UNSIGNED = true, FOUR_BITS_ONLY = false;
+    static constexpr bool UNSIGNED = true, FOUR_BITS_ONLY = false, SCALED = true;
 
     static void tile(const uint8_t* panel, const int8_t* a, int64_t quads, int32_t* acc) {
         Vector sums[MR][2];
@@ -41,6 +41,8 @@ struct Vnni : ByQuads {
         });
         return V::total(low) + V::total(high);
     }
+
+    static float dot4_scaled(const ScaledRow& r) { return sqap::dot4_scaled<V>(r); }
 
     static int32_t dot8(const uint8_t* row, const int8_t* q, int64_t bytes) {
         Vector sums = V::zero();

@@ -10,6 +10,8 @@ namespace {
 
 struct Ymm {
     using Vector = __m256i;
+    using Reals = __m256;
+    static constexpr int64_t BYTES = 32;
 
     static Vector zero() { return _mm256_setzero_si256(); }
     static Vector load(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
@@ -17,6 +19,16 @@ struct Ymm {
     static Vector low_halves(Vector v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
     static Vector high_halves(Vector v) { return low_halves(_mm256_srli_epi16(v, 4)); }
     static Vector flip(Vector v) { return _mm256_xor_si256(v, _mm256_set1_epi8(-128)); }
+
+    static Reals no_reals() { return _mm256_setzero_ps(); }
+    static Reals add_scaled(Reals sum, Vector v, const float* a, const float* b) {
+        return _mm256_fmadd_ps(_mm256_cvtepi32_ps(v), _mm256_mul_ps(_mm256_loadu_ps(a), _mm256_loadu_ps(b)), sum);
+    }
+    static float total(Reals v) {
+        __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+    }
 
     static int32_t total(Vector v) {
         __m128i four = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
