@@ -52,6 +52,7 @@ def compress(
     _check_frames(recipe, frames)
     inputs = [model_inputs(policy, frame, seed) for seed, frame in enumerate(frames)]
     weights, partial = policy.weights, None
+    full = _full_scores(policy, recipe, inputs)  # first, while there is no compressed model in memory
     if recipe.quantization is not None:
         partial = None if resume is None else Partial(resume, _key(policy, recipe, frames))
         quantization = recipe.quantization
@@ -65,7 +66,7 @@ def compress(
     round_to_storage(model)
     calibration = None
     if frames and recipe != Recipe():
-        calibration = _calibrate(policy, model, recipe, frames, inputs)
+        calibration = _calibrate(policy, model, recipe, frames, inputs, full)
     if partial is not None:
         partial.remove()
     source = policy.fingerprint if weights is None else weights.fingerprint
@@ -84,16 +85,28 @@ def ranking_scores(
     return attention_scores(model, inputs, score_layers(pruning), pruning.score_queries, weights)
 
 
+def _full_scores(policy: Policy, recipe: Recipe, inputs: list[ModelInputs]) -> torch.Tensor | None:
+    """By what the uncompressed policy would rank its tokens, if the recipe's pruner asks attention."""
+    pruning = recipe.pruning
+    if not inputs or pruning is None or pruning.method != "sqap":
+        return None
+    original = share(policy.model)
+    if policy.weights is not None:
+        fill_around(original, policy.weights)
+    return ranking_scores(original, pruning, inputs, policy.weights)
+
+
 def _calibrate(
-    policy: Policy, quantized: VLA, recipe: Recipe, frames: Sequence[Observation], inputs: list[ModelInputs]
+    policy: Policy,
+    quantized: VLA,
+    recipe: Recipe,
+    frames: Sequence[Observation],
+    inputs: list[ModelInputs],
+    full: torch.Tensor | None,
 ) -> Calibration:
     """Find the largest k whose quantized top k still agrees with full precision."""
     pruning, top_k, overlap = recipe.pruning, None, None
-    if pruning is not None and pruning.method == "sqap":
-        original = share(policy.model)
-        if policy.weights is not None:
-            fill_around(original, policy.weights)
-        full = ranking_scores(original, pruning, inputs, policy.weights)
+    if full is not None and pruning is not None:
         limit = round(pruning.top_share * pruning.budget(policy.config.model.grid**2))
         curve = overlap_curve(full, ranking_scores(quantized, pruning, inputs))[:limit]
         top_k = choose_k(curve, pruning.overlap)

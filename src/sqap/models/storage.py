@@ -42,7 +42,10 @@ def fill(
     """
     missing = [n for n, parameter in module.named_parameters() if parameter.is_meta and n not in skip]
     found = weights.read(prefix + name for name in missing)
-    named = {name: found[prefix + name].to(dtype or found[prefix + name].dtype) for name in missing}
+    named = {}
+    for name in missing:  # one by one, so that not all are there in both types
+        tensor = found.pop(prefix + name)
+        named[name] = tensor.to(dtype or tensor.dtype)
     module.load_state_dict(named, assign=True, strict=False)
     module.requires_grad_(False)
 

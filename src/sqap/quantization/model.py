@@ -83,8 +83,7 @@ def quantize_model(
         if model.proprio is not None:
             own(model.proprio)
         rotate_input(model.decoder.embed_tokens, model.proprio, rotation)
-        if weights is not None:  # the largest there is outside of the stages: not in 32 bits all the while
-            model.decoder.embed_tokens.to(STORAGE_DTYPE)
+        model.decoder.embed_tokens.to(STORAGE_DTYPE)  # calibrate on what is stored, in half the memory
         walk.before = lambda _, stage: rotate_stage(stage, rotation)
 
     hidden = embed_through(model, inputs, walk.through)
