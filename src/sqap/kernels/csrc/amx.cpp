@@ -23,7 +23,7 @@ constexpr Config CONFIG;
 
 struct Amx {
     static constexpr int64_t MR = 32, NR = 32, DEPTH = 64;
-    static constexpr bool UNSIGNED = false, FOUR_BITS_ONLY = false, SCALED = true;
+    static constexpr bool UNSIGNED = false, FOUR_BITS_ONLY = false, SCALED_ROWS = true, SCALED_TILES = false;
     static constexpr auto dot4 = Vnni<Avx512>::dot4;
     static constexpr auto dot4_scaled = Vnni<Avx512>::dot4_scaled;
     static constexpr auto dot8 = Vnni<Avx512>::dot8;

@@ -13,6 +13,7 @@ struct Avx512 {
     using Reals = __m512;
     static constexpr int64_t BYTES = 64, TOKENS = 14;  // 28 sums and 2 weights of 32 registers
 
+    static Vector spread(int32_t value) { return _mm512_set1_epi32(value); }
     static Vector zero() { return _mm512_setzero_si512(); }
     static Vector load(const void* at) { return _mm512_loadu_si512(at); }
     static void store(void* at, Vector v) { _mm512_storeu_si512(at, v); }
@@ -23,6 +24,10 @@ struct Avx512 {
     static Reals no_reals() { return _mm512_setzero_ps(); }
     static Reals add_scaled(Reals sum, Vector v, const float* a, const float* b) {
         return _mm512_fmadd_ps(_mm512_cvtepi32_ps(v), _mm512_mul_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b)), sum);
+    }
+    static void add_scaled(float* to, Vector v, float a, const float* b) {
+        const Reals scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(v), _mm512_loadu_ps(b));
+        _mm512_storeu_ps(to, _mm512_fmadd_ps(scaled, _mm512_set1_ps(a), _mm512_loadu_ps(to)));
     }
     static float total(Reals v) { return _mm512_reduce_add_ps(v); }
     static int32_t total(Vector v) { return _mm512_reduce_add_epi32(v); }

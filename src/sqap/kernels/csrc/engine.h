@@ -57,17 +57,31 @@ void linear_many(const Activations& a, const Weight& w, const Output& out, const
     const int64_t segment = divisor(a.group ? a.group : a.k, w.k / w.groups), segments = w.k / segment;
     const float* token_scales = for_segments(levels.scale, Slot::token_scales, a.m, a.groups(), segments);
     const int32_t* zeros = for_segments(levels.zero_point, Slot::token_zeros, a.m, a.groups(), segments);
-    const auto begin = [&](int64_t n0, int64_t count) {
-        // A panel's scales and sums of levels, (segments, NR).
-        auto* scales = buffer<float>(Slot::panel_scales, segments * NR);
-        auto* sums = zeros != nullptr ? buffer<int32_t>(Slot::panel_sums, segments * NR) : nullptr;
+    const auto fill = [&](int64_t n0, int64_t count, float* to) {
         for (int64_t s = 0; s < segments; s++) {
             for (int64_t j = 0; j < NR; j++) {
                 const int64_t row = n0 + least(j, count - 1);
-                scales[s * NR + j] = w.shared ? *w.scale : w.scale[row * w.groups + s * w.groups / segments];
-                if (sums == nullptr) continue;
-                sums[s * NR + j] = static_cast<int32_t>(sum_levels(w, row, s * segment, (s + 1) * segment));
+                to[s * NR + j] = w.shared ? *w.scale : w.scale[row * w.groups + s * w.groups / segments];
             }
+        }
+    };
+    Products<Isa> products(levels.q, a.m, w, segment);
+    if constexpr (Isa::SCALED_TILES) {
+        if (products.takes_scales() && zeros == nullptr) {
+            products.run_scaled(token_scales, fill, [&](int64_t n0, int64_t count, float* totals) {
+                for (int64_t i = 0; i < a.m; i++) finish<T>(out, w.n, i, n0, count, totals + i * NR);
+            });
+            return;
+        }
+    }
+    const auto begin = [&](int64_t n0, int64_t count) {
+        // A panel's scales and sums of levels, (segments, NR).
+        auto* scales = buffer<float>(Slot::panel_scales, segments * NR);
+        fill(n0, count, scales);
+        auto* sums = zeros != nullptr ? buffer<int32_t>(Slot::panel_sums, segments * NR) : nullptr;
+        for (int64_t at = 0; sums != nullptr && at < segments * NR; at++) {
+            const int64_t s = at / NR, row = n0 + least(at % NR, count - 1);
+            sums[at] = static_cast<int32_t>(sum_levels(w, row, s * segment, (s + 1) * segment));
         }
         auto* totals = buffer<float>(Slot::total, segments > 1 ? (a.m + MR) * NR : 0);
         return [=, &a, &w, &out](int64_t tile, int64_t s, const int32_t* acc) {
@@ -105,7 +119,7 @@ void linear_many(const Activations& a, const Weight& w, const Output& out, const
             }
         };
     };
-    Products<Isa>(levels.q, a.m, w, segment).run(begin);
+    products.run(begin);
 }
 
 // For dot products of rows: body(block, j) for every `WIDTH` bytes from j on, the last ones filled up with zeros.
@@ -229,7 +243,7 @@ void multiply(const Activations& a, const Levels& levels, const Weight& w, const
     if (a.m == 0 || w.n == 0) return;
     if (a.m <= FEW && (a.groups() > 1 || w.groups > 1)) {
         const bool whole_words = w.k / w.groups % 8 == 0 && a.k / a.groups() % 8 == 0;
-        if constexpr (Isa::SCALED) {
+        if constexpr (Isa::SCALED_ROWS) {
             if (w.bits == 4 && a.symmetric && whole_words) {
                 out.dtype == Dtype::f32 ? linear_few_scaled<Isa, float>(a, w, out, levels)
                                         : linear_few_scaled<Isa, uint16_t>(a, w, out, levels);

@@ -13,7 +13,7 @@ namespace {
 
 struct Neon : ByQuads {
     static constexpr int64_t MR = 12, NR = 8;  // 24 sums, 2 weights and 3 activations of 32 registers
-    static constexpr bool UNSIGNED = false, FOUR_BITS_ONLY = false, SCALED = false;
+    static constexpr bool UNSIGNED = false, FOUR_BITS_ONLY = false, SCALED_ROWS = false, SCALED_TILES = false;
 
     static void tile(const uint8_t* panel, const int8_t* a, int64_t quads, int32_t* acc) {
         int32x4_t sums[MR][2];

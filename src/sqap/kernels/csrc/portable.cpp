@@ -7,7 +7,7 @@ namespace {
 
 struct Portable : ByQuads {
     static constexpr int64_t MR = 4, NR = 16;
-    static constexpr bool UNSIGNED = false, FOUR_BITS_ONLY = false, SCALED = false;
+    static constexpr bool UNSIGNED = false, FOUR_BITS_ONLY = false, SCALED_ROWS = false, SCALED_TILES = false;
 
     static void tile(const uint8_t* panel, const int8_t* a, int64_t quads, int32_t* acc) {
         for (int64_t q = 0; q < quads; q++) {

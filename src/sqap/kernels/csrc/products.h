@@ -78,6 +78,49 @@ class Products {
         });
     }
 
+    // The same with scales: tokens' (m, segments) and, filled in for every panel by scales(n0, count, to), output
+    // channels' (segments, NR). Calls store(n0, count, totals) with all of a panel, (tiles * MR, NR). For 4-bit weights
+    // and segments that fit a panel.
+    template <class Scales, class Store>
+    void run_scaled(const float* token_scales, const Scales& scales, const Store& store) {
+        const int64_t places = tiles_ * segments_ * MR;  // (tiles, segments, MR)
+        auto* tokens = buffer<float>(Slot::tile_scales, places);
+        auto* offsets = buffer<int32_t>(Slot::tile_offsets, places);
+        for (int64_t i = 0; i < tiles_ * MR; i++) {
+            for (int64_t s = 0; s < segments_; s++) {
+                const int64_t place = (i / MR * segments_ + s) * MR + i % MR;
+                tokens[place] = i < m_ ? token_scales[i * segments_ + s] : 0.0f;
+                offsets[place] = Isa::UNSIGNED ? -8 * sums_[i * segments_ + s] : 0;
+            }
+        }
+        parallel((w_.n + NR - 1) / NR, [&](int64_t index) {
+            const int64_t n0 = index * NR, count = least(NR, w_.n - n0);
+            auto* channels = buffer<float>(Slot::panel_scales, segments_ * NR);
+            auto* totals = buffer<float>(Slot::total, tiles_ * MR * NR);
+            auto* panel = buffer<uint8_t>(Slot::panel, 2 * BLOCK * NR);
+            scales(n0, count, channels);
+            std::memset(totals, 0, tiles_ * MR * NR * sizeof(float));
+            [[maybe_unused]] const typename Isa::Session session;
+            const int64_t step = padded_ == segment_ ? BLOCK / padded_ : 1;
+            for (int64_t first = 0; first < segments_; first += step) {
+                const int64_t last = least(segments_, first + step);
+                unpack(n0, count, first * segment_, (last - first) * segment_, (last - first) * padded_ / 4,
+                       Take::fours, panel);
+                for (int64_t t = 0; t < tiles_; t++) {
+                    for (int64_t s = first; s < last; s++) {
+                        const int64_t place = (t * segments_ + s) * MR;
+                        Isa::tile_scaled(panel + (s - first) * padded_ * NR, packed(t, s), padded_ / 4, offsets + place,
+                                         tokens + place, channels + s * NR, totals + t * MR * NR);
+                    }
+                }
+            }
+            store(n0, count, totals);
+        });
+    }
+
+    // Whether `run_scaled` can do it.
+    bool takes_scales() const { return w_.bits == 4 && segments_ > 1 && padded_ <= BLOCK; }
+
   private:
     // Where 8-bit products do not fit, the upper four bits are multiplied first, and then the lower ones.
     int planes() const { return w_.bits == 8 && Isa::FOUR_BITS_ONLY ? 2 : 1; }

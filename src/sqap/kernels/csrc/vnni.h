@@ -11,7 +11,16 @@ template <class V>
 struct Vnni : ByQuads {
     using Vector = typename V::Vector;
     static constexpr int64_t MR = V::TOKENS, WIDTH = V::BYTES / 4, NR = 2 * WIDTH;
-    static constexpr bool UNSIGNED = true, FOUR_BITS_ONLY = false, SCALED = true;
+    static constexpr bool UNSIGNED = true, FOUR_BITS_ONLY = false, SCALED_ROWS = true, SCALED_TILES = true;
+
+    __attribute__((always_inline)) static inline void add_quads(const uint8_t* panel, const int8_t* a, int64_t quads,
+                                                                Vector (&sums)[MR][2]) {
+        for (int64_t q = 0; q < quads; q++) {
+            const Vector w0 = V::load(panel + q * NR * 4), w1 = V::load(panel + q * NR * 4 + V::BYTES);
+#pragma GCC unroll 16
+            for (int i = 0; i < MR; i++) V::add_products(sums[i][0], sums[i][1], w0, w1, a + (q * MR + i) * 4);
+        }
+    }
 
     static void tile(const uint8_t* panel, const int8_t* a, int64_t quads, int32_t* acc) {
         Vector sums[MR][2];
@@ -20,15 +29,24 @@ struct Vnni : ByQuads {
             sums[i][0] = V::load(acc + i * NR);
             sums[i][1] = V::load(acc + i * NR + WIDTH);
         }
-        for (int64_t q = 0; q < quads; q++) {
-            const Vector w0 = V::load(panel + q * NR * 4), w1 = V::load(panel + q * NR * 4 + V::BYTES);
-#pragma GCC unroll 16
-            for (int i = 0; i < MR; i++) V::add_products(sums[i][0], sums[i][1], w0, w1, a + (q * MR + i) * 4);
-        }
+        add_quads(panel, a, quads, sums);
 #pragma GCC unroll 16
         for (int i = 0; i < MR; i++) {
             V::store(acc + i * NR, sums[i][0]);
             V::store(acc + i * NR + WIDTH, sums[i][1]);
+        }
+    }
+
+    static void tile_scaled(const uint8_t* panel, const int8_t* a, int64_t quads, const int32_t* offsets,
+                            const float* tokens, const float* channels, float* totals) {
+        Vector sums[MR][2];
+#pragma GCC unroll 16
+        for (int i = 0; i < MR; i++) sums[i][0] = sums[i][1] = V::spread(offsets[i]);
+        add_quads(panel, a, quads, sums);
+#pragma GCC unroll 16
+        for (int i = 0; i < MR; i++) {
+            V::add_scaled(totals + i * NR, sums[i][0], tokens[i], channels);
+            V::add_scaled(totals + i * NR + WIDTH, sums[i][1], tokens[i], channels + WIDTH);
         }
     }
 

@@ -13,6 +13,7 @@ struct Ymm {
     using Reals = __m256;
     static constexpr int64_t BYTES = 32;
 
+    static Vector spread(int32_t value) { return _mm256_set1_epi32(value); }
     static Vector zero() { return _mm256_setzero_si256(); }
     static Vector load(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
     static void store(void* at, Vector v) { _mm256_storeu_si256(static_cast<__m256i*>(at), v); }
@@ -23,6 +24,10 @@ struct Ymm {
     static Reals no_reals() { return _mm256_setzero_ps(); }
     static Reals add_scaled(Reals sum, Vector v, const float* a, const float* b) {
         return _mm256_fmadd_ps(_mm256_cvtepi32_ps(v), _mm256_mul_ps(_mm256_loadu_ps(a), _mm256_loadu_ps(b)), sum);
+    }
+    static void add_scaled(float* to, Vector v, float a, const float* b) {
+        const Reals scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(v), _mm256_loadu_ps(b));
+        _mm256_storeu_ps(to, _mm256_fmadd_ps(scaled, _mm256_set1_ps(a), _mm256_loadu_ps(to)));
     }
     static float total(Reals v) {
         __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
