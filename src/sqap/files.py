@@ -17,8 +17,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     """A file to write next to ``path``, which takes its place if all goes well and is gone otherwise.
 
     Raises:
-        InputError: the file cannot be written; what was at ``path`` is still there.
+        InputError: the file cannot be written, or ``path`` is a device such as /dev/null, whose place no file
+            should take; what was at ``path`` is still there.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"cannot write {path}: it is not a file; nothing there was changed")
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
