@@ -52,7 +52,7 @@ def schemes(draw: st.DrawFn) -> Scheme:
 
 
 @pytest.mark.parametrize("path", kernels.paths())
-@given(schemes(), st.sampled_from([0, 32]), st.booleans(), st.integers(0, 2**31))
+@given(schemes(), st.sampled_from([0, 16]), st.booleans(), st.integers(0, 2**31))
 @settings(max_examples=60, deadline=None)
 @torch.no_grad()
 def test_forward_is_dequantize_and_multiply(
@@ -62,6 +62,7 @@ def test_forward_is_dequantize_and_multiply(
     linear = HadamardLinear(source, block) if block else source
     quantized = QuantizedLinear.from_linear(linear, scheme, clip=clip)
     x = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(seed)) + 1
+    x = (1024 * x).round() / 1024  # rotated exactly, whatever the order of sums: ties are rounded alike
     rotated = block_hadamard(x, block) if block else x
     activations = dequantize_activation(
         *quantize_activation(
