@@ -74,8 +74,8 @@ def decoder_layer(
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
-    # A level of 255 more or less, now and then.
-    assert float((found - expected).norm() / expected.norm()) < 5e-3
+    # A level of 255 more or less, now and then; of a key or a value, every token sees it.
+    assert float((found - expected).norm() / expected.norm()) < 2e-2
 
 
 @given(
