@@ -275,6 +275,9 @@ def bench(
     one_at_a_time: Annotated[
         bool, typer.Option(help="Keep one candidate in memory: they take turns in thirds.")
     ] = False,
+    environments: Annotated[
+        Path | None, typer.Option(help="Folder of virtual environments of the rivals, see docs/bench.md.")
+    ] = None,
     json_path: JsonOption = None,
 ) -> None:
     """Time a step of a policy beside other forms of it, on this machine."""
@@ -293,6 +296,7 @@ def bench(
                 steps=steps,
                 threads=threads,
                 one_at_a_time=one_at_a_time,
+                environments=environments,
                 progress=advance,
             )
         for table in tables.bench_tables(report):

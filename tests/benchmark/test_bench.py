@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +15,13 @@ from typer.testing import CliRunner
 
 import sqap
 from sqap.benchmark import SHAPES, Subject, bench
-from sqap.benchmark.candidates import CANDIDATES, dense, weight_bytes
+from sqap.benchmark.candidates import CANDIDATES, dense, example, unpack, weight_bytes
+from sqap.benchmark.exported import Arrays, Exported, Network, export
 from sqap.benchmark.shapes import random_policy
 from sqap.benchmark.timing import Bench, Loaded, Timed
 from sqap.cli import app
 from sqap.errors import InputError, SqapError
+from sqap.models import TokenHeadConfig
 from sqap.policy import Policy
 from sqap.quantization import QuantizedLinear
 from sqap.recipe import Quantization, Recipe, Scheme
@@ -77,7 +82,7 @@ def test_a_rival_that_cannot_run_is_reported_with_the_reason(
 class Failing:
     """Steps without a policy; bfloat16 does not even load."""
 
-    def __init__(self, spec: tuple[Subject, str, int]) -> None:
+    def __init__(self, spec: tuple[Subject, str, int, Path | None]) -> None:
         self._name = spec[1]
 
     def __call__(self, request: str) -> Loaded | Timed | int:
@@ -90,11 +95,51 @@ class Failing:
 
 @pytest.mark.parametrize("name", ["sqap", "sqap-unpruned", "torch-fp32", "torch-bf16", "torch-int8"])
 def test_every_candidate_computes_the_same_policy(saved: Path, name: str) -> None:
-    timed = Bench((Subject(str(saved), GENTLE), name, 1))
+    timed = Bench((Subject(str(saved), GENTLE), name, 1, None))
     loaded = timed("load")
     assert isinstance(loaded, Loaded)
     expected = sqap.load(saved).act(timed.observation, seed=0)
     assert np.linalg.norm(loaded.chunk - expected) < 0.1 * np.linalg.norm(expected)
+
+
+def torch_alone(network: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> tuple[Network, int]:
+    """A tool that knows nothing of sqap's models: tensors in, tensors out, of the shapes it was shown."""
+    network = copy.deepcopy(network)
+
+    def run(inputs: Arrays) -> np.ndarray:
+        tensors = [torch.from_numpy(x) for x in inputs]
+        assert [x.shape for x in tensors] == [x.shape for x in example]
+        out: torch.Tensor = network(*tensors)
+        return out.numpy()
+
+    return run, 1000
+
+
+def test_an_exported_policy_computes_the_same(saved: Path) -> None:
+    subject = Subject(str(saved), Recipe.w4a8())
+    wide = dense(subject.load(), torch.float32)
+    seen = example(wide)
+    expected = wide.act(seen, seed=0)
+    exported = export(subject.load(), torch_alone, unpack, lambda policy: policy.act(seen, seed=0))
+    np.testing.assert_allclose(exported.act(seen, seed=0), expected, rtol=1e-4, atol=1e-5)
+    networks = [module for module in exported.model.modules() if isinstance(module, Exported)]
+    assert len(networks) == len(wide.model.vision) + len(wide.model.decoder.layers) + 2
+    assert weight_bytes(exported) < weight_bytes(wide)
+
+
+def test_a_policy_that_decodes_token_by_token_is_not_exported(policy: Policy) -> None:
+    head = TokenHeadConfig(action_dim=2, vocabulary=policy.config.model.decoder.vocabulary)
+    made = random_policy(replace(policy.config.model, head=head), Recipe())
+    with pytest.raises(SqapError, match="keeps keys and values between tokens"):
+        export(made, torch_alone, unpack, lambda policy: None)
+
+
+def test_a_tool_that_is_not_installed_is_named(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in (("openvino-int8", "nncf"), ("onnxruntime-int4", "onnx")):
+        monkeypatch.setitem(sys.modules, module, None)
+        timed = Bench((Subject(str(saved), GENTLE), name, 1, None))
+        with pytest.raises(SqapError, match=rf"{module}.*docs/bench\.md says what to install"):
+            timed("load")
 
 
 def test_dense_weights_need_no_rotation_at_run_time(saved: Path) -> None:

@@ -1,23 +1,31 @@
-"""The forms of one policy that are timed: ours, and what PyTorch makes of the same weights, unpruned."""
+"""The forms of one policy that are timed: ours, and what other tools make of the same weights, unpruned."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 import sqap
+from sqap.benchmark import tools
+from sqap.benchmark.exported import Exported, export
 from sqap.benchmark.shapes import SHAPES, random_policy
 from sqap.compress import compress
-from sqap.errors import InputError
+from sqap.errors import InputError, SqapError
+from sqap.observation import Camera, Observation
 from sqap.policy import Policy
 from sqap.quantization import QuantizedLinear
 from sqap.quantization.hadamard import block_hadamard
 from sqap.recipe import Recipe
+
+INSTRUCTION = "put the carrot on the plate"
+SIDE = 256  # pixels of the images a robot sends
 
 
 @dataclass(frozen=True)
@@ -60,11 +68,13 @@ class Candidate:
         about: what it is, for people.
         make: of the compressed policy, which it may use up.
         staged: whether its parts can be timed; what is compiled as a whole has none.
+        environment: the name of the virtual environment that a tool of its own may be installed in.
     """
 
     about: str
     make: Callable[[Policy], Policy]
     staged: bool = True
+    environment: str | None = None
 
 
 def unpruned(policy: Policy) -> Policy:
@@ -74,13 +84,17 @@ def unpruned(policy: Policy) -> Policy:
 
 def dense(policy: Policy, dtype: torch.dtype) -> Policy:
     """The same weights as floats of ``dtype``, nothing pruned, no rotation left at run time."""
-    model = policy.model
-    for name, linear in [*model.named_modules()]:
+    unpack(policy.model, dtype)
+    policy.model.to(dtype)
+    return Policy(policy.model, policy.config, policy.tokenizer)
+
+
+def unpack(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Turn packed linears into those that PyTorch has, in place."""
+    for name, linear in [*module.named_modules()]:
         if isinstance(linear, QuantizedLinear):
             parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, _dense(linear, dtype))
-    model.to(dtype)
-    return Policy(model, policy.config, policy.tokenizer)
+            setattr(module.get_submodule(parent), attribute, _dense(linear, dtype))
 
 
 def _dense(linear: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
@@ -109,6 +123,17 @@ def _compiled(policy: Policy) -> Policy:
     return policy
 
 
+def _exported(tool: Callable[..., Any], bits: int) -> Callable[[Policy], Policy]:
+    def make(policy: Policy) -> Policy:
+        observation = example(policy)
+        try:
+            return export(policy, partial(tool, bits=bits), unpack, lambda p: p.act(observation, seed=0))
+        except ImportError as problem:
+            raise SqapError(f"{problem}: docs/bench.md says what to install") from problem
+
+    return make
+
+
 CANDIDATES = {
     "sqap": Candidate("the compressed policy", lambda policy: policy),
     "sqap-unpruned": Candidate("the compressed policy with all its visual tokens", unpruned),
@@ -116,7 +141,26 @@ CANDIDATES = {
     "torch-bf16": Candidate("PyTorch, bfloat16", lambda policy: dense(policy, torch.bfloat16)),
     "torch-compile": Candidate("PyTorch, float32, torch.compile", _compiled, staged=False),
     "torch-int8": Candidate("PyTorch's dynamic quantization to 8 bits", _dynamic_int8),
+    "openvino-int8": Candidate("OpenVINO, 8-bit weights", _exported(tools.openvino, 8), True, "openvino"),
+    "openvino-int4": Candidate("OpenVINO, 4-bit weights", _exported(tools.openvino, 4), True, "openvino"),
+    "onnxruntime-int8": Candidate(
+        "ONNX Runtime, dynamic quantization to 8 bits", _exported(tools.onnxruntime, 8), True, "onnxruntime"
+    ),
+    "onnxruntime-int4": Candidate(
+        "ONNX Runtime, 4-bit weights", _exported(tools.onnxruntime, 4), True, "onnxruntime"
+    ),
 }
+
+
+def example(policy: Policy) -> Observation:
+    """Noise, as large as what a robot sends, with its gripper in front of every camera."""
+    generator, config = np.random.default_rng(0), policy.config
+    images = {
+        camera: generator.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) for camera in config.cameras
+    }
+    state = None if config.proprio is None else np.zeros(len(config.proprio.low))
+    ahead = Camera(np.array([[SIDE, 0, SIDE / 2], [0, SIDE, SIDE / 2], [0, 0, 1]]), np.eye(4))
+    return Observation(images, INSTRUCTION, state, dict.fromkeys(images, ahead), np.array([0, 0, 1.0]))
 
 
 def weight_bytes(policy: Policy) -> int:
@@ -127,6 +171,8 @@ def weight_bytes(policy: Policy) -> int:
         if isinstance(module, torch.ao.nn.quantized.Linear):
             packed: Any = module
             own.append(packed.weight())
+        if isinstance(module, Exported):
+            count += module.nbytes
         count += sum(tensor.numel() * tensor.element_size() for tensor in own)
     return count
 

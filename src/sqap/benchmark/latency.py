@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ def bench(
     warmups: int = 5,
     threads: int | None = None,
     one_at_a_time: bool = False,
+    environments: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Time the policy and its rivals, and compare them step by step. Interrupted, it reports what it has.
@@ -53,6 +55,7 @@ def bench(
         warmups: how many come before and are not.
         threads: of each candidate; as many as there are cores if None.
         one_at_a_time: in memory. Candidates then take turns in thirds of their steps instead of step by step.
+        environments: folder of virtual environments that other tools are imported from.
         progress: gets (steps done, steps in all).
 
     Raises:
@@ -72,7 +75,12 @@ def bench(
     with contextlib.suppress(KeyboardInterrupt):
         for share in shares:
             for group in groups:
-                _take_turns(subject, {name: rows[name] for name in group}, share, warmups, threads, progress)
+                workers = {
+                    name: Worker(name, Bench, (subject, name, threads, environments))
+                    for name in group
+                    if rows[name].reason is None
+                }
+                _take_turns(workers, rows, share, warmups, progress)
                 if rows[OURS].reason is not None:
                     raise SqapError(rows[OURS].reason)
     return {
@@ -91,20 +99,16 @@ def bench(
 
 
 def _take_turns(
-    subject: Subject,
-    rows: dict[str, _Row],
+    workers: Mapping[str, Worker],
+    rows: Mapping[str, _Row],
     steps: int,
     warmups: int,
-    threads: int,
     progress: Progress | None,
 ) -> None:
     """Load the candidates, and let them step in turn."""
     with contextlib.ExitStack() as stack:
-        workers = {}
-        for name, row in rows.items():
-            if row.reason is None:
-                worker = Worker(name, Bench, (subject, name, threads))
-                workers[name] = stack.enter_context(contextlib.closing(worker))
+        for worker in workers.values():
+            stack.enter_context(contextlib.closing(worker))
 
         def ask(name: str, request: str) -> Any:
             """The answer, or None from then on if there is none: the candidate's row says why."""

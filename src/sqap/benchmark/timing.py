@@ -5,21 +5,19 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from sqap.benchmark.candidates import CANDIDATES, Subject, weight_bytes
+from sqap.benchmark import tools
+from sqap.benchmark.candidates import CANDIDATES, Subject, example, weight_bytes
 from sqap.errors import SqapError
-from sqap.observation import Camera, Observation
 from sqap.policy import Policy
 from sqap.process import forget_peak, peak_rss_bytes
 from sqap.pruning import Selection, Selector
-
-INSTRUCTION = "put the carrot on the plate"
-SIDE = 256  # pixels of the images a robot sends
 
 
 @dataclass(frozen=True)
@@ -42,9 +40,12 @@ class Timed:
 class Bench:
     """Answers "load", "step" and "peak" for one candidate."""
 
-    def __init__(self, spec: tuple[Subject, str, int]) -> None:
-        self._subject, self._name, threads = spec
+    def __init__(self, spec: tuple[Subject, str, int, Path | None]) -> None:
+        self._subject, self._name, threads, environments = spec
         torch.set_num_threads(threads)
+        environment = CANDIDATES[self._name].environment
+        if environments is not None and environment is not None:
+            tools.add_environment(environments / environment)
 
     def __call__(self, request: str) -> Loaded | Timed | int:
         if request == "load":
@@ -56,7 +57,7 @@ class Bench:
         start = time.perf_counter()
         self._policy = candidate.make(self._subject.load())
         seconds = time.perf_counter() - start
-        self.observation = _observation(self._policy)
+        self.observation = example(self._policy)
         forget_peak()  # what it took to make a rival out of the compressed policy is not the rival's
         chunk = self._policy.act(self.observation, seed=0)
         if not np.isfinite(chunk).all():
@@ -128,14 +129,3 @@ class _TimedSelector(Selector):
         selection = super().select(*arguments, **named)
         self._seconds["selection"] += time.perf_counter() - start
         return selection
-
-
-def _observation(policy: Policy) -> Observation:
-    """Noise, as large as what a robot sends, with its gripper in front of every camera."""
-    generator, config = np.random.default_rng(0), policy.config
-    images = {
-        camera: generator.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) for camera in config.cameras
-    }
-    state = None if config.proprio is None else np.zeros(len(config.proprio.low))
-    ahead = Camera(np.array([[SIDE, 0, SIDE / 2], [0, SIDE, SIDE / 2], [0, 0, 1]]), np.eye(4))
-    return Observation(images, INSTRUCTION, state, dict.fromkeys(images, ahead), np.array([0, 0, 1.0]))

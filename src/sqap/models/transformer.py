@@ -50,9 +50,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tenso
     may look; ``causal`` says that queries and keys are the same tokens and none looks ahead.
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        grouped = bool(q.shape[1] != k.shape[1])  # sizes are tensors while a tool traces the model
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
     # torch's fused kernel reaches a third of the speed of two plain products in this one case.
     batch, heads, tokens, width = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]

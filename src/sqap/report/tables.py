@@ -159,7 +159,7 @@ def bench_tables(report: Mapping[str, Any]) -> list[Table]:
     title = f"{report['subject']}: {machine['processor']}, {report['threads']} threads, {machine['kernels']}"
     steps = Table(title=title, title_justify="left")
     for column in ("", "step p50", "p90", "p99", "weights", "peak memory", "load", "sqap is faster by"):
-        steps.add_column(column, justify="right" if column else "left")
+        steps.add_column(column, justify="right" if column else "left", no_wrap=not column)
     stages = Table(title="Stages, median", title_justify="left")
     reasons = []
     for name, row in report["candidates"].items():
@@ -173,7 +173,7 @@ def bench_tables(report: Mapping[str, Any]) -> list[Table]:
         if row["stages_ms"]:
             if not stages.columns:
                 for column in ("", *row["stages_ms"]):
-                    stages.add_column(column, justify="right" if column else "left")
+                    stages.add_column(column, justify="right" if column else "left", no_wrap=not column)
             stages.add_row(name, *(f"{ms:.1f} ms" for ms in row["stages_ms"].values()))
     steps.caption = "; ".join(reasons) or None
     return [steps, stages]

@@ -1,0 +1,114 @@
+"""A policy whose networks other tools run: each is exported, the rest of the step stays as it is.
+
+The networks are the vision encoders, the projector, the decoder's layers and the blocks of a diffusion head.
+They are exported one by one, so that a policy larger than memory in 32 bits can be, and with the shapes that
+a step gives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sqap.errors import SqapError
+from sqap.models.decoder import DecoderLayer
+from sqap.models.heads import DiffusionHead, TokenHead
+from sqap.policy import Policy
+
+Arrays = Sequence[np.ndarray]
+Network = Callable[[Arrays], np.ndarray]
+# Of a network and an example of its inputs: what runs it, and the bytes of its weights.
+Tool = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Network, int]]
+
+
+class Exported(nn.Module):
+    """Stands where the network stood."""
+
+    def __init__(self, network: Network, nbytes: int) -> None:
+        super().__init__()
+        self._network, self.nbytes = network, nbytes
+
+    def forward(self, *inputs: Tensor | None) -> Tensor:
+        return torch.from_numpy(self._network([x.contiguous().numpy() for x in inputs if x is not None]))
+
+
+class _ExportedLayer(nn.Module):
+    """Stands where a decoder layer stood."""
+
+    def __init__(self, exported: Exported) -> None:
+        super().__init__()
+        self.exported = exported
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, cache: None, rows: None
+    ) -> tuple[Tensor, None]:
+        return self.exported(x, *rope), None
+
+
+class _Layer(nn.Module):
+    """A decoder layer as a function of tensors alone."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        out: Tensor = self.layer(x, (cos, sin))[0]
+        return out
+
+
+def export(
+    policy: Policy, tool: Tool, dense: Callable[[nn.Module], object], step: Callable[[Policy], Any]
+) -> Policy:
+    """The policy with its networks in the hands of ``tool``, nothing pruned.
+
+    Args:
+        policy: compressed; it is used up.
+        tool: exports one network.
+        dense: turns a network's packed linears into float32 ones, in place.
+        step: lets the policy act, so that the networks' inputs can be seen.
+
+    Raises:
+        SqapError: its head decodes token by token.
+    """
+    model = policy.model
+    if isinstance(model.head, TokenHead):
+        raise SqapError("a decoder that keeps keys and values between tokens is not exported")
+    policy = Policy(model, policy.config, policy.tokenizer)
+    owners: list[tuple[nn.Module, str]] = [(model, "projector")]
+    for parts in (model.vision, model.decoder.layers):
+        owners += [(parts, str(i)) for i in range(len(parts))]
+    if isinstance(model.head, DiffusionHead):
+        model.head.blocks = nn.ModuleList([nn.Sequential(*model.head.blocks)])
+        owners.append((model.head.blocks, "0"))
+    networks = [owner.get_submodule(name) for owner, name in owners]
+    examples = _inputs(networks, lambda: step(policy))
+    for (owner, name), network in zip(owners, networks, strict=True):
+        dense(network)
+        example = examples.pop(network)
+        if isinstance(network, DecoderLayer):
+            setattr(owner, name, _ExportedLayer(Exported(*tool(_Layer(network), (example[0], *example[1])))))
+        else:
+            tensors = tuple(x for x in example if x is not None)
+            setattr(owner, name, Exported(*tool(network, tensors)))
+        network.to("meta")  # what it was exported from is not needed any more
+    dense(model)
+    return policy
+
+
+def _inputs(networks: Sequence[nn.Module], run: Callable[[], Any]) -> dict[nn.Module, tuple[Any, ...]]:
+    """What each network is given first while something runs."""
+    seen: dict[nn.Module, tuple[Any, ...]] = {}
+
+    def look(network: nn.Module, given: tuple[Any, ...]) -> None:
+        seen.setdefault(network, given)
+
+    hooks = [network.register_forward_pre_hook(look) for network in networks]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return seen
