@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from sqap import kernels
 from sqap.kernels.layer import Layer, Norm
-from sqap.models.decoder import DecoderLayer, FloatKV, RMSNorm
+from sqap.models.decoder import Attention, DecoderLayer, FloatKV, RMSNorm
 from sqap.models.heads.diffusion import DiTBlock
 from sqap.models.vision import Block, LayerScale
 from sqap.quantization.linear import QuantizedLinear
@@ -17,7 +19,35 @@ from sqap.quantization.linear import QuantizedLinear
 FUSED = DecoderLayer, Block, DiTBlock
 LANES = 8  # heads are multiples of this many channels wide
 
-_layers: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Layer]] = WeakKeyDictionary()
+# Where a module keeps something, under which name, and what it was when the layer was bound.
+Place = tuple[Mapping[str, object], str, object]
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A layer that is bound to its tensors, and how to see that it still has them.
+
+    It is looked at before every call, and a diffusion head's layers are called forty times in a step: the
+    modules' own dictionaries are asked, which takes a microsecond where attributes of modules take fifty.
+    """
+
+    native: Layer
+    path: str
+    places: tuple[Place, ...]
+    addresses: tuple[tuple[Tensor, int], ...]
+
+    def holds(self) -> bool:
+        """Whether nothing has been replaced."""
+        if self.path != kernels.chosen():
+            return False
+        for owner, name, kept in self.places:
+            if owner.get(name) is not kept:
+                return False
+        # A tensor may stay, and what is in it be elsewhere.
+        return all(tensor.data_ptr() == address for tensor, address in self.addresses)
+
+
+_layers: WeakKeyDictionary[nn.Module, _Bound] = WeakKeyDictionary()
 
 
 def fuse(model: nn.Module) -> None:
@@ -41,17 +71,35 @@ def run_fused(
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or x.requires_grad:
         return None
+    found = _layers.get(layer)
+    if found is None or not found.holds():
+        found = _bind(layer)
+        if found is None:
+            return None
+        _layers[layer] = found
+    return found.native(x, rope, rows, kept)
+
+
+def _bind(layer: nn.Module) -> _Bound | None:
+    """The layer as it is now; None if the native one would not do."""
     if kernels.chosen() == kernels.REFERENCE or not _fits(layer):
         return None
     linears, others = _parts(layer)
     bound = [linear.bound() for linear in linears if isinstance(linear, QuantizedLinear)]
     if len(bound) < len(linears) or any(p is not None and p.dtype != torch.float32 for p in others):
         return None
-    key = *map(id, bound), *map(kernels.address, others)
-    found = _layers.get(layer)
-    if found is None or found[0] != key:
-        _layers[layer] = found = key, _bind(layer, bound)
-    return found[1](x, rope, rows, kept)
+    places = tuple(_places(layer))
+    addresses = tuple((kept, kept.data_ptr()) for _, _, kept in places if isinstance(kept, Tensor))
+    return _Bound(_native(layer, bound), kernels.chosen(), places, addresses)
+
+
+def _places(layer: nn.Module) -> Iterator[Place]:
+    """All that the layer and the modules in it hold."""
+    for module in layer.modules():
+        for kept in (module._modules, module._buffers, module._parameters):
+            yield from ((kept, name, value) for name, value in kept.items())
+        if isinstance(module, Attention):
+            yield vars(module), "kv_format", module.kv_format
 
 
 def _fits(layer: nn.Module) -> bool:
@@ -97,7 +145,7 @@ def _norm(norm: nn.LayerNorm | RMSNorm) -> Norm:
     return Norm(norm.weight, norm.bias, norm.eps)
 
 
-def _bind(layer: nn.Module, linears: list[kernels.Linear]) -> Layer:
+def _native(layer: nn.Module, linears: list[kernels.Linear]) -> Layer:
     if isinstance(layer, DecoderLayer):
         attn = layer.self_attn
         return Layer(

@@ -11,8 +11,8 @@
 #if defined(__clang__)
 #define SQAP_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-typedef int32_t SqapLanes __attribute__((vector_size(32)));
-#define SQAP_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, SqapLanes{__VA_ARGS__})
+// Comparing two vectors gives one of integers as wide as what they hold, which a mask must be.
+#define SQAP_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype((a) < (b)){__VA_ARGS__})
 #endif
 
 namespace sqap {

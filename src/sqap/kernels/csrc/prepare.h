@@ -15,6 +15,21 @@ typedef float Floats __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(32)));
 typedef int8_t Bytes __attribute__((vector_size(8)));
 
+inline Bytes to_bytes(Ints x) {
+#if defined(__AVX2__)  // GCC would take them one by one
+    typedef int8_t Four __attribute__((vector_size(32)));
+    Four bytes;
+    std::memcpy(&bytes, &x, sizeof x);
+    bytes = SQAP_SHUFFLE(bytes, bytes, 0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20,
+                         24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    Bytes lowest;
+    std::memcpy(&lowest, &bytes, sizeof lowest);
+    return lowest;
+#else
+    return __builtin_convertvector(x, Bytes);
+#endif
+}
+
 inline Floats spread(float x) { return Floats{x, x, x, x, x, x, x, x}; }
 
 inline Floats nearest(Floats x) {

@@ -27,6 +27,9 @@ struct ByQuads {
 // Eight rows of eight 32-bit words, turned into columns.
 typedef uint32_t Words __attribute__((vector_size(32)));
 
+typedef uint32_t Quads __attribute__((vector_size(16)));
+typedef int8_t Sixteen __attribute__((vector_size(16)));
+
 inline void transpose(Words* w) {
     Words pairs[8];
     for (int i = 0; i < 8; i += 2) {
@@ -256,27 +259,53 @@ class Products {
     // A tile of MR tokens as (segments, padded_ / DEPTH, MR, DEPTH), zeros where there is no token or channel; and
     // their sums.
     void pack(int64_t tile) {
-        int8_t* to = packed_ + tile * segments_ * MR * padded_;
-        for (int64_t r = 0; r < MR; r++) {
-            const int64_t token = tile * MR + r;
-            for (int64_t s = 0; s < segments_; s++) {
-                const int8_t* from = q_ + token * w_.k + s * segment_;
-                const int64_t count = token < m_ ? segment_ : 0;
-                int8_t* start = to + s * MR * padded_ + r * DEPTH;
-                const auto place = [&](int64_t j) { return start + j / DEPTH * DEPTH * MR + j % DEPTH; };
-                for (int64_t j = 0; j < padded_; j += 8) {
-                    uint64_t eight = 0;
-                    if (j < count) std::memcpy(&eight, from + j, least(8, count - j));
-                    const uint32_t first = w_.bits == 4 ? every_other(eight) : static_cast<uint32_t>(eight);
-                    const uint32_t second = static_cast<uint32_t>(w_.bits == 4 ? every_other(eight >> 8) : eight >> 32);
-                    std::memcpy(place(j), &first, 4);
-                    std::memcpy(place(j + 4), &second, 4);
+        for (int64_t s = 0; s < segments_; s++) {
+            const int8_t* from = q_ + tile * MR * w_.k + s * segment_;
+            int8_t* to = packed_ + (tile * segments_ + s) * MR * padded_;
+            for (int64_t r = 0; r < MR;) {
+                const bool four = DEPTH == 4 && r + 4 <= least(MR, m_ - tile * MR);
+                int64_t done = 0;
+                for (; four && done + 16 <= segment_; done += 16) {
+                    pack_four(from + r * w_.k + done, to + done * MR + r * DEPTH);
                 }
-                int32_t sum = 0;
-                for (int64_t j = 0; j < count; j++) sum += from[j];
-                sums_[token * segments_ + s] = sum;
+                for (const int64_t last = r + (four ? 4 : 1); r < last; r++) {
+                    const int64_t token = tile * MR + r, count = token < m_ ? segment_ : 0;
+                    pack_one(from + r * w_.k, done, count, to + r * DEPTH);
+                    int32_t sum = 0;
+                    for (int64_t j = 0; j < count; j++) sum += from[r * w_.k + j];
+                    sums_[token * segments_ + s] = sum;
+                }
             }
         }
+    }
+
+    // Channels from `first` on of one token.
+    void pack_one(const int8_t* from, int64_t first, int64_t count, int8_t* to) const {
+        const auto place = [&](int64_t j) { return to + j / DEPTH * DEPTH * MR + j % DEPTH; };
+        for (int64_t j = first; j < padded_; j += 8) {
+            uint64_t eight = 0;
+            if (j < count) std::memcpy(&eight, from + j, least(8, count - j));
+            const uint32_t low = w_.bits == 4 ? every_other(eight) : static_cast<uint32_t>(eight);
+            const uint32_t high = static_cast<uint32_t>(w_.bits == 4 ? every_other(eight >> 8) : eight >> 32);
+            std::memcpy(place(j), &low, 4);
+            std::memcpy(place(j + 4), &high, 4);
+        }
+    }
+
+    // Sixteen channels of four tokens.
+    void pack_four(const int8_t* from, int8_t* to) const {
+        Quads rows[4];
+        for (int64_t r = 0; r < 4; r++) {
+            Sixteen row;
+            std::memcpy(&row, from + r * w_.k, sizeof row);
+            if (w_.bits == 4) row = SQAP_SHUFFLE(row, row, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+            std::memcpy(&rows[r], &row, sizeof row);
+        }
+        const Quads a = SQAP_SHUFFLE(rows[0], rows[1], 0, 4, 1, 5), b = SQAP_SHUFFLE(rows[2], rows[3], 0, 4, 1, 5),
+                    c = SQAP_SHUFFLE(rows[0], rows[1], 2, 6, 3, 7), d = SQAP_SHUFFLE(rows[2], rows[3], 2, 6, 3, 7);
+        const Quads columns[4] = {SQAP_SHUFFLE(a, b, 0, 1, 4, 5), SQAP_SHUFFLE(a, b, 2, 3, 6, 7),
+                                  SQAP_SHUFFLE(c, d, 0, 1, 4, 5), SQAP_SHUFFLE(c, d, 2, 3, 6, 7)};
+        for (int64_t j = 0; j < 4; j++) std::memcpy(to + j * 4 * MR, &columns[j], sizeof columns[j]);
     }
 
     static uint32_t every_other(uint64_t bytes) {

@@ -63,18 +63,18 @@ inline Grid make_grid(float low, float high, int bits, bool symmetric) {
 template <class T>
 void round_levels(const T* x, int64_t count, const Grid& grid, int bits, bool symmetric, int8_t* q) {
     const float most = static_cast<float>(1 << (bits - 1)), scale = grid.scale;
-    const float low = symmetric && bits == 8 ? 1 - most : -most, high = most - 1;
     const float shift = static_cast<float>(grid.zero_point);
+    // The grid's ends are whole numbers: cut before it is rounded, a value rounds to the same.
+    const float low = (symmetric && bits == 8 ? 1 - most : -most) - shift, high = most - 1 - shift;
+    const Floats lows = spread(low), highs = spread(high);
     const auto round = [=](Floats v) {
         v /= scale;
-        // A limit beyond the grid keeps what is not finite from overflowing below.
-        v = v < -512.0f ? spread(-512.0f) : v > 512.0f ? spread(512.0f) : v == v ? v : Floats{};
-        v = nearest(v) + shift;
-        return v < low ? spread(low) : v > high ? spread(high) : v;
+        v = v < highs ? v : highs;  // what is no number, too
+        return nearest(v > lows ? v : lows) + shift;
     };
     int64_t j = 0;
     for (; j + LANES <= count; j += LANES) {
-        const Bytes levels = __builtin_convertvector(__builtin_convertvector(round(load_floats(x + j)), Ints), Bytes);
+        const Bytes levels = to_bytes(__builtin_convertvector(round(load_floats(x + j)), Ints));
         std::memcpy(q + j, &levels, sizeof levels);
     }
     for (; j < count; j++) q[j] = static_cast<int8_t>(round(spread(to_float(x + j)))[0]);
