@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,15 +73,18 @@ def bench(
     rounds = min(3, steps) if one_at_a_time else 1
     groups = [[name] for name in names] if one_at_a_time else [names]
     shares = [len(part) for part in np.array_split(np.arange(steps), rounds)]
+    total, done = len(names) * (rounds * warmups + steps), itertools.count(1)
+
+    def tick() -> None:
+        if progress is not None:
+            progress(next(done), total)
+
     with contextlib.suppress(KeyboardInterrupt):
         for share in shares:
             for group in groups:
-                workers = {
-                    name: Worker(name, Bench, (subject, name, threads, environments))
-                    for name in group
-                    if rows[name].reason is None
-                }
-                _take_turns(workers, rows, share, warmups, progress)
+                specs = {name: (subject, name, threads, environments) for name in group}
+                workers = {name: Worker(name, Bench, spec) for name, spec in specs.items()}
+                _take_turns(workers, rows, share, warmups, tick)
                 if rows[OURS].reason is not None:
                     raise SqapError(rows[OURS].reason)
     return {
@@ -103,9 +107,9 @@ def _take_turns(
     rows: Mapping[str, _Row],
     steps: int,
     warmups: int,
-    progress: Progress | None,
+    tick: Callable[[], None],
 ) -> None:
-    """Load the candidates, and let them step in turn."""
+    """Load the candidates, and let them step in turn; ``tick`` is called after each step."""
     with contextlib.ExitStack() as stack:
         for worker in workers.values():
             stack.enter_context(contextlib.closing(worker))
@@ -124,15 +128,12 @@ def _take_turns(
 
         for name in workers:
             rows[name].loaded = ask(name, "load") or rows[name].loaded
-        total, done = (warmups + steps) * len(workers), 0
         for turn in range(warmups + steps):
             for name in workers:
                 timed = ask(name, "step")
                 if timed is not None and turn >= warmups:
                     rows[name].steps.append(timed)
-                done += 1
-                if progress is not None:
-                    progress(done, total)
+                tick()
         for name in workers:
             rows[name].peak = max(rows[name].peak, ask(name, "peak") or 0)
 
