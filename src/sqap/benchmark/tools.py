@@ -27,8 +27,8 @@ GROUP = 128
 
 def openvino(network: nn.Module, example: tuple[Tensor, ...], *, bits: int) -> tuple[Network, int]:
     """OpenVINO: NNCF's compressed weights, inputs quantized as it runs where it can."""
-    import nncf  # type: ignore[import-not-found, unused-ignore]
-    import openvino as ov  # type: ignore[import-not-found, unused-ignore]
+    import nncf
+    import openvino as ov
 
     nncf.set_log_level(40)
     modes = nncf.CompressWeightsMode
@@ -59,8 +59,8 @@ def openvino(network: nn.Module, example: tuple[Tensor, ...], *, bits: int) -> t
 
 def onnxruntime(network: nn.Module, example: tuple[Tensor, ...], *, bits: int) -> tuple[Network, int]:
     """ONNX Runtime: dynamic quantization to 8 bits, or MatMulNBits, which multiplies 4 bits with 8."""
-    import onnx  # type: ignore[import-not-found, unused-ignore]
-    import onnxruntime as ort  # type: ignore[import-not-found, unused-ignore]
+    import onnx
+    import onnxruntime as ort
 
     names = [f"x{i}" for i in range(len(example))]
     with tempfile.TemporaryDirectory() as folder, _quiet():
@@ -81,22 +81,18 @@ def onnxruntime(network: nn.Module, example: tuple[Tensor, ...], *, bits: int) -
 
 
 def _eight(dense: Path, small: Path) -> None:
-    from onnxruntime.quantization import (  # type: ignore[import-not-found, unused-ignore]
-        QuantType,
-        quantize_dynamic,
-    )
+    from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    # Without an instruction for it, sums of 8-bit products saturate: its makers advise seven bits there.
-    saturates = not any("vnni" in path or "amx" in path for path in kernels.paths())
+    # Of x86 without VNNI, sums of 8-bit products saturate: its makers advise seven bits there.
+    paths = kernels.paths()
+    saturates = "avx2" in paths and not any("vnni" in path for path in paths)
     how = {"per_channel": True, "reduce_range": saturates, "weight_type": QuantType.QInt8}
     quantize_dynamic(dense, small, op_types_to_quantize=["MatMul"], **how)
 
 
 def _four(dense: Path, small: Path) -> None:
-    import onnx  # type: ignore[import-not-found, unused-ignore]
-    from onnxruntime.quantization.matmul_nbits_quantizer import (  # type: ignore[import-not-found, unused-ignore]
-        MatMulNBitsQuantizer,
-    )
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     how = {"block_size": GROUP, "is_symmetric": True, "accuracy_level": 4}
     quantizer = MatMulNBitsQuantizer(onnx.load(dense), **how)
@@ -107,7 +103,7 @@ def _four(dense: Path, small: Path) -> None:
 @cache
 def _options() -> Any:
     """One team of threads for all networks: each would have its own, spinning while another works."""
-    import onnxruntime as ort  # type: ignore[import-not-found, unused-ignore]
+    import onnxruntime as ort
 
     ort.set_global_thread_pool_sizes(torch.get_num_threads(), 1)
     options = ort.SessionOptions()
@@ -119,7 +115,7 @@ def _options() -> Any:
 def _quiet() -> Iterator[None]:
     """Exporters warn about what they cannot know, and count what they do."""
     with contextlib.suppress(ImportError):
-        from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+        from tqdm import tqdm
 
         tqdm.set_lock(threading.RLock())  # its own is a semaphore, which outlives a process that is ended
     with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
