@@ -42,15 +42,6 @@ CALIBRATED = 32
 
 PEERS = {
     "transformers": ("full",),
-    "llmcompressor": (
-        "w4a16 gptq group-64",
-        "w4a8 gptq per-channel",
-        "w4a8 gptq group-64",
-        "w4a8 spinquant gptq per-channel",
-        "w4a8 spinquant gptq group-64",
-        "w4a4 spinquant gptq per-channel",
-    ),
-    "gptqmodel": ("w4a16 per-channel", "w4a16 group-64"),
     "torchao": (
         "w4a16 per-channel",
         "w4a16 group-64",
@@ -58,6 +49,15 @@ PEERS = {
         "w4a8 per-channel",
         "w4a8 group-64",
         "w4a8 group-32",
+    ),
+    "gptqmodel": ("w4a16 per-channel", "w4a16 group-64"),
+    "llmcompressor": (
+        "w4a16 gptq group-64",
+        "w4a8 gptq per-channel",
+        "w4a8 gptq group-64",
+        "w4a8 spinquant gptq per-channel",
+        "w4a8 spinquant gptq group-64",
+        "w4a4 spinquant gptq per-channel",
     ),
 }
 W4A4 = decoder_alone(Recipe.w4a4())
