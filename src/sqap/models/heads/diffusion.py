@@ -106,11 +106,12 @@ class DiffusionHead(nn.Module):
         both = self.conditions(condition)
         given = self.z_embedder(both)
         steps = ddim_steps(len(self.alpha_bar), self.config.sample_steps)
-        times = iter(self.embed_time(torch.tensor(steps[::-1], device=noise.device)))  # as they are asked for
+        times = self.embed_time(torch.tensor(steps, device=noise.device))
+        spacing = len(self.alpha_bar) // self.config.sample_steps
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             repeated = x.repeat(len(both) // len(x), 1, 1)
-            return self.guide(self.denoise(repeated, next(times) + given), len(x))
+            return self.guide(self.denoise(repeated, times[t[:1] // spacing] + given), len(x))
 
         return ddim_sample(predict, noise, self.alpha_bar, self.config.sample_steps)
 
