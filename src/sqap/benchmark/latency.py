@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from sqap.process import Worker, available_cores
 
 OURS = "sqap"
 PERCENTILES = (50, 90, 99)
+PAUSE_S = 0.05  # between turns: other tools' threads spin for a while after a step
 
 Progress = Callable[[int, int], None]
 
@@ -130,6 +132,7 @@ def _take_turns(
             rows[name].loaded = ask(name, "load") or rows[name].loaded
         for turn in range(warmups + steps):
             for name in workers:
+                time.sleep(PAUSE_S)
                 timed = ask(name, "step")
                 if timed is not None and turn >= warmups:
                     rows[name].steps.append(timed)
