@@ -99,7 +99,7 @@ def compress(
         small.save(out)
         before, after = stored_bytes(policy.model), stored_bytes(small.model)
         console.print(
-            f"Weights: {tables.megabytes(before)} in {source}, {tables.megabytes(after)} in {out} "
+            f"Weights: {tables.size(before)} in {source}, {tables.size(after)} in {out} "
             f"({tables.percent(after / before)})"
         )
         calibration = small.calibration
@@ -267,6 +267,9 @@ def inspect(
 def bench(
     source: Annotated[str | None, SOURCE] = None,
     shape: Annotated[str | None, typer.Option(help="A published size, with random weights.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="Decoder layers of the shape, if not all of them.", min=1)
+    ] = None,
     recipe: RecipeOption = "w4a8",
     keep: KeepOption = None,
     vs: Annotated[str, typer.Option(help="Rivals, comma-separated.")] = "torch-fp32,torch-bf16",
@@ -287,7 +290,7 @@ def bench(
 
         if (source is None) == (shape is None):
             raise InputError("name a policy to time, or a --shape; one of the two")
-        subject = Subject(shape or str(source), _recipe(recipe, keep), random=shape is not None)
+        subject = Subject(shape or str(source), _recipe(recipe, keep), shape is not None, layers)
         rivals = [name for name in vs.split(",") if name]
         with progress_bar("steps") as advance:
             report = run(

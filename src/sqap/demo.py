@@ -70,7 +70,7 @@ def run_demo(out: Path, episodes: int, console: Console, progress: ProgressBar) 
     columns = ((label(original), report["against"]), (label(small), report))
     summaries = [summary for _, summary in columns]
     extra = {
-        "weights as stored": [tables.megabytes(s["weight_bytes"]) for s in summaries],
+        "weights as stored": [tables.size(s["weight_bytes"]) for s in summaries],
         "visual tokens after pruning": [str(s["visual_tokens"]) for s in summaries],
     }
     console.print(tables.success_table(columns), tables.cost_table(columns, extra))

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 import sqap
 from sqap.benchmark import SHAPES, Subject, bench
-from sqap.benchmark.candidates import CANDIDATES, dense, example, unpack, weight_bytes
+from sqap.benchmark.candidates import CANDIDATES, example, weight_bytes
+from sqap.benchmark.dense import dense, unpack
 from sqap.benchmark.exported import Arrays, Exported, Network, export
 from sqap.benchmark.shapes import random_policy
 from sqap.benchmark.timing import Bench, Loaded, Timed

@@ -14,14 +14,15 @@ from torch import nn
 
 import sqap
 from sqap.benchmark import tools
-from sqap.benchmark.exported import Exported, export
+from sqap.benchmark.dense import dense, unpack
+from sqap.benchmark.exported import Elsewhere, export
 from sqap.benchmark.shapes import SHAPES, random_policy
+from sqap.benchmark.vla_cpp import PRECISIONS, vla_cpp
 from sqap.compress import compress
-from sqap.errors import InputError, SqapError
+from sqap.errors import InputError
+from sqap.models import ModelConfig
 from sqap.observation import Camera, Observation
 from sqap.policy import Policy
-from sqap.quantization import QuantizedLinear
-from sqap.quantization.hadamard import block_hadamard
 from sqap.recipe import Recipe
 
 INSTRUCTION = "put the carrot on the plate"
@@ -36,11 +37,13 @@ class Subject:
         source: a policy's directory or name.
         recipe: how it is compressed; not looked at if it is compressed already.
         random: ``source`` is one of `sqap.benchmark.SHAPES`, to be given random weights.
+        layers: of the decoder of such a shape; all of them if None.
     """
 
     source: str
     recipe: Recipe
     random: bool = False
+    layers: int | None = None
 
     def load(self) -> Policy:
         """The compressed policy. Nothing is calibrated, since that changes no time.
@@ -49,7 +52,7 @@ class Subject:
             SqapError: it cannot be loaded or compressed.
         """
         if self.random:
-            return random_policy(SHAPES[self.source], self.recipe)
+            return random_policy(self.shape(), self.recipe)
         policy = sqap.load(self.source)
         if policy.recipe != Recipe():
             return policy
@@ -58,6 +61,15 @@ class Subject:
             quantization = replace(quantization, rounding="nearest", clip=False)
         small = compress(policy, Recipe(quantization), [])
         return replace(small, recipe=replace(small.recipe, pruning=self.recipe.pruning))
+
+    def shape(self) -> ModelConfig:
+        """The sizes of a random policy."""
+        shape = SHAPES[self.source]
+        return (
+            shape
+            if self.layers is None
+            else replace(shape, decoder=replace(shape.decoder, depth=self.layers))
+        )
 
 
 @dataclass(frozen=True)
@@ -82,32 +94,6 @@ def unpruned(policy: Policy) -> Policy:
     return replace(policy, recipe=replace(policy.recipe, pruning=None))
 
 
-def dense(policy: Policy, dtype: torch.dtype) -> Policy:
-    """The same weights as floats of ``dtype``, nothing pruned, no rotation left at run time."""
-    unpack(policy.model, dtype)
-    policy.model.to(dtype)
-    return Policy(policy.model, policy.config, policy.tokenizer)
-
-
-def unpack(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-    """Turn packed linears into those that PyTorch has, in place."""
-    for name, linear in [*module.named_modules()]:
-        if isinstance(linear, QuantizedLinear):
-            parent, _, attribute = name.rpartition(".")
-            setattr(module.get_submodule(parent), attribute, _dense(linear, dtype))
-
-
-def _dense(linear: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
-    weight = linear.dequantized()
-    if linear.hadamard_block:  # symmetric: what the input would be multiplied by, the weight may be
-        weight = block_hadamard(weight, linear.hadamard_block)
-    made = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-    made.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    if linear.bias is not None:
-        made.bias = nn.Parameter(linear.bias.to(dtype), requires_grad=False)
-    return made
-
-
 def _dynamic_int8(policy: Policy) -> Policy:
     policy = dense(policy, torch.float32)
     with warnings.catch_warnings():
@@ -126,10 +112,7 @@ def _compiled(policy: Policy) -> Policy:
 def _exported(tool: Callable[..., Any], bits: int) -> Callable[[Policy], Policy]:
     def make(policy: Policy) -> Policy:
         observation = example(policy)
-        try:
-            return export(policy, partial(tool, bits=bits), unpack, lambda p: p.act(observation, seed=0))
-        except ImportError as problem:
-            raise SqapError(f"{problem}: docs/bench.md says what to install") from problem
+        return export(policy, partial(tool, bits=bits), unpack, lambda p: p.act(observation, seed=0))
 
     return make
 
@@ -149,6 +132,12 @@ CANDIDATES = {
     "onnxruntime-int4": Candidate(
         "ONNX Runtime, 4-bit weights", _exported(tools.onnxruntime, 4), True, "onnxruntime"
     ),
+    **{
+        f"vla.cpp-{precision}": Candidate(
+            f"vla.cpp, {precision}", partial(vla_cpp, precision=precision), False, "vla.cpp"
+        )
+        for precision in PRECISIONS
+    },
 }
 
 
@@ -171,7 +160,7 @@ def weight_bytes(policy: Policy) -> int:
         if isinstance(module, torch.ao.nn.quantized.Linear):
             packed: Any = module
             own.append(packed.weight())
-        if isinstance(module, Exported):
+        if isinstance(module, Elsewhere):
             count += module.nbytes
         count += sum(tensor.numel() * tensor.element_size() for tensor in own)
     return count
@@ -185,6 +174,8 @@ def check(subject: Subject, names: Sequence[str]) -> None:
     """
     if subject.random and subject.source not in SHAPES:
         raise InputError(f"no shape is called {subject.source!r}; there are {', '.join(SHAPES)}")
+    if subject.layers is not None and not subject.random:
+        raise InputError("--layers shortens a --shape; a policy has the layers that it has")
     for name in names:
         if name not in CANDIDATES:
             raise InputError(f"no candidate is called {name!r}; there are {', '.join(CANDIDATES)}")

@@ -25,12 +25,20 @@ Network = Callable[[Arrays], np.ndarray]
 Tool = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Network, int]]
 
 
-class Exported(nn.Module):
+class Elsewhere(nn.Module):
+    """What another tool computes, with ``nbytes`` of weights of its own."""
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__()
+        self.nbytes = nbytes
+
+
+class Exported(Elsewhere):
     """Stands where the network stood."""
 
     def __init__(self, network: Network, nbytes: int) -> None:
-        super().__init__()
-        self._network, self.nbytes = network, nbytes
+        super().__init__(nbytes)
+        self._network = network
 
     def forward(self, *inputs: Tensor | None) -> Tensor:
         return torch.from_numpy(self._network([x.contiguous().numpy() for x in inputs if x is not None]))

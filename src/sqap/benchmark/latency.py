@@ -91,6 +91,7 @@ def bench(
                     raise SqapError(rows[OURS].reason)
     return {
         "subject": subject.source,
+        "layers": subject.layers,
         "recipe": subject.recipe.to_json(),
         "steps": steps,
         "warmups": warmups,

@@ -34,7 +34,10 @@ VIT = VisionConfig(
     take_block=-2,
     final_norm=False,
 )
-DINOV2 = dataclasses.replace(VIT, class_token=True, registers=4, layer_scale=True)
+IMAGENET = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
+DINOV2 = dataclasses.replace(
+    VIT, class_token=True, registers=4, layer_scale=True, mean=IMAGENET[0], std=IMAGENET[1]
+)
 SIGLIP = dataclasses.replace(VIT, width=1152, depth=27, mlp_width=4304)
 LLAMA = DecoderConfig(
     vocabulary=32_064, width=4096, depth=32, heads=32, kv_heads=32, head_dim=128, mlp_width=11_008
@@ -78,7 +81,7 @@ def random_policy(model: ModelConfig, recipe: Recipe) -> Policy:
         family="random",
         model=model,
         cameras=tuple(f"camera{i}" for i in range(model.cameras)),
-        actions=ActionStatistics((-1.0,) * width, (1.0,) * width, (True,) * width),
+        actions=ActionStatistics((-1.0,) * width, (1.0,) * width, (True,) * width, clip=False),
         prompt=PROMPT,
         append_tokens=(1,),
         proprio=None if model.proprio_dim is None else _proprio(model.proprio_dim),
@@ -95,7 +98,7 @@ def _draw(module: torch.nn.Module, name: str, like: torch.Tensor, generator: tor
         spread = 4.6 if module.weight_bits == 4 else 73.3  # of levels drawn evenly
         return torch.full(like.shape, module.in_features**-0.5 / spread)
     if like.dim() < 2:
-        return torch.ones(like.shape) if name == "weight" else torch.zeros(like.shape)
+        return torch.ones(like.shape) if name in ("weight", "scale_factor") else torch.zeros(like.shape)
     table = isinstance(module, torch.nn.Embedding)
     drawn = torch.empty(like.shape, dtype=torch.bfloat16 if table else torch.float32)
     return drawn.normal_(0, 1 if table else like[0].numel() ** -0.5, generator=generator)

@@ -55,7 +55,10 @@ class Bench:
     def _load(self) -> Loaded:
         candidate = CANDIDATES[self._name]
         start = time.perf_counter()
-        self._policy = candidate.make(self._subject.load())
+        try:
+            self._policy = candidate.make(self._subject.load())
+        except ImportError as problem:
+            raise SqapError(f"{problem}: docs/bench.md says what to install") from problem
         seconds = time.perf_counter() - start
         self.observation = example(self._policy)
         forget_peak()  # what it took to make a rival out of the compressed policy is not the rival's

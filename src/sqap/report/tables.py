@@ -18,9 +18,14 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def megabytes(count: float) -> str:
-    """Bytes in units of 10^6."""
-    return f"{count / 1e6:.2f} MB"
+def size(count: float) -> str:
+    """Bytes in units of 10^6, or 10^9 from the first one on."""
+    return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
+
+
+def duration(ms: float) -> str:
+    """Milliseconds, or seconds from the first one on."""
+    return f"{ms:.1f} ms" if ms < 1e3 else f"{ms / 1e3:.2f} s"
 
 
 def success_table(columns: Sequence[Column]) -> Table:
@@ -48,7 +53,7 @@ def cost_table(columns: Sequence[Column], extra: Mapping[str, Sequence[str]] | N
         table.add_row(name, *cells)
     for q in ("p50", "p95", "p99"):
         table.add_row(f"step latency {q}", *(_number(s["step_latency_ms"][q], "ms") for _, s in columns))
-    table.add_row("peak memory of the process", *(megabytes(s["peak_rss_bytes"]) for _, s in columns))
+    table.add_row("peak memory of the process", *(size(s["peak_rss_bytes"]) for _, s in columns))
     table.add_row("steps to completion", *(_number(s["completion_steps"]) for _, s in columns))
     table.add_row("jerk", *(_number(s["jerk"], "m/s³") for _, s in columns))
     return table
@@ -78,13 +83,13 @@ def parts_table(linears: Sequence[LinearReport], parts: Mapping[str, Mapping[str
             str(len(mine)),
             str(sum(x.quantized for x in mine)),
             ", ".join(bits),
-            megabytes(counts["bytes"]),
+            size(counts["bytes"]),
         )
     table.add_section()
     total = {key: sum(counts[key] for counts in parts.values()) for key in ("parameters", "bytes")}
     quantized = str(sum(x.quantized for x in linears))
     parameters = f"{total['parameters'] / 1e6:.2f} M"
-    table.add_row("all", parameters, str(len(linears)), quantized, "", megabytes(total["bytes"]))
+    table.add_row("all", parameters, str(len(linears)), quantized, "", size(total["bytes"]))
     return table
 
 
@@ -117,7 +122,7 @@ def options_table(title: str, options: Sequence[Option]) -> Table:
         error = option.error
         table.add_row(
             option.name,
-            megabytes(option.weight_bytes),
+            size(option.weight_bytes),
             _figure(error.millimetres),
             _figure(error.drift),
             "-" if error.gripper_flips is None else percent(error.gripper_flips),
@@ -156,7 +161,10 @@ def kernels_table(found: Mapping[str, Any]) -> Table:
 def bench_tables(report: Mapping[str, Any]) -> list[Table]:
     """`sqap.benchmark.bench` as two tables: a row per candidate, and where each spends its step."""
     machine = report["machine"]
-    title = f"{report['subject']}: {machine['processor']}, {report['threads']} threads, {machine['kernels']}"
+    subject = report["subject"]
+    if report["layers"] is not None:
+        subject += f", {report['layers']} decoder layers"
+    title = f"{subject}: {machine['processor']}, {report['threads']} threads, {machine['kernels']}"
     steps = Table(title=title, title_justify="left")
     for column in ("", "step p50", "p90", "p99", "weights", "peak memory", "load", "sqap is faster by"):
         steps.add_column(column, justify="right" if column else "left", no_wrap=not column)
@@ -166,15 +174,15 @@ def bench_tables(report: Mapping[str, Any]) -> list[Table]:
         if "reason" in row:
             reasons.append(f"{name}: {row['reason']}")
             continue
-        times = [f"{row[f'p{q}_ms']:.1f} ms" for q in (50, 90, 99)]
-        memory = [megabytes(row[key]) for key in ("weight_bytes", "peak_rss_bytes")]
+        times = [duration(row[f"p{q}_ms"]) for q in (50, 90, 99)]
+        memory = [size(row[key]) for key in ("weight_bytes", "peak_rss_bytes")]
         faster = _speedup(report["speedup_over"].get(name))
-        steps.add_row(name, *times, *memory, f"{row['load_s']:.1f} s", faster)
+        steps.add_row(name, *times, *memory, duration(1e3 * row["load_s"]), faster)
         if row["stages_ms"]:
             if not stages.columns:
                 for column in ("", *row["stages_ms"]):
                     stages.add_column(column, justify="right" if column else "left", no_wrap=not column)
-            stages.add_row(name, *(f"{ms:.1f} ms" for ms in row["stages_ms"].values()))
+            stages.add_row(name, *map(duration, row["stages_ms"].values()))
     steps.caption = "; ".join(reasons) or None
     return [steps, stages]
 
