@@ -31,7 +31,6 @@ from sqap.files import write_json
 from sqap.frames import collect_frames
 from sqap.models import VLA, ModelInputs
 from sqap.models.decoder import Decoder, DecoderLayer
-from sqap.models.vla import VISUAL_START
 from sqap.pruning.attention import query_rows
 from sqap.pruning.calibration import overlap_at_k
 from sqap.quantization import quantize_decoder, quantize_model
@@ -130,10 +129,10 @@ class Robot:
 
     @torch.inference_mode()
     def see(self) -> Seen:
-        seen, tokens = Seen([], []), self.model.config.visual_tokens
+        seen, visual = Seen([], []), self.model.config.visual
         for given in self.evaluation:
-            rows = query_rows("text", tokens, self.model.length(given.token_ids.shape[1]))
-            watcher = Watcher(rows, slice(VISUAL_START, VISUAL_START + tokens))
+            rows = query_rows("text", visual, self.model.length(given.token_ids.shape[1]))
+            watcher = Watcher(rows, visual)
             seen.outputs.append(self.model(given, watcher))
             seen.attention.extend(watcher.scores)
         return seen

@@ -1,4 +1,4 @@
-"""One small policy of every family, with random weights: CogACT's, OpenVLA's and OpenVLA-OFT's features."""
+"""One small policy of every family, with random weights: CogACT, OpenVLA, OpenVLA-OFT and SmolVLA."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from sqap.models import (
     VLA,
     DecoderConfig,
     DiffusionHeadConfig,
+    FlowHeadConfig,
     ModelConfig,
     ModelInputs,
     RegressionHeadConfig,
@@ -18,7 +19,7 @@ from sqap.models import (
 )
 from sqap.models.decoder import RMSNorm
 
-FAMILIES = ("diffusion", "tokens", "regression")
+FAMILIES = ("diffusion", "tokens", "regression", "flow")
 
 DINO = VisionConfig(
     image_size=32,
@@ -40,13 +41,20 @@ DECODER = DecoderConfig(vocabulary=20, width=32, depth=3, heads=4, kv_heads=2, h
 
 
 def family_config(family: str) -> ModelConfig:
-    """Two encoders on one grid of 4 x 4 patches and grouped-query attention, as different as families get."""
+    """A grid of 4 x 4 visual tokens and grouped-query attention, otherwise as different as families get."""
     if family == "diffusion":
         head = DiffusionHeadConfig(action_dim=4, horizon=6, width=32, depth=2, heads=2)
         return ModelConfig((DINO, CONVOLUTIONAL), (64, 32), DECODER, head)
     if family == "tokens":
         tokens = TokenHeadConfig(action_dim=4, vocabulary=20, bins=9, last_token=17)
         return ModelConfig((DINO, CONVOLUTIONAL), (64, 32), DECODER, tokens)
+    if family == "flow":
+        flow = FlowHeadConfig(action_dim=4, horizon=6, width=24, mlp_width=40)
+        large = dataclasses.replace(CONVOLUTIONAL, image_size=64)
+        decoder = dataclasses.replace(DECODER, causal=False)
+        return ModelConfig(
+            (large,), (32,), decoder, flow, 2, cameras=2, proprio_dim=5, proprio_layers=1, image_first=True
+        )
     film = dataclasses.replace(DINO, film=True), dataclasses.replace(CONVOLUTIONAL, film=True)
     decoder = dataclasses.replace(DECODER, causal=False)
     regression = RegressionHeadConfig(action_dim=4, horizon=6, width=24)

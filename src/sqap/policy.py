@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 
 from sqap.errors import InputError
-from sqap.models import VLA, DiffusionHeadConfig, ModelConfig, ModelInputs
+from sqap.models import VLA, DiffusionHeadConfig, FlowHeadConfig, ModelConfig, ModelInputs
 from sqap.models.storage import Weights, fill
 from sqap.observation import Observation
 from sqap.processing import (
@@ -162,7 +162,7 @@ class Policy:
         config, head = self.config, self.config.model.head
         ids = prompt_ids(observation.instruction, config.prompt, self.tokenizer, config.append_tokens)
         noise = None
-        if isinstance(head, DiffusionHeadConfig):
+        if isinstance(head, DiffusionHeadConfig | FlowHeadConfig):
             noise = torch.randn(1, head.horizon, head.action_dim, generator=generator)
         return ModelInputs(self.pixels(observation), ids, noise, self.proprio(observation))
 
@@ -208,7 +208,8 @@ class Policy:
         if self.selector is None:
             return None
         targets = [self._target(observation, camera) for camera in self.config.cameras]
-        return StepPruner(self.selector, self.model.length(text_tokens), targets, generator)
+        length, visual = self.model.length(text_tokens), self.config.model.visual
+        return StepPruner(self.selector, length, visual, targets, generator)
 
     def _target(self, observation: Observation, camera: str) -> tuple[float, float] | None:
         """Where the end effector is in a camera's image, if the observation tells."""

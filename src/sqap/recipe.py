@@ -18,7 +18,7 @@ from sqap.serialization import from_json, read_json
 RECIPE_VERSION = 1
 # The linears that read or write actions, whatever the head: few weights, and nothing behind them to make good
 # for their errors.
-ACTIONS = "head.x_embedder|head.final_layer|head.fc2|head.lm_head"
+ACTIONS = "head.x_embedder|head.final_layer|head.fc2|head.lm_head|head.action_*_proj"
 
 GROUPS = {"group_size": "weight_granularity", "activation_group_size": "activation_granularity"}
 

@@ -131,7 +131,7 @@ def test_an_exported_policy_computes_the_same(saved: Path) -> None:
 def test_a_policy_that_decodes_token_by_token_is_not_exported(policy: Policy) -> None:
     head = TokenHeadConfig(action_dim=2, vocabulary=policy.config.model.decoder.vocabulary)
     made = random_policy(replace(policy.config.model, head=head), Recipe())
-    with pytest.raises(SqapError, match="keeps keys and values between tokens"):
+    with pytest.raises(SqapError, match="keeps keys and values for its head"):
         export(made, torch_alone, unpack, lambda policy: None)
 
 

@@ -47,7 +47,7 @@ def test_shapes(family: str) -> None:
     assert config.visual_tokens == 16 * config.cameras
 
     assert model.see(inputs.pixels, model.language(inputs.token_ids)).shape == (3, config.visual_tokens, 32)
-    assert model.embed(inputs).shape == (3, model.length(5), 32)
+    assert model.prefix(model.embed(inputs)).shape == (3, model.length(5), 32)
     actions = model(inputs)
     assert actions.shape == (3, config.head.horizon, 4)
     assert actions.dtype == torch.float32

@@ -57,7 +57,7 @@ def test_scores_are_distributions_and_see_the_image(
 
 def test_scores_are_what_a_pruner_sees(model: VLA, pixels: list[Tensor], token_ids: Tensor) -> None:
     inputs = ModelInputs(pixels, token_ids)
-    watcher = AttentionWatcher((1, 3), query_rows("text", 16, 22), 16)
+    watcher = AttentionWatcher((1, 3), query_rows("text", slice(1, 17), 22), slice(1, 17))
     model(replace(inputs, noise=torch.zeros(1, 2, 2)), watcher)
     assert watcher.scores is not None
     torch.testing.assert_close(attention_scores(model, [inputs], (1, 3), "text"), watcher.scores)

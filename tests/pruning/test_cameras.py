@@ -7,7 +7,6 @@ import torch
 
 from sqap.models import VLA, ModelInputs
 from sqap.models.decoder import rope_angles
-from sqap.models.vla import VISUAL_START
 from sqap.pruning import Selector, StepPruner
 from sqap.pruning.calibration import attention_scores
 from sqap.recipe import Pruning
@@ -29,7 +28,8 @@ def inputs() -> ModelInputs:
 def run(
     model: VLA, inputs: ModelInputs, settings: Pruning, targets: list[tuple[float, float] | None]
 ) -> tuple[torch.Tensor, StepPruner]:
-    pruner = StepPruner(Selector(settings, 4), model.length(5), targets, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    pruner = StepPruner(Selector(settings, 4), model.length(5), CONFIG.visual, targets, generator)
     with torch.inference_mode():
         return model.decoder(model.embed(inputs), pruner=pruner), pruner
 
@@ -69,7 +69,7 @@ def test_kept_tokens_go_on_at_their_positions(model: VLA, inputs: ModelInputs) -
     x = model.embed(inputs)
     positions = torch.arange(x.shape[1])
     stays = torch.ones(x.shape[1], dtype=torch.bool)
-    stays[VISUAL_START : VISUAL_START + 32] = torch.cat([s.mask for s in pruner.selections])
+    stays[CONFIG.visual] = torch.cat([s.mask for s in pruner.selections])
     for i, layer in enumerate(model.decoder.layers):
         x, _ = layer(x, rope_angles(positions[None], CONFIG.decoder, x.dtype))
         if i == 0:

@@ -61,7 +61,8 @@ def x(model: VLA, pixels: list[Tensor], token_ids: Tensor) -> Tensor:
 
 
 def make(settings: Pruning) -> StepPruner:
-    return StepPruner(Selector(settings, 4), LENGTH, [(0.4, 0.6)], torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    return StepPruner(Selector(settings, 4), LENGTH, slice(1, 1 + VISUAL), [(0.4, 0.6)], generator)
 
 
 def test_keeping_everything_changes_nothing(model: VLA, pixels: list[Tensor], token_ids: Tensor) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sqap.errors import InputError
 from sqap.models import VLA, ModelConfig, ModelInputs
 from sqap.quantization import list_linears, prepare_quantized, quantize_model, rotate_decoder
 from sqap.recipe import Quantization, Scheme
@@ -60,7 +61,7 @@ def test_everything_is_quantized_but_the_robots_state(family: str) -> None:
     untouched = random_model(config).state_dict()
     assert all(torch.equal(untouched[name], value) for name, value in model.state_dict().items())
     floats = [linear.name for linear in list_linears(small) if not linear.quantized]
-    assert floats == (["proprio.layers.0", "proprio.layers.1"] if config.proprio_dim else [])
+    assert floats == [f"proprio.layers.{i}" for i in range(config.proprio_layers) if config.proprio_dim]
     exact = outputs(model, inputs)
     assert 0 < (outputs(small, inputs) - exact).norm() < 0.1 * exact.norm()
 
@@ -75,3 +76,10 @@ def test_it_loads_into_a_prepared_model(family: str) -> None:
     loaded.load_state_dict(saved.state_dict())
     inputs = random_inputs(config, 2)
     assert torch.equal(loaded(inputs), saved(inputs))
+
+
+def test_an_expert_reads_keys_and_values_as_they_are() -> None:
+    config = family_config("flow")
+    recipe = dataclasses.replace(WHOLE, kv_bits=8)
+    with pytest.raises(InputError, match="kv_bits must be null"):
+        quantize_model(random_model(config), recipe, calibration(config))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sqap.errors import SqapError
 from sqap.models.decoder import DecoderLayer
-from sqap.models.heads import DiffusionHead, TokenHead
+from sqap.models.heads import DiffusionHead, FlowHead, TokenHead
 from sqap.policy import Policy
 
 Arrays = Sequence[np.ndarray]
@@ -81,11 +81,11 @@ def export(
         step: lets the policy act, so that the networks' inputs can be seen.
 
     Raises:
-        SqapError: its head decodes token by token.
+        SqapError: its head reads the decoder's keys and values.
     """
     model = policy.model
-    if isinstance(model.head, TokenHead):
-        raise SqapError("a decoder that keeps keys and values between tokens is not exported")
+    if isinstance(model.head, TokenHead | FlowHead):
+        raise SqapError("a decoder that keeps keys and values for its head is not exported")
     policy = Policy(model, policy.config, policy.tokenizer)
     owners: list[tuple[nn.Module, str]] = [(model, "projector")]
     for parts in (model.vision, model.decoder.layers):

@@ -11,6 +11,7 @@ from sqap.checkpoints.prismatic import PROMPT
 from sqap.models import (
     DecoderConfig,
     DiffusionHeadConfig,
+    FlowHeadConfig,
     HeadConfig,
     ModelConfig,
     RegressionHeadConfig,
@@ -52,12 +53,26 @@ def _prismatic(
     return ModelConfig((DINOV2, SIGLIP), (8704, 4096, 4096), decoder, head, 1, cameras, proprio)
 
 
+# SmolVLM2-500M's encoder and the first half of its decoder, LeRobot's defaults, two cameras.
+SMOLVLA = ModelConfig(
+    vision=(VisionConfig(512, 16, 768, 12, 12, 3072, activation="gelu_tanh"),),
+    projector=(960,),
+    decoder=DecoderConfig(49_280, 960, 16, 15, 5, 64, 2560, norm_eps=1e-5, causal=False),
+    head=FlowHeadConfig(action_dim=32, horizon=50, width=720, mlp_width=2048),
+    pixel_shuffle=4,
+    cameras=2,
+    proprio_dim=32,
+    proprio_layers=1,
+    image_first=True,
+)
+
 SHAPES = {
     "cogact-7b": _prismatic(DIT_B),
     "openvla-7b": _prismatic(TokenHeadConfig(action_dim=7, vocabulary=32_064)),
     "openvla-oft-7b": _prismatic(
         RegressionHeadConfig(action_dim=7, horizon=8, width=4096), causal=False, cameras=2, proprio=8
     ),
+    "smolvla": SMOLVLA,
 }
 
 

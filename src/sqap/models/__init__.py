@@ -3,6 +3,7 @@
 from sqap.models.config import (
     DecoderConfig,
     DiffusionHeadConfig,
+    FlowHeadConfig,
     HeadConfig,
     ModelConfig,
     RegressionHeadConfig,
@@ -15,6 +16,7 @@ __all__ = [
     "VLA",
     "DecoderConfig",
     "DiffusionHeadConfig",
+    "FlowHeadConfig",
     "HeadConfig",
     "ModelConfig",
     "ModelInputs",

@@ -114,7 +114,27 @@ class RegressionHeadConfig:
     kind: Literal["regression"] = "regression"
 
 
-HeadConfig = DiffusionHeadConfig | TokenHeadConfig | RegressionHeadConfig
+@dataclass(frozen=True)
+class FlowHeadConfig:
+    """SmolVLA's actions: an expert as deep as the decoder, but narrower, that moves noise along a flow.
+
+    Every ``self_attention_every``-th of its layers, from the first one on, lets action tokens see each
+    other; the others make keys and values of the decoder's alone. Time, from 0 to 1, is told by sines of
+    periods from ``min_period`` to ``max_period``.
+    """
+
+    action_dim: int
+    horizon: int
+    width: int
+    mlp_width: int
+    self_attention_every: int = 2
+    sample_steps: int = 10
+    min_period: float = 4e-3
+    max_period: float = 4.0
+    kind: Literal["flow"] = "flow"
+
+
+HeadConfig = DiffusionHeadConfig | TokenHeadConfig | RegressionHeadConfig | FlowHeadConfig
 
 
 @dataclass(frozen=True)
@@ -123,7 +143,9 @@ class ModelConfig:
 
     ``projector`` lists the output widths of its linears; GELU stands between them. ``pixel_shuffle`` r makes
     one visual token of each r x r square of patches, as in SmolVLM. Every one of ``cameras`` images goes
-    through the same encoders; ``proprio_dim`` numbers of the robot's state become one more token.
+    through the same encoders; ``proprio_dim`` numbers of the robot's state become one more token, by
+    ``proprio_layers`` linears. The sequence begins with BOS, images and state; with ``image_first``, as in
+    SmolVLA, with the images, and ends with the state.
     """
 
     vision: tuple[VisionConfig, ...]
@@ -133,8 +155,16 @@ class ModelConfig:
     pixel_shuffle: int = 1
     cameras: int = 1
     proprio_dim: int | None = None
+    proprio_layers: int = 2
+    image_first: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.head, FlowHeadConfig) != self.image_first or (
+            self.image_first and (self.proprio_dim is None or self.decoder.causal)
+        ):
+            raise InputError(
+                "a flow-matching head goes with image_first, a robot's state and a decoder that is not causal"
+            )
         if self.pixel_shuffle < 1 or self.vision[0].grid % self.pixel_shuffle:
             raise InputError(
                 f"pixel_shuffle {self.pixel_shuffle} does not divide a grid of {self.vision[0].grid} patches"
@@ -149,3 +179,9 @@ class ModelConfig:
     def visual_tokens(self) -> int:
         """Visual tokens of all images; several encoders see the same patches and are concatenated."""
         return self.cameras * self.grid**2
+
+    @property
+    def visual(self) -> slice:
+        """Where the visual tokens are in the decoder's sequence."""
+        start = 0 if self.image_first else 1
+        return slice(start, start + self.visual_tokens)

@@ -69,6 +69,10 @@ class KVCache:
         """Whether nothing is stored yet."""
         return not self._entries[layer]
 
+    def stored(self, layer: int) -> tuple[Tensor, ...]:
+        """What a layer's format holds of all tokens so far."""
+        return self._entries[layer]
+
     def extend(self, layer: int, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Append tensors ``(batch, kv_heads, tokens, ...)`` and return all that is stored."""
         old = self._entries[layer]
@@ -123,7 +127,7 @@ class Attention(nn.Module):
             stored = cache.extend(layer, stored)
         k, v = self.kv_format.load(stored, q.dtype)
         past, ahead = k.shape[2] - tokens, self.causal and tokens > 1
-        mask = _causal_mask(tokens, past, x.device) if ahead and past else None
+        mask = causal_mask(tokens, past, x.device) if ahead and past else None
         mixed = attend(q, k, v, causal=ahead and not past, mask=mask)
         received = None if rows is None else attention_received(q, k, rows, causal=self.causal)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, tokens, -1)), received
@@ -264,5 +268,6 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def _causal_mask(tokens: int, past: int, device: torch.device) -> Tensor:
+def causal_mask(tokens: int, past: int, device: torch.device) -> Tensor:
+    """``(tokens, past + tokens)``: true where a token may look, at all of the past and up to itself."""
     return torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)

@@ -18,7 +18,6 @@ from sqap.models.projector import Projector
 from sqap.models.vision import VisionEncoder
 
 # Visual tokens stand right after the first text token (BOS), as in OpenVLA and its offspring.
-VISUAL_START = 1
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,10 @@ class VLA(nn.Module):
         self.vision = nn.ModuleList(VisionEncoder(c, width) for c in config.vision)
         features = sum(c.width for c in config.vision) * config.pixel_shuffle**2
         self.projector = Projector(features, config.projector)
-        self.proprio = Projector(config.proprio_dim, (width, width)) if config.proprio_dim else None
+        widths = (width,) * config.proprio_layers
+        self.proprio = Projector(config.proprio_dim, widths) if config.proprio_dim else None
         self.decoder = Decoder(config.decoder)
-        self.head = make_head(config.head, width)
+        self.head = make_head(config.head, config.decoder)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,18 +80,28 @@ class VLA(nn.Module):
         return visual.reshape(-1, self.config.visual_tokens, visual.shape[-1])
 
     def sequence(self, visual: Tensor, inputs: ModelInputs) -> Tensor:
-        """BOS, visual tokens, the robot's state, the other text; before its last token, room for actions."""
-        text = self.decoder.embed(inputs.token_ids)
-        parts = [text[:, :VISUAL_START], visual.to(text)]
+        """BOS, visual tokens, the robot's state, the other text; before its last token, room for actions.
+
+        With ``image_first``: visual tokens, text, the robot's state.
+        """
+        text, visual = self.decoder.embed(inputs.token_ids), visual.to(self.dtype)
+        state = []
         if self.proprio is not None:
             assert inputs.proprio is not None, "the model reads the robot's state"
-            parts.append(self.proprio(inputs.proprio)[:, None].to(text))
+            state = [self.proprio(inputs.proprio)[:, None].to(text)]
+        if self.config.image_first:
+            return torch.cat([visual, text, *state], dim=1)
         room = text.new_zeros(len(text), self.head.placeholders, text.shape[-1])
-        return torch.cat([*parts, text[:, VISUAL_START:-1], room, text[:, -1:]], dim=1)
+        return torch.cat([text[:, :1], visual, *state, text[:, 1:-1], room, text[:, -1:]], dim=1)
+
+    def prefix(self, sequence: Tensor) -> Tensor:
+        """``sequence`` without a state that comes last: it sees the others, and none of them sees it."""
+        return sequence[:, :-1] if self.config.image_first else sequence
 
     def length(self, text_tokens: int) -> int:
-        """Tokens in the decoder's sequence for that many text tokens."""
-        return self.config.visual_tokens + text_tokens + (self.proprio is not None) + self.head.placeholders
+        """Tokens in the decoder's sequence, of which it is the `prefix`, for that many text tokens."""
+        state = self.proprio is not None and not self.config.image_first
+        return self.config.visual_tokens + text_tokens + state + self.head.placeholders
 
 
 class _NothingDrawn(TorchFunctionMode):

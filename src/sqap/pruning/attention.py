@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sqap.models.vla import VISUAL_START
 from sqap.recipe import Pruning, ScoreQueries
 
 
@@ -19,9 +18,9 @@ def score_layers(settings: Pruning) -> tuple[int, ...]:
     return settings.score_layers or (settings.after_layer - 1,)
 
 
-def query_rows(queries: ScoreQueries, tokens: int, length: int) -> Tensor:
-    """Positions ``(rows,)`` whose attention counts, in ``length`` of which ``tokens`` are visual."""
-    first = VISUAL_START + tokens if queries == "text" else length - 1
+def query_rows(queries: ScoreQueries, visual: slice, length: int) -> Tensor:
+    """Positions ``(rows,)`` whose attention counts, in ``length`` of which those in ``visual`` are visual."""
+    first = visual.stop if queries == "text" else length - 1
     return torch.arange(first, length)
 
 
@@ -31,12 +30,12 @@ class AttentionWatcher:
     Args:
         layers: decoder layers to watch, counted from 0.
         rows: ``(rows,)`` query positions whose attention is averaged.
-        tokens: number of visual tokens.
+        visual: positions of the visual tokens.
         cameras: images they are of, equally many each.
     """
 
-    def __init__(self, layers: Collection[int], rows: Tensor, tokens: int, cameras: int = 1) -> None:
-        self._layers, self._rows, self._tokens, self._cameras = layers, rows, tokens, cameras
+    def __init__(self, layers: Collection[int], rows: Tensor, visual: slice, cameras: int = 1) -> None:
+        self._layers, self._rows, self._visual, self._cameras = layers, rows, visual, cameras
         self._received: list[Tensor] = []
 
     def score_rows(self, layer: int) -> Tensor | None:
@@ -45,7 +44,7 @@ class AttentionWatcher:
     def keep(self, layer: int, received: Tensor) -> None:
         if layer in self._layers:
             # A few numbers, chosen from on the CPU wherever the model runs.
-            self._received.append(received[:, VISUAL_START : VISUAL_START + self._tokens].cpu())
+            self._received.append(received[:, self._visual].cpu())
 
     @property
     def scores(self) -> Tensor | None:
@@ -56,4 +55,4 @@ class AttentionWatcher:
         if not self._received:
             return None
         received = torch.stack(self._received).mean(0)
-        return F.normalize(received.view(-1, self._tokens // self._cameras), p=1.0, dim=-1)
+        return F.normalize(received.view(-1, received.shape[-1] // self._cameras), p=1.0, dim=-1)

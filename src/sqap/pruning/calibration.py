@@ -57,10 +57,10 @@ def attention_scores(
         queries: whose attention counts.
         weights: where to read stages that ``model`` has on the meta device, one at a time.
     """
-    cameras, tokens = model.config.cameras, model.config.visual_tokens
-    hidden = embed_through(model, inputs, streamed(weights))
+    cameras, visual = model.config.cameras, model.config.visual
+    hidden = [model.prefix(x) for x in embed_through(model, inputs, streamed(weights))]
     watchers = [
-        AttentionWatcher(layers, query_rows(queries, tokens, x.shape[1]), tokens, cameras) for x in hidden
+        AttentionWatcher(layers, query_rows(queries, visual, x.shape[1]), visual, cameras) for x in hidden
     ]
     for i, layer in enumerate(model.decoder.layers[: max(layers) + 1]):
         with loaded(f"decoder.layers.{i}", layer, weights):

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sqap.errors import InputError
-from sqap.models.vla import VISUAL_START
 from sqap.pruning import criteria
 from sqap.pruning.attention import AttentionWatcher, query_rows, score_layers
 from sqap.recipe import Pruning
@@ -145,6 +144,7 @@ class StepPruner:
     Args:
         selector: what to keep of each camera's tokens.
         length: tokens in the decoder's sequence, visual ones included.
+        visual: positions of the visual ones.
         targets: per camera, the end effector in its image's coordinates, if known.
         generator: randomness of method "random", and of ties.
 
@@ -156,17 +156,17 @@ class StepPruner:
         self,
         selector: Selector,
         length: int,
+        visual: slice,
         targets: Sequence[tuple[float, float] | None] = (None,),
         generator: torch.Generator | None = None,
     ) -> None:
         settings = selector.settings
         self.selections: tuple[Selection, ...] = ()
-        self._selector, self._length = selector, length
+        self._selector, self._length, self._visual = selector, length, visual
         self._targets, self._generator = targets, generator
         self._prunes_after = settings.after_layer - 1
-        self._tokens = len(targets) * selector.tokens
-        rows = query_rows(settings.score_queries, self._tokens, length)
-        self._watcher = AttentionWatcher(score_layers(settings), rows, self._tokens, len(targets))
+        rows = query_rows(settings.score_queries, visual, length)
+        self._watcher = AttentionWatcher(score_layers(settings), rows, visual, len(targets))
         # The decoder asks what to keep only where scores were asked for; one row is the cheapest.
         self._any_row = rows[-1:]
 
@@ -186,5 +186,5 @@ class StepPruner:
             for i, target in enumerate(self._targets)
         )
         kept = torch.ones(self._length, dtype=torch.bool)
-        kept[VISUAL_START : VISUAL_START + self._tokens] = torch.cat([s.mask for s in self.selections])
+        kept[self._visual] = torch.cat([s.mask for s in self.selections])
         return kept.nonzero().T

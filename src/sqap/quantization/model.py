@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from sqap.errors import InputError
 from sqap.models.config import DecoderConfig
 from sqap.models.decoder import Decoder
-from sqap.models.heads import DiffusionHead, RegressionHead, TokenHead
+from sqap.models.heads import DiffusionHead, FlowHead, RegressionHead, TokenHead
 from sqap.models.heads.ddim import ddim_sample
 from sqap.models.stages import embed_through, fill_around, run_layer, stages
 from sqap.models.storage import STORAGE_DTYPE, Weights, fill
-from sqap.models.vla import VISUAL_START, VLA, ModelInputs
+from sqap.models.vla import VLA, ModelInputs
 from sqap.quantization.fused import fuse
 from sqap.quantization.kv import set_kv_bits
 from sqap.quantization.linear import QuantizedLinear
@@ -86,12 +86,13 @@ def quantize_model(
         model.decoder.embed_tokens.to(STORAGE_DTYPE)  # calibrate on what is stored, in half the memory
         walk.before = lambda _, stage: rotate_stage(stage, rotation)
 
-    hidden = embed_through(model, inputs, walk.through)
+    sequences = embed_through(model, inputs, walk.through)
+    hidden = [model.prefix(x) for x in sequences]
     hidden = quantize_layers(walk, model.decoder, hidden, rotation)
     set_kv_bits(model.decoder, quantization.kv_bits)
     if weights is not None:
         fill(model.head, weights, prefix="head.", dtype=torch.float32)
-    walk.through("head", model.head, *_head_states(model, hidden, inputs))
+    walk.through("head", model.head, *_head_states(model, sequences, hidden, inputs))
     fuse(model)
     return model.to(dtype)
 
@@ -175,15 +176,19 @@ def _float_around(model: nn.Module, inner: Iterable[nn.Module]) -> None:
 
 
 def _head_states(
-    model: VLA, hidden: list[Tensor], inputs: Sequence[ModelInputs]
+    model: VLA, sequences: list[Tensor], hidden: list[Tensor], inputs: Sequence[ModelInputs]
 ) -> tuple[list[Any], Callable[[nn.Module, Any], Any]]:
     """What the head's linears are calibrated on, and what runs them on one of it."""
     head = model.head
     if isinstance(head, RegressionHead):
         return [head.gather(h) for h in hidden], lambda m, x: m.regress(x)
     if isinstance(head, TokenHead):
-        text = VISUAL_START + model.config.visual_tokens
-        return [h[:, text:] for h in hidden], lambda m, x: m.lm_head(x)
+        return [h[:, model.config.visual.stop :] for h in hidden], lambda m, x: m.lm_head(x)
+    if isinstance(head, FlowHead):
+        return [
+            (head.look(model.decoder, x), cast(Tensor, given.noise).float(), x.shape[1])
+            for x, given in zip(sequences, inputs, strict=True)
+        ], lambda m, s: m.sample(*s)
     if not hidden:
         return [], lambda m, s: m.predict_noise(*s)
     condition = torch.cat([h[:, -1] for h in hidden])
@@ -215,6 +220,8 @@ def _counter(progress: Progress, staged: Iterable[nn.Module]) -> Callable[[int],
 
 def _check(staged: Mapping[str, nn.Module], quantization: Quantization) -> None:
     for name, stage in staged.items():
+        if isinstance(stage, FlowHead) and quantization.kv_bits is not None:
+            raise InputError("kv_bits must be null: the action expert reads keys and values as they are")
         if any(isinstance(module, QuantizedLinear) for module in stage.modules()):
             raise InputError("the model is already quantized")
         if any(isinstance(module, HadamardLinear) for module in stage.modules()):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sqap.errors import InputError
 from sqap.models.config import DecoderConfig
 from sqap.models.decoder import Decoder, DecoderLayer, RMSNorm
+from sqap.models.heads import FlowHead
 from sqap.models.projector import Projector
 from sqap.models.stages import stages
 from sqap.models.vision import Block, FiLM
@@ -181,6 +182,8 @@ def rotate_stage(stage: nn.Module, rotation: Rotation) -> None:
         rotate_output(stage, rotation)
     elif isinstance(stage, Block) and stage.film is not None:
         rotate_film(stage.film, rotation)
+    elif isinstance(stage, FlowHead):
+        rotate_expert(stage, rotation)
 
 
 @torch.no_grad()
@@ -194,6 +197,18 @@ def rotate_film(film: FiLM, rotation: Rotation) -> None:
     """Let FiLM read rotated embeddings."""
     for linear in (film.scale, film.shift):
         _rewrite(linear, inputs=rotation.residual)
+
+
+@torch.no_grad()
+def rotate_expert(head: FlowHead, rotation: Rotation) -> None:
+    """Let an action expert read rotated values, and mix its own with them where it mixes both."""
+    for layer in head.experts:
+        attention = layer.self_attn
+        if attention.cross:
+            _rewrite(attention.v_proj, inputs=rotation.values)
+        else:
+            _rewrite(attention.v_proj, outputs=rotation.values)
+            _rewrite(attention.o_proj, inputs=rotation.mixed)
 
 
 @torch.no_grad()

@@ -6,21 +6,30 @@ per action token.
 
 from __future__ import annotations
 
-from sqap.models.config import DiffusionHeadConfig, HeadConfig, TokenHeadConfig
+from sqap.models.config import (
+    DecoderConfig,
+    DiffusionHeadConfig,
+    FlowHeadConfig,
+    HeadConfig,
+    TokenHeadConfig,
+)
 from sqap.models.heads.diffusion import DiffusionHead
+from sqap.models.heads.flow import FlowHead
 from sqap.models.heads.regression import RegressionHead
 from sqap.models.heads.tokens import TokenHead
 
-Head = DiffusionHead | RegressionHead | TokenHead
+Head = DiffusionHead | FlowHead | RegressionHead | TokenHead
 
 
-def make_head(config: HeadConfig, width: int) -> Head:
-    """The head that ``config`` describes, behind a decoder of ``width``."""
+def make_head(config: HeadConfig, decoder: DecoderConfig) -> Head:
+    """The head that ``config`` describes, behind a decoder of these sizes."""
+    if isinstance(config, FlowHeadConfig):
+        return FlowHead(config, decoder)
     if isinstance(config, DiffusionHeadConfig):
-        return DiffusionHead(config, width)
+        return DiffusionHead(config, decoder.width)
     if isinstance(config, TokenHeadConfig):
-        return TokenHead(config, width)
-    return RegressionHead(config, width)
+        return TokenHead(config, decoder.width)
+    return RegressionHead(config, decoder.width)
 
 
-__all__ = ["DiffusionHead", "Head", "RegressionHead", "TokenHead", "make_head"]
+__all__ = ["DiffusionHead", "FlowHead", "Head", "RegressionHead", "TokenHead", "make_head"]

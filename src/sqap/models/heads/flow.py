@@ -1,0 +1,155 @@
+"""SmolVLA's action expert: flow matching by a small transformer that reads the decoder's keys and values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sqap.models.config import DecoderConfig, FlowHeadConfig
+from sqap.models.decoder import (
+    Decoder,
+    KVCache,
+    RMSNorm,
+    SwiGLU,
+    TokenPruner,
+    causal_mask,
+    rope_angles,
+    rotate,
+)
+from sqap.models.transformer import attend
+
+KeysValues = tuple[Tensor, Tensor]  # both (batch, kv_heads, tokens, head_dim)
+Rope = tuple[Tensor, Tensor]
+
+
+class ExpertAttention(nn.Module):
+    """Action tokens look at the decoder's tokens, and without ``cross`` also at those before themselves.
+
+    With ``cross``, keys and values are made out of the decoder's alone, and positions begin at 0.
+    """
+
+    def __init__(self, width: int, decoder: DecoderConfig, cross: bool) -> None:
+        super().__init__()
+        self.cross, self.heads, self.kv_heads = cross, decoder.heads, decoder.kv_heads
+        kv_width = decoder.kv_heads * decoder.head_dim
+        self.q_proj = nn.Linear(width, decoder.heads * decoder.head_dim, bias=False)
+        self.k_proj = nn.Linear(kv_width if cross else width, kv_width, bias=False)
+        self.v_proj = nn.Linear(kv_width if cross else width, kv_width, bias=False)
+        self.o_proj = nn.Linear(decoder.heads * decoder.head_dim, width, bias=False)
+
+    def read(self, past: KeysValues) -> KeysValues:
+        """What there is to look at of the decoder's tokens: the same in every denoising step."""
+        if not self.cross:
+            return past
+        k, v = (x.transpose(1, 2).flatten(2) for x in past)
+        return self._split(self.k_proj(k), self.kv_heads), self._split(self.v_proj(v), self.kv_heads)
+
+    def forward(self, x: Tensor, past: KeysValues, rope: Rope, mask: Tensor) -> Tensor:
+        """``x`` ``(batch, horizon, width)`` to the same; ``past`` as `read` gave it."""
+        q = rotate(self._split(self.q_proj(x), self.heads), rope)
+        k, v = past
+        if not self.cross:
+            k = torch.cat([k, rotate(self._split(self.k_proj(x), self.kv_heads), rope)], dim=2)
+            v = torch.cat([v, self._split(self.v_proj(x), self.kv_heads)], dim=2)
+        mixed = attend(q, k, v, mask=None if self.cross else mask)
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+    def _split(self, x: Tensor, heads: int) -> Tensor:
+        return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
+
+
+class ExpertLayer(nn.Module):
+    """Attention, then MLP, each behind an RMSNorm and on a residual branch."""
+
+    def __init__(self, config: FlowHeadConfig, decoder: DecoderConfig, cross: bool) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.width, decoder.norm_eps)
+        self.self_attn = ExpertAttention(config.width, decoder, cross)
+        self.post_attention_layernorm = RMSNorm(config.width, decoder.norm_eps)
+        self.mlp = SwiGLU(config.width, config.mlp_width)
+
+    def forward(self, x: Tensor, past: KeysValues, rope: Rope, mask: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), past, rope, mask)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class FlowHead(nn.Module):
+    """The expert, a layer for each of the decoder's, and its integration from noise to actions.
+
+    Matches LeRobot's ``VLAFlowMatching`` (Shukor et al. 2025): time goes from 1, noise, to 0 in equal steps.
+    The decoder's last token, the robot's state, sees all others and is seen by none of them; whatever of the
+    decoder's keys and values does not depend on the noise is computed once for all steps.
+    """
+
+    placeholders = 0
+
+    def __init__(self, config: FlowHeadConfig, decoder: DecoderConfig) -> None:
+        super().__init__()
+        self.config, self.decoder_config = config, decoder
+        width = config.width
+        self.action_in_proj = nn.Linear(config.action_dim, width)
+        self.action_time_mlp_in = nn.Linear(2 * width, width)
+        self.action_time_mlp_out = nn.Linear(width, width)
+        self.layers = nn.ModuleList(
+            ExpertLayer(config, decoder, cross=bool(i % config.self_attention_every))
+            for i in range(decoder.depth)
+        )
+        self.norm = RMSNorm(width, decoder.norm_eps)
+        self.action_out_proj = nn.Linear(width, config.action_dim)
+
+    def forward(
+        self, decoder: Decoder, sequence: Tensor, noise: Tensor | None, pruner: TokenPruner | None
+    ) -> Tensor:
+        """``(batch, tokens, width)`` to actions ``(batch, horizon, action_dim)``."""
+        assert noise is not None, "flow matching starts from noise"
+        return self.sample(self.look(decoder, sequence, pruner), noise, sequence.shape[1])
+
+    @property
+    def experts(self) -> list[ExpertLayer]:
+        """The layers."""
+        return [cast(ExpertLayer, layer) for layer in self.layers]
+
+    def look(self, decoder: Decoder, sequence: Tensor, pruner: TokenPruner | None = None) -> list[KeysValues]:
+        """The keys and values of each of the decoder's layers, in the expert's type."""
+        cache = KVCache(len(decoder.layers))
+        decoder(sequence[:, :-1], cache=cache, pruner=pruner)
+        decoder(sequence[:, -1:], cache=cache)
+        stored = (cache.stored(i) for i in range(len(decoder.layers)))
+        return [(k.to(self.norm.weight), v.to(self.norm.weight)) for k, v in stored]
+
+    def sample(self, seen: Sequence[KeysValues], noise: Tensor, tokens: int) -> Tensor:
+        """Chunks ``(batch, horizon, action_dim)`` from ``noise`` of that shape, behind so many ``tokens``."""
+        x, steps = noise.to(self.norm.weight), self.config.sample_steps
+        past = [layer.self_attn.read(kv) for layer, kv in zip(self.experts, seen, strict=True)]
+        for step in range(steps):
+            x = x - self.velocity(x, 1 - step / steps, past, tokens) / steps
+        return x
+
+    def velocity(self, x: Tensor, time: float, past: Sequence[KeysValues], tokens: int) -> Tensor:
+        """Where ``x`` ``(batch, horizon, action_dim)`` came from at ``time``; ``past`` by `read`."""
+        action = self.action_in_proj(x)
+        when = time_embedding(time, self.config).to(action).expand_as(action)
+        h = self.action_time_mlp_in(torch.cat([action, when], dim=-1))
+        h = self.action_time_mlp_out(F.silu(h))
+        alone = torch.arange(x.shape[1], device=x.device)[None]
+        ropes = [rope_angles(p, self.decoder_config, x.dtype) for p in (alone + tokens, alone)]
+        for layer, kv in zip(self.experts, past, strict=True):
+            mask = causal_mask(x.shape[1], kv[0].shape[2], x.device)
+            h = layer(h, kv, ropes[int(layer.self_attn.cross)], mask)
+        out: Tensor = self.action_out_proj(self.norm(h))
+        return out
+
+
+def time_embedding(time: float, config: FlowHeadConfig) -> Tensor:
+    """``(width,)``: sines, then cosines, of periods that grow geometrically."""
+    fraction = torch.linspace(0, 1, config.width // 2, dtype=torch.float64)
+    period = config.min_period * (config.max_period / config.min_period) ** fraction
+    angles = 2 * math.pi * time / period
+    return torch.cat([angles.sin(), angles.cos()]).float()
