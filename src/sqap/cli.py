@@ -274,6 +274,7 @@ def bench(
     keep: KeepOption = None,
     vs: Annotated[str, typer.Option(help="Rivals, comma-separated.")] = "torch-fp32,torch-bf16",
     steps: Annotated[int, typer.Option(help="Timed steps of each.", min=1)] = 30,
+    warmups: Annotated[int, typer.Option(help="Steps of each that come before.", min=0)] = 5,
     threads: Annotated[int | None, typer.Option(help="Threads of each; all cores if not given.")] = None,
     one_at_a_time: Annotated[
         bool, typer.Option(help="Keep one candidate in memory: they take turns in thirds.")
@@ -297,6 +298,7 @@ def bench(
                 subject,
                 rivals,
                 steps=steps,
+                warmups=warmups,
                 threads=threads,
                 one_at_a_time=one_at_a_time,
                 environments=environments,

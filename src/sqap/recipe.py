@@ -100,6 +100,9 @@ class Quantization(Scheme):
         head: of the action head's.
         overrides: exceptions by name; the first that matches counts.
         rounding: to the nearest level, or by GPTQ (Frantar et al. 2023), which needs calibration frames.
+        correction: share, from 0 to 1, of what quantized layers have done to the inputs of a decoder's linear
+            that its weights make up for before GPTQ rounds them (QEP, Arai & Ichikawa 2025). All of it would
+            fit the calibration frames too closely.
         clip: search each weight scale for the smallest squared error instead of covering the largest weight.
         rotate: Hadamard-rotate the decoder's residual stream, values and inner activations first.
         rotation_seed: of the random signs in those rotations; None for plain Hadamard matrices.
@@ -111,6 +114,7 @@ class Quantization(Scheme):
     head: Scheme | None = None
     overrides: tuple[Override, ...] = ()
     rounding: Rounding = "nearest"
+    correction: float = 0.0
     clip: bool = False
     rotate: bool = True
     rotation_seed: int | None = None
@@ -118,6 +122,10 @@ class Quantization(Scheme):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.correction <= 1:
+            raise InputError(f"correction must be in [0, 1], got {self.correction}")
+        if self.correction and self.rounding != "gptq":
+            raise InputError(f"correction {self.correction} needs rounding = 'gptq'")
         if self.kv_bits not in (None, 4, 8):
             raise InputError(f"kv_bits must be 4, 8 or null, got {self.kv_bits}")
         if self.rotation_seed is not None and (self.rotation_seed < 0 or not self.rotate):

@@ -2,10 +2,10 @@
 
 from sqap.quantization.coverage import LinearReport, check_coverage, count_parameters, list_linears
 from sqap.quantization.linear import QuantizedLinear
-from sqap.quantization.model import prepare_quantized, quantize_decoder, quantize_model, share
+from sqap.quantization.model import prepare_quantized, quantize_decoder, quantize_model
 from sqap.quantization.partial import Partial
 from sqap.quantization.rotation import prepare_rotated, rotate_decoder
-from sqap.quantization.sequential import wanted
+from sqap.quantization.sequential import share, wanted
 
 __all__ = [
     "LinearReport",

@@ -53,6 +53,21 @@ class Factor:
     damping: float
     importance: Tensor
 
+    def solve(self, y: Tensor) -> Tensor:
+        """``(H + damping I)^-1 y`` for ``y`` ``(in, n)``, by input channel."""
+        y = y[self.order]
+        places = [slice(i * PANEL, i * PANEL + panel.shape[1]) for i, panel in enumerate(self.panels)]
+        for here, panel in zip(places, self.panels, strict=True):
+            top, below = panel[: panel.shape[1]], panel[panel.shape[1] :]
+            y[here] = torch.linalg.solve_triangular(top, y[here], upper=False, unitriangular=True)
+            y[here.stop :].addmm_(below, y[here], alpha=-1)
+        y /= self.diagonal[:, None]
+        for here, panel in zip(reversed(places), reversed(self.panels), strict=True):
+            top, below = panel[: panel.shape[1]], panel[panel.shape[1] :]
+            y[here].addmm_(below.T, y[here.stop :], alpha=-1)
+            y[here] = torch.linalg.solve_triangular(top.T, y[here], upper=True, unitriangular=True)
+        return y[self.order.argsort()]
+
 
 class Hessian:
     """The lower half of H = X^T X, summed over calibration inputs X.

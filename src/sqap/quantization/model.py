@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,18 +28,10 @@ from sqap.quantization.rotation import (
     rotate_norm,
     rotate_stage,
 )
-from sqap.quantization.sequential import Sequential, own, prepare, wanted
+from sqap.quantization.sequential import Sequential, own, prepare, share, wanted
 from sqap.recipe import Quantization
 
 Progress = Callable[[int, int], None]
-M = TypeVar("M", bound=nn.Module)
-
-
-def share(module: M) -> M:
-    """A copy of ``module`` whose tensors are those of the original until it is given others."""
-    memo: dict[int, object] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in module.parameters()}
-    memo |= {id(b): b for b in module.buffers()}
-    return copy.deepcopy(module, memo)
 
 
 @torch.inference_mode()
@@ -143,9 +134,10 @@ def quantize_layers(
     walk: Sequential, decoder: Decoder, hidden: list[Tensor], rotation: Rotation | None
 ) -> list[Tensor]:
     """Quantize a decoder's layers in place; ``hidden`` ``(1, tokens, width)`` goes in, final states out."""
+    exact = list(hidden) if walk.quantization.correction else None
     for i, layer in enumerate(decoder.layers):
         hidden = walk.through(
-            f"decoder.layers.{i}", layer, hidden, lambda stage, x: run_layer(decoder, stage, x)[0]
+            f"decoder.layers.{i}", layer, hidden, lambda stage, x: run_layer(decoder, stage, x)[0], exact
         )
     if rotation is not None:
         decoder.norm = rotate_norm(decoder.norm, rotation)
@@ -185,10 +177,11 @@ def _head_states(
     if isinstance(head, TokenHead):
         return [h[:, model.config.visual.stop :] for h in hidden], lambda m, x: m.lm_head(x)
     if isinstance(head, FlowHead):
-        return [
-            (head.look(model.decoder, x), cast(Tensor, given.noise).float(), x.shape[1])
-            for x, given in zip(sequences, inputs, strict=True)
-        ], lambda m, s: m.sample(*s)
+        asked = []
+        for x, given in zip(sequences, inputs, strict=True):
+            seen = head.look(model.decoder, x)
+            asked += [(seen, *moment) for moment in head.moments(seen, cast(Tensor, given.noise), x.shape[1])]
+        return asked, lambda m, s: m.velocity(*s)
     if not hidden:
         return [], lambda m, s: m.predict_noise(*s)
     condition = torch.cat([h[:, -1] for h in hidden])

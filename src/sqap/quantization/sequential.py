@@ -7,19 +7,21 @@ next sees what it makes of them (GPTQ, Frantar et al. 2023).
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from sqap.errors import InputError
 from sqap.models.storage import Weights, fill
+from sqap.quantization.correction import Correction
 from sqap.quantization.gptq import Factor, Hessian
 from sqap.quantization.linear import QuantizedLinear, stored_shapes
 from sqap.quantization.partial import Partial
@@ -27,6 +29,7 @@ from sqap.quantization.rotation import HadamardLinear
 from sqap.recipe import Quantization, Scheme
 
 State = TypeVar("State")
+M = TypeVar("M", bound=nn.Module)
 Schemes = dict[str, Scheme]
 
 
@@ -40,6 +43,24 @@ class _Group:
 
     names: list[str]
     squares: Tensor
+
+
+@dataclass(frozen=True)
+class _Run(Generic[State]):
+    """A stage, what it is run on, and how."""
+
+    stage: nn.Module
+    states: Sequence[State]
+    call: Callable[[nn.Module, State], Any]
+
+    def inputs(self, key: str) -> Iterator[Tensor]:
+        """What a linear's weight meets first in each state: ``(..., in)``."""
+        for state in self.states:
+            seen: list[Tensor] = []
+            take = partial(_keep, seen)
+            with _inputs(self.stage, [key], take, stop=True), suppress(_Reached):
+                self.call(self.stage, state)
+            yield from seen
 
 
 @dataclass
@@ -67,6 +88,7 @@ class Sequential:
         stage: nn.Module,
         states: Sequence[State],
         call: Callable[[nn.Module, State], Any],
+        exact: list[State] | None = None,
     ) -> list[Any]:
         """Quantize ``stage`` in place on ``states``, and return what it then makes of them.
 
@@ -75,6 +97,8 @@ class Sequential:
             stage: float weights of any type, perhaps shared with another model, which keeps them as they are.
             states: one entry per calibration batch; may be empty when rounding to nearest.
             call: runs the stage on one state.
+            exact: what the states would be had nothing been quantized, for the recipe's ``correction``;
+                becomes what the stage makes of them before it is quantized.
 
         Raises:
             InputError: a linear's shape does not fit its scheme, or a weight or an input is not finite.
@@ -84,48 +108,50 @@ class Sequential:
             fill(stage, self.weights, prefix=f"{name}.")
         own(stage)
         self.before(name, stage)
+        meant = None if exact is None else _Run(share(stage), exact, call)
         if self.partial is None or not self.partial.has(name):
-            self._quantize(name, stage, states, call)
+            self._quantize(name, _Run(stage, states, call), meant)
             if self.partial is not None:
                 self.partial.save(name, stage)
         else:
             prepare(name, stage, self.quantization)
             self.partial.load(name, stage)
+        if exact is not None and meant is not None:
+            exact[:] = [call(meant.stage, state) for state in exact]
+            del meant
         _give_back_memory()
         self.done(self._count)
         return [call(stage, state) for state in states]
 
-    def _quantize(
-        self,
-        name: str,
-        stage: nn.Module,
-        states: Sequence[State],
-        call: Callable[[nn.Module, State], Any],
-    ) -> None:
-        schemes = wanted(name, stage, self.quantization)
+    def _quantize(self, name: str, run: _Run[State], meant: _Run[State] | None) -> None:
+        schemes = wanted(name, run.stage, self.quantization)
         if self.quantization.rounding == "gptq" and schemes:
-            self._by_gptq(name, stage, schemes, states, call)
+            self._by_gptq(name, run, meant, schemes)
             return
         for key, scheme in schemes.items():
-            self._replace(name, stage, key, scheme, None)
+            self._replace(name, run.stage, key, scheme, None)
 
-    def _by_gptq(
-        self,
-        name: str,
-        stage: nn.Module,
-        schemes: Schemes,
-        states: Sequence[State],
-        call: Callable[[nn.Module, State], Any],
-    ) -> None:
-        for group in _groups(stage, schemes, states, call):
-            hessian = Hessian(group.squares.argsort(), f"{name}.{group.names[0]}")
-            with _inputs(stage, group.names[:1], partial(_add, hessian), stop=True):
-                for state in states:
-                    with suppress(_Reached):
-                        call(stage, state)
-            factor = hessian.factor()
+    def _by_gptq(self, name: str, run: _Run[State], meant: _Run[State] | None, schemes: Schemes) -> None:
+        for group in _groups(run, schemes):
+            first = group.names[0]
+            hessian = Hessian(group.squares.argsort(), f"{name}.{first}")
+            if meant is None:
+                for x in run.inputs(first):
+                    hessian.add(x)
+                factor = hessian.factor()
+            else:
+                linears = [cast(nn.Linear, run.stage.get_submodule(key)) for key in group.names]
+                corrections = [Correction(linear) for linear in linears]
+                for x, exact in zip(run.inputs(first), meant.inputs(first), strict=True):
+                    hessian.add(x)
+                    for correction in corrections:
+                        correction.add(x, exact)
+                factor = hessian.factor()
+                for linear, correction in zip(linears, corrections, strict=True):
+                    corrected = correction.weight(factor, self.quantization.correction)
+                    linear.weight = nn.Parameter(corrected, requires_grad=False)
             for key in group.names:
-                self._replace(name, stage, key, schemes[key], factor)
+                self._replace(name, run.stage, key, schemes[key], factor)
 
     def _replace(self, name: str, stage: nn.Module, key: str, scheme: Scheme, factor: Factor | None) -> None:
         parent, _, attribute = key.rpartition(".")
@@ -145,8 +171,15 @@ def _give_back_memory() -> None:
         getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
 
 
-def _add(hessian: Hessian, _: str, x: Tensor) -> None:
-    hessian.add(x)
+def _keep(seen: list[Tensor], _: str, x: Tensor) -> None:
+    seen.append(x)
+
+
+def share(module: M) -> M:
+    """A copy of ``module`` whose tensors are those of the original until it is given others."""
+    memo: dict[int, object] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in module.parameters()}
+    memo |= {id(b): b for b in module.buffers()}
+    return copy.deepcopy(module, memo)
 
 
 def own(module: nn.Module) -> None:
@@ -182,9 +215,7 @@ def prepare(name: str, stage: nn.Module, quantization: Quantization) -> None:
         setattr(owner, attribute, QuantizedLinear.empty_like(getattr(owner, attribute), scheme))
 
 
-def _groups(
-    stage: nn.Module, schemes: Schemes, states: Sequence[State], call: Callable[[nn.Module, State], Any]
-) -> list[_Group]:
+def _groups(run: _Run[State], schemes: Schemes) -> list[_Group]:
     """The linears in the order in which they are reached; those that are given one tensor together."""
     groups: dict[tuple[int, ...], _Group] = {}
     seen: dict[str, _Group] = {}
@@ -201,9 +232,9 @@ def _groups(
         group.names.append(key)
         seen[key] = group
 
-    with _inputs(stage, list(schemes), note):
-        for state in states:
-            call(stage, state)
+    with _inputs(run.stage, list(schemes), note):
+        for state in run.states:
+            run.call(run.stage, state)
             held.clear()
             groups.clear()
     missed = [key for key in schemes if key not in seen]

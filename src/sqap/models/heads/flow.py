@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -109,7 +109,12 @@ class FlowHead(nn.Module):
     ) -> Tensor:
         """``(batch, tokens, width)`` to actions ``(batch, horizon, action_dim)``."""
         assert noise is not None, "flow matching starts from noise"
-        return self.sample(self.look(decoder, sequence, pruner), noise, sequence.shape[1])
+        seen = self.look(decoder, sequence, pruner)
+        past = [layer.self_attn.read(kv) for layer, kv in zip(self.experts, seen, strict=True)]
+        x = noise.to(self.norm.weight)
+        for time in self._times():
+            x = x - self.move(x, time, past, sequence.shape[1]) / self.config.sample_steps
+        return x
 
     @property
     def experts(self) -> list[ExpertLayer]:
@@ -124,16 +129,22 @@ class FlowHead(nn.Module):
         stored = (cache.stored(i) for i in range(len(decoder.layers)))
         return [(k.to(self.norm.weight), v.to(self.norm.weight)) for k, v in stored]
 
-    def sample(self, seen: Sequence[KeysValues], noise: Tensor, tokens: int) -> Tensor:
-        """Chunks ``(batch, horizon, action_dim)`` from ``noise`` of that shape, behind so many ``tokens``."""
-        x, steps = noise.to(self.norm.weight), self.config.sample_steps
-        past = [layer.self_attn.read(kv) for layer, kv in zip(self.experts, seen, strict=True)]
-        for step in range(steps):
-            x = x - self.velocity(x, 1 - step / steps, past, tokens) / steps
-        return x
+    def moments(
+        self, seen: Sequence[KeysValues], noise: Tensor, tokens: int
+    ) -> Iterator[tuple[Tensor, float, int]]:
+        """What `velocity` is asked on the way from ``noise`` ``(batch, horizon, action_dim)`` to actions."""
+        x = noise.to(self.norm.weight)
+        for time in self._times():
+            yield x, time, tokens
+            x = x - self.velocity(seen, x, time, tokens) / self.config.sample_steps
 
-    def velocity(self, x: Tensor, time: float, past: Sequence[KeysValues], tokens: int) -> Tensor:
-        """Where ``x`` ``(batch, horizon, action_dim)`` came from at ``time``; ``past`` by `read`."""
+    def velocity(self, seen: Sequence[KeysValues], x: Tensor, time: float, tokens: int) -> Tensor:
+        """Where ``x`` ``(batch, horizon, action_dim)`` came from at ``time``, behind so many ``tokens``."""
+        past = [layer.self_attn.read(kv) for layer, kv in zip(self.experts, seen, strict=True)]
+        return self.move(x, time, past, tokens)
+
+    def move(self, x: Tensor, time: float, past: Sequence[KeysValues], tokens: int) -> Tensor:
+        """`velocity`, given what each layer reads of the decoder's tokens."""
         action = self.action_in_proj(x)
         when = time_embedding(time, self.config).to(action).expand_as(action)
         h = self.action_time_mlp_in(torch.cat([action, when], dim=-1))
@@ -145,6 +156,10 @@ class FlowHead(nn.Module):
             h = layer(h, kv, ropes[int(layer.self_attn.cross)], mask)
         out: Tensor = self.action_out_proj(self.norm(h))
         return out
+
+    def _times(self) -> list[float]:
+        """From noise, 1, on; actions are at 0."""
+        return [1 - step / self.config.sample_steps for step in range(self.config.sample_steps)]
 
 
 def time_embedding(time: float, config: FlowHeadConfig) -> Tensor:
