@@ -60,6 +60,7 @@ PEERS = {
         "w4a4 spinquant gptq per-channel",
     ),
 }
+CORRECTION = 0.5
 W4A4 = decoder_alone(Recipe.w4a4())
 METHODS = {
     "w4a4-rtn": Quantization(4, 4, rotate=False),
@@ -69,6 +70,8 @@ METHODS = {
     "w4a8-rtn": Quantization(4, 8, rotate=False),
     "w4a8-hadamard": Quantization(4, 8, rotation_seed=0),
     "w4a8": decoder_alone(Recipe.w4a8()),
+    "w4a4-corrected": replace(W4A4, correction=CORRECTION),
+    "w4a8-corrected": replace(decoder_alone(Recipe.w4a8()), correction=CORRECTION),
 }
 GRIDS = {"": None, " group-128": 64, " group-32": 32}  # of weights; 576 is no multiple of 128
 

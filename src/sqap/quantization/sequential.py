@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -135,21 +136,17 @@ class Sequential:
         for group in _groups(run, schemes):
             first = group.names[0]
             hessian = Hessian(group.squares.argsort(), f"{name}.{first}")
-            if meant is None:
-                for x in run.inputs(first):
-                    hessian.add(x)
-                factor = hessian.factor()
-            else:
-                linears = [cast(nn.Linear, run.stage.get_submodule(key)) for key in group.names]
-                corrections = [Correction(linear) for linear in linears]
-                for x, exact in zip(run.inputs(first), meant.inputs(first), strict=True):
-                    hessian.add(x)
-                    for correction in corrections:
-                        correction.add(x, exact)
-                factor = hessian.factor()
-                for linear, correction in zip(linears, corrections, strict=True):
-                    corrected = correction.weight(factor, self.quantization.correction)
-                    linear.weight = nn.Parameter(corrected, requires_grad=False)
+            linears = [cast(nn.Linear, run.stage.get_submodule(key)) for key in group.names]
+            corrections = [] if meant is None else [Correction(linear) for linear in linears]
+            meaning = itertools.repeat(None) if meant is None else meant.inputs(first)
+            for x, exact in zip(run.inputs(first), meaning, strict=False):
+                hessian.add(x)
+                for correction in corrections:
+                    correction.add(x, cast(Tensor, exact))
+            factor = hessian.factor()
+            for linear, correction in zip(linears, corrections, strict=False):
+                corrected = correction.weight(factor, self.quantization.correction)
+                linear.weight = nn.Parameter(corrected, requires_grad=False)
             for key in group.names:
                 self._replace(name, run.stage, key, schemes[key], factor)
 
