@@ -81,6 +81,8 @@ def variants() -> dict[str, Quantization]:
     table = {}
     for suffix, size in GRIDS.items():
         for method, made in METHODS.items():
+            if made.correction and size != 32:
+                continue  # twice as long as the others, each; the finest grid tells
             if size is not None:
                 made = replace(made, weight_granularity="group", group_size=size)
             if size == 64:
@@ -209,7 +211,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"Full precision: {ours['full']:.3f}", "", "| method | per channel | group 128 | group 32 |"]
     lines.append("|---|---|---|---|")
     for method in METHODS:
-        cells = [f"{ours[method + suffix]:.2f}" for suffix in GRIDS]
+        cells = [f"{ours[name]:.2f}" if name in ours else "" for name in (method + s for s in GRIDS)]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     lines += ["", "| peer | perplexity |", "|---|---|"]
     for name, value in result["peers"].items():
