@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sqap.errors import InputError
-from sqap.models import VLA, ModelConfig, ModelInputs
+from sqap.models import VLA, FlowHeadConfig, ModelConfig, ModelInputs
 from sqap.models.decoder import DecoderLayer
 from sqap.models.heads import FlowHead
 from sqap.models.heads.flow import ExpertLayer, time_embedding
@@ -149,8 +150,8 @@ def test_the_expert_sees_what_pruning_leaves(model: VLA) -> None:
 
 
 def test_time_is_told_by_periods_from_the_shortest_to_the_longest() -> None:
-    config = CONFIG.head
-    embedded = time_embedding(0.001, config)  # type: ignore[arg-type]
+    assert isinstance(CONFIG.head, FlowHeadConfig)
+    embedded = time_embedding(0.001, CONFIG.head)
     half = len(embedded) // 2
     assert embedded[0] == pytest.approx(1.0)  # a quarter of 4 ms
     assert embedded[half - 1] == pytest.approx(0.00157, abs=1e-5)  # of 4 s
@@ -161,9 +162,9 @@ def test_time_is_told_by_periods_from_the_shortest_to_the_longest() -> None:
     "wrong",
     [{"image_first": False}, {"proprio_dim": None}, {"decoder": replace(CONFIG.decoder, causal=True)}],
 )
-def test_what_does_not_go_together_is_refused(wrong: dict[str, object]) -> None:
+def test_what_does_not_go_together_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="goes with image_first, a robot's state and a decoder"):
-        replace(CONFIG, **wrong)  # type: ignore[arg-type]
+        replace(CONFIG, **wrong)
 
 
 def test_a_causal_policy_cannot_put_its_images_first() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -109,10 +110,10 @@ def test_an_interrupted_run_ends_where_another_does(
     partial = Partial(tmp_path_factory.mktemp("partial") / "p", "key")
     replaced = module.Sequential._replace
 
-    def stop(self: module.Sequential, name: str, *rest: object) -> None:
+    def stop(self: module.Sequential, name: str, *rest: Any) -> None:
         if name == "decoder.layers.2":
             raise KeyboardInterrupt
-        replaced(self, name, *rest)  # type: ignore[arg-type]
+        replaced(self, name, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(module.Sequential, "_replace", stop)
@@ -130,9 +131,9 @@ def test_an_interrupted_run_ends_where_another_does(
         ({"correction": 0.5, "rounding": "nearest"}, "correction 0.5 needs rounding = 'gptq'"),
     ],
 )
-def test_what_makes_no_sense_is_refused(settings_: dict[str, object], sentence: str) -> None:
+def test_what_makes_no_sense_is_refused(settings_: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
-        replace(METHOD, **settings_)  # type: ignore[arg-type]
+        replace(METHOD, **settings_)
 
 
 def test_a_recipe_keeps_it() -> None:

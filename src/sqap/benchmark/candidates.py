@@ -65,11 +65,9 @@ class Subject:
     def shape(self) -> ModelConfig:
         """The sizes of a random policy."""
         shape = SHAPES[self.source]
-        return (
-            shape
-            if self.layers is None
-            else replace(shape, decoder=replace(shape.decoder, depth=self.layers))
-        )
+        if self.layers is None:
+            return shape
+        return replace(shape, decoder=replace(shape.decoder, depth=self.layers))
 
 
 @dataclass(frozen=True)

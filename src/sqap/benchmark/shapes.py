@@ -35,6 +35,7 @@ VIT = VisionConfig(
     take_block=-2,
     final_norm=False,
 )
+# In bfloat16, as OpenVLA publishes them and vla.cpp has them.
 IMAGENET = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
 DINOV2 = dataclasses.replace(
     VIT, class_token=True, registers=4, layer_scale=True, mean=IMAGENET[0], std=IMAGENET[1]

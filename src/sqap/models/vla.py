@@ -17,8 +17,6 @@ from sqap.models.heads import make_head
 from sqap.models.projector import Projector
 from sqap.models.vision import VisionEncoder
 
-# Visual tokens stand right after the first text token (BOS), as in OpenVLA and its offspring.
-
 
 @dataclass(frozen=True)
 class ModelInputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from sqap.models.config import DecoderConfig
 from sqap.models.decoder import Decoder
 from sqap.models.heads import DiffusionHead, FlowHead, RegressionHead, TokenHead
 from sqap.models.heads.ddim import ddim_sample
+from sqap.models.heads.flow import KeysValues
 from sqap.models.stages import embed_through, fill_around, run_layer, stages
 from sqap.models.storage import STORAGE_DTYPE, Weights, fill
 from sqap.models.vla import VLA, ModelInputs
@@ -177,16 +179,28 @@ def _head_states(
     if isinstance(head, TokenHead):
         return [h[:, model.config.visual.stop :] for h in hidden], lambda m, x: m.lm_head(x)
     if isinstance(head, FlowHead):
-        asked = []
-        for x, given in zip(sequences, inputs, strict=True):
-            seen = head.look(model.decoder, x)
-            asked += [(seen, *moment) for moment in head.moments(seen, cast(Tensor, given.noise), x.shape[1])]
-        return asked, lambda m, s: m.velocity(*s)
+        pairs = zip(sequences, inputs, strict=True)
+        asked = [_flowing(head, head.look(model.decoder, x), g.noise, x.shape[1]) for x, g in pairs]
+        return [*itertools.chain(*asked)], lambda m, s: m.velocity(*s)
     if not hidden:
         return [], lambda m, s: m.predict_noise(*s)
     condition = torch.cat([h[:, -1] for h in hidden])
     noise = torch.cat([given.noise.float() for given in inputs if given.noise is not None])
     return _denoising(head, condition, noise), lambda m, s: m.predict_noise(*s)
+
+
+def _flowing(
+    head: FlowHead, seen: Sequence[KeysValues], noise: Tensor | None, tokens: int
+) -> list[tuple[Sequence[KeysValues], Tensor, float, int]]:
+    """What the head's velocity is asked on the way from noise to actions."""
+    asked = []
+
+    def ask(x: Tensor, time: float) -> Tensor:
+        asked.append((seen, x, time, tokens))
+        return head.velocity(seen, x, time, tokens)
+
+    head.integrate(ask, cast(Tensor, noise))
+    return asked
 
 
 def _denoising(head: DiffusionHead, condition: Tensor, noise: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:

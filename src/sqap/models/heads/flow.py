@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -49,14 +49,16 @@ class ExpertAttention(nn.Module):
         k, v = (x.transpose(1, 2).flatten(2) for x in past)
         return self._split(self.k_proj(k), self.kv_heads), self._split(self.v_proj(v), self.kv_heads)
 
-    def forward(self, x: Tensor, past: KeysValues, rope: Rope, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: KeysValues, rope: Rope) -> Tensor:
         """``x`` ``(batch, horizon, width)`` to the same; ``past`` as `read` gave it."""
         q = rotate(self._split(self.q_proj(x), self.heads), rope)
         k, v = past
+        mask = None
         if not self.cross:
+            mask = causal_mask(x.shape[1], k.shape[2], x.device)
             k = torch.cat([k, rotate(self._split(self.k_proj(x), self.kv_heads), rope)], dim=2)
             v = torch.cat([v, self._split(self.v_proj(x), self.kv_heads)], dim=2)
-        mixed = attend(q, k, v, mask=None if self.cross else mask)
+        mixed = attend(q, k, v, mask=mask)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return out
 
@@ -74,8 +76,8 @@ class ExpertLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.width, decoder.norm_eps)
         self.mlp = SwiGLU(config.width, config.mlp_width)
 
-    def forward(self, x: Tensor, past: KeysValues, rope: Rope, mask: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), past, rope, mask)
+    def forward(self, x: Tensor, past: KeysValues, rope: Rope) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), past, rope)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -109,12 +111,8 @@ class FlowHead(nn.Module):
     ) -> Tensor:
         """``(batch, tokens, width)`` to actions ``(batch, horizon, action_dim)``."""
         assert noise is not None, "flow matching starts from noise"
-        seen = self.look(decoder, sequence, pruner)
-        past = [layer.self_attn.read(kv) for layer, kv in zip(self.experts, seen, strict=True)]
-        x = noise.to(self.norm.weight)
-        for time in self._times():
-            x = x - self.move(x, time, past, sequence.shape[1]) / self.config.sample_steps
-        return x
+        past = self.read(self.look(decoder, sequence, pruner))
+        return self.integrate(lambda x, time: self.move(x, time, past, sequence.shape[1]), noise)
 
     @property
     def experts(self) -> list[ExpertLayer]:
@@ -129,22 +127,23 @@ class FlowHead(nn.Module):
         stored = (cache.stored(i) for i in range(len(decoder.layers)))
         return [(k.to(self.norm.weight), v.to(self.norm.weight)) for k, v in stored]
 
-    def moments(
-        self, seen: Sequence[KeysValues], noise: Tensor, tokens: int
-    ) -> Iterator[tuple[Tensor, float, int]]:
-        """What `velocity` is asked on the way from ``noise`` ``(batch, horizon, action_dim)`` to actions."""
-        x = noise.to(self.norm.weight)
-        for time in self._times():
-            yield x, time, tokens
-            x = x - self.velocity(seen, x, time, tokens) / self.config.sample_steps
+    def read(self, seen: Sequence[KeysValues]) -> list[KeysValues]:
+        """What each layer makes of the decoder's keys and values, whatever the noise is."""
+        return [layer.self_attn.read(kv) for layer, kv in zip(self.experts, seen, strict=True)]
+
+    def integrate(self, velocity: Callable[[Tensor, float], Tensor], noise: Tensor) -> Tensor:
+        """Actions ``(batch, horizon, action_dim)``: from ``noise`` at time 1, by ``velocity``, to time 0."""
+        x, steps = noise.to(self.norm.weight), self.config.sample_steps
+        for step in range(steps):
+            x = x - velocity(x, 1 - step / steps) / steps
+        return x
 
     def velocity(self, seen: Sequence[KeysValues], x: Tensor, time: float, tokens: int) -> Tensor:
         """Where ``x`` ``(batch, horizon, action_dim)`` came from at ``time``, behind so many ``tokens``."""
-        past = [layer.self_attn.read(kv) for layer, kv in zip(self.experts, seen, strict=True)]
-        return self.move(x, time, past, tokens)
+        return self.move(x, time, self.read(seen), tokens)
 
     def move(self, x: Tensor, time: float, past: Sequence[KeysValues], tokens: int) -> Tensor:
-        """`velocity`, given what each layer reads of the decoder's tokens."""
+        """`velocity`, given what `read` makes of what was seen."""
         action = self.action_in_proj(x)
         when = time_embedding(time, self.config).to(action).expand_as(action)
         h = self.action_time_mlp_in(torch.cat([action, when], dim=-1))
@@ -152,14 +151,9 @@ class FlowHead(nn.Module):
         alone = torch.arange(x.shape[1], device=x.device)[None]
         ropes = [rope_angles(p, self.decoder_config, x.dtype) for p in (alone + tokens, alone)]
         for layer, kv in zip(self.experts, past, strict=True):
-            mask = causal_mask(x.shape[1], kv[0].shape[2], x.device)
-            h = layer(h, kv, ropes[int(layer.self_attn.cross)], mask)
+            h = layer(h, kv, ropes[int(layer.self_attn.cross)])
         out: Tensor = self.action_out_proj(self.norm(h))
         return out
-
-    def _times(self) -> list[float]:
-        """From noise, 1, on; actions are at 0."""
-        return [1 - step / self.config.sample_steps for step in range(self.config.sample_steps)]
 
 
 def time_embedding(time: float, config: FlowHeadConfig) -> Tensor:
