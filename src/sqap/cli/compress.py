@@ -1,0 +1,115 @@
+"""``sqap compress``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import sqap
+from sqap.cli.options import (
+    CameraOption,
+    CamerasOption,
+    CropOption,
+    FramesFromOption,
+    FramesOption,
+    JsonOption,
+    KeepOption,
+    RecipeOption,
+    SourceArgument,
+    TokenizerOption,
+    UnnormKeyOption,
+    calibration_frames,
+    load_policy,
+    read_recipe,
+    write_numbers,
+)
+from sqap.errors import InputError
+from sqap.models.storage import stored_bytes
+from sqap.observation import Observation
+from sqap.policy import Policy
+from sqap.recipe import Recipe
+from sqap.report import tables
+from sqap.terminal import console, progress_bar, user_errors
+
+
+def compress(
+    source: SourceArgument,
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    recipe: RecipeOption = "w4a8",
+    keep: KeepOption = None,
+    target_bytes: Annotated[
+        int | None,
+        typer.Option(help="Spend up to this many bytes on the blocks that 4 bits hurt most.", min=1),
+    ] = None,
+    target_error: Annotated[
+        float | None, typer.Option(help="Spare blocks until the replayed action error, in mm, is below.")
+    ] = None,
+    frames: FramesOption = 48,
+    frames_from: FramesFromOption = "metaworld",
+    camera: CameraOption = None,
+    unnorm_key: UnnormKeyOption = None,
+    cameras: CamerasOption = None,
+    tokenizer: TokenizerOption = None,
+    crop: CropOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Quantize a policy and prune its visual tokens."""
+    with user_errors():
+        settings = read_recipe(recipe, keep)
+        policy = load_policy(source, unnorm_key, cameras, tokenizer, crop)
+        observations = calibration_frames(policy, frames_from, frames, camera)
+        if target_bytes is not None or target_error is not None:
+            settings = _fitted(policy, settings, observations, target_bytes, target_error)
+        with progress_bar("quantizing", percent=True) as advance:
+            partial = out.with_name(f".{out.name}.partial")
+            small = sqap.compress(policy, settings, observations, progress=advance, resume=partial)
+        small.save(out)
+        before, after = stored_bytes(policy.model), stored_bytes(small.model)
+        console.print(
+            f"Weights: {tables.size(before)} in {source}, {tables.size(after)} in {out} "
+            f"({tables.percent(after / before)})"
+        )
+        calibration = small.calibration
+        if calibration is not None and calibration.top_k is not None and calibration.overlap is not None:
+            console.print(
+                f"The attention ranking is trusted with {calibration.top_k} tokens: "
+                f"quantized and full precision agree on {tables.percent(calibration.overlap)} of them"
+            )
+        write_numbers(
+            json_path,
+            {
+                "source": source,
+                "out": str(out),
+                "recipe": settings.to_json(),
+                "calibration": calibration and dataclasses.asdict(calibration),
+                "weight_bytes": {"before": before, "after": after},
+            },
+        )
+
+
+def _fitted(
+    policy: Policy,
+    recipe: Recipe,
+    frames: list[Observation],
+    target_bytes: int | None,
+    target_error: float | None,
+) -> Recipe:
+    from sqap.sensitivity import Replay, fit
+
+    if recipe.quantization is None:
+        raise InputError("a target needs a recipe that quantizes")
+    with progress_bar("sensitivity of blocks") as advance:
+        quantization = fit(
+            Replay(policy, frames),
+            recipe.quantization,
+            target_bytes=target_bytes,
+            target_error=target_error,
+            progress=advance,
+        )
+    for override in quantization.overrides[len(recipe.quantization.overrides) :]:
+        bits = "bfloat16" if override.scheme is None else f"{override.scheme.weight_bits}-bit weights"
+        console.print(f"{override.pattern} gets {bits}")
+    return dataclasses.replace(recipe, quantization=quantization)

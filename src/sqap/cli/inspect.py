@@ -1,0 +1,69 @@
+"""``sqap inspect``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import typer
+
+from sqap import kernels
+from sqap.cli.options import (
+    SOURCE,
+    CamerasOption,
+    CropOption,
+    JsonOption,
+    TokenizerOption,
+    UnnormKeyOption,
+    load_policy,
+    write_numbers,
+)
+from sqap.errors import InputError
+from sqap.models.storage import stored_bytes
+from sqap.quantization import count_parameters, list_linears
+from sqap.report import tables
+from sqap.terminal import console, user_errors
+
+
+def inspect(
+    source: Annotated[str | None, SOURCE] = None,
+    linears: Annotated[bool, typer.Option(help="List every linear.")] = False,
+    cpu: Annotated[bool, typer.Option(help="Show which kernels run on this processor.")] = False,
+    unnorm_key: UnnormKeyOption = None,
+    cameras: CamerasOption = None,
+    tokenizer: TokenizerOption = None,
+    crop: CropOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Show a policy's parts, bytes and bit-widths, and what is quantized and what is not."""
+    with user_errors():
+        if cpu:
+            found = kernels.describe()
+            console.print(tables.kernels_table(found))
+            if source is None:
+                write_numbers(json_path, found)
+                return
+        if source is None:
+            raise InputError("there is nothing to inspect; name a policy, or give --cpu")
+        loaded = load_policy(source, unnorm_key, cameras, tokenizer, crop)
+        reports = list_linears(loaded.model)
+        parts = {
+            name: {"parameters": count_parameters(part), "bytes": stored_bytes(part)}
+            for name, part in loaded.model.named_children()
+        }
+        console.print(tables.parts_table(reports, parts))
+        if linears:
+            console.print(tables.linears_table(reports))
+        console.print_json(data=loaded.recipe.to_json())
+        write_numbers(
+            json_path,
+            {
+                "policy": source,
+                "family": loaded.config.family,
+                "recipe": loaded.recipe.to_json(),
+                "calibration": loaded.calibration and dataclasses.asdict(loaded.calibration),
+                "visual_tokens": loaded.config.model.visual_tokens,
+                "parts": parts,
+                "linears": [dataclasses.asdict(report) for report in reports],
+            },
+        )
