@@ -9,21 +9,20 @@ from typing import Annotated
 import typer
 
 import sqap
+from sqap.checkpoints.prismatic import Choices
 from sqap.cli.options import (
+    NONE,
     CameraOption,
-    CamerasOption,
-    CropOption,
     FramesFromOption,
     FramesOption,
     JsonOption,
     KeepOption,
     RecipeOption,
     SourceArgument,
-    TokenizerOption,
-    UnnormKeyOption,
     calibration_frames,
     load_policy,
     read_recipe,
+    with_choices,
     write_numbers,
 )
 from sqap.errors import InputError
@@ -35,6 +34,7 @@ from sqap.report import tables
 from sqap.terminal import console, progress_bar, user_errors
 
 
+@with_choices
 def compress(
     source: SourceArgument,
     out: Annotated[Path, typer.Option(help="Directory to write.")],
@@ -50,16 +50,13 @@ def compress(
     frames: FramesOption = 48,
     frames_from: FramesFromOption = "metaworld",
     camera: CameraOption = None,
-    unnorm_key: UnnormKeyOption = None,
-    cameras: CamerasOption = None,
-    tokenizer: TokenizerOption = None,
-    crop: CropOption = None,
+    choices: Choices = NONE,
     json_path: JsonOption = None,
 ) -> None:
     """Quantize a policy and prune its visual tokens."""
     with user_errors():
         settings = read_recipe(recipe, keep)
-        policy = load_policy(source, unnorm_key, cameras, tokenizer, crop)
+        policy = load_policy(source, choices)
         observations = calibration_frames(policy, frames_from, frames, camera)
         if target_bytes is not None or target_error is not None:
             settings = _fitted(policy, settings, observations, target_bytes, target_error)

@@ -8,14 +8,13 @@ from typing import Annotated
 import typer
 
 from sqap import kernels
+from sqap.checkpoints.prismatic import Choices
 from sqap.cli.options import (
+    NONE,
     SOURCE,
-    CamerasOption,
-    CropOption,
     JsonOption,
-    TokenizerOption,
-    UnnormKeyOption,
     load_policy,
+    with_choices,
     write_numbers,
 )
 from sqap.errors import InputError
@@ -25,14 +24,12 @@ from sqap.report import tables
 from sqap.terminal import console, user_errors
 
 
+@with_choices
 def inspect(
     source: Annotated[str | None, SOURCE] = None,
     linears: Annotated[bool, typer.Option(help="List every linear.")] = False,
     cpu: Annotated[bool, typer.Option(help="Show which kernels run on this processor.")] = False,
-    unnorm_key: UnnormKeyOption = None,
-    cameras: CamerasOption = None,
-    tokenizer: TokenizerOption = None,
-    crop: CropOption = None,
+    choices: Choices = NONE,
     json_path: JsonOption = None,
 ) -> None:
     """Show a policy's parts, bytes and bit-widths, and what is quantized and what is not."""
@@ -45,7 +42,7 @@ def inspect(
                 return
         if source is None:
             raise InputError("there is nothing to inspect; name a policy, or give --cpu")
-        loaded = load_policy(source, unnorm_key, cameras, tokenizer, crop)
+        loaded = load_policy(source, choices)
         reports = list_linears(loaded.model)
         parts = {
             name: {"parameters": count_parameters(part), "bytes": stored_bytes(part)}

@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 import sqap
+from sqap.checkpoints.prismatic import Choices
 from sqap.errors import InputError
 from sqap.files import write_json
 from sqap.observation import Observation
 from sqap.policy import Policy
 from sqap.recipe import Recipe
-from sqap.terminal import progress_bar
+from sqap.terminal import progress_bar, user_errors
 
+NONE = Choices()
 PRESETS = {"w4a8": Recipe.w4a8, "w4a4": Recipe.w4a4}
 
 SOURCE = typer.Argument(help="Directory of a policy, org/name on the hub, or a bundled one's name.")
 SourceArgument = Annotated[str, SOURCE]
-UnnormKeyOption = Annotated[
-    str | None, typer.Option(help="Data set whose statistics turn actions into robot units.")
-]
-CamerasOption = Annotated[
-    str | None, typer.Option(help="Names for the images that are read, comma-separated, in order.")
-]
-TokenizerOption = Annotated[
-    Path | None, typer.Option(help="tokenizer.json, where it is not beside the weights.")
-]
-CropOption = Annotated[
-    float | None, typer.Option(help="Share of an image's area to look at, from its centre.")
-]
 RecipeOption = Annotated[str, typer.Option(help="w4a8, w4a4, paper, or a recipe file.")]
 KeepOption = Annotated[float | None, typer.Option(help="Share of visual tokens kept, in (0, 1].")]
 FramesOption = Annotated[int, typer.Option(help="Calibration frames.", min=1)]
@@ -46,12 +39,51 @@ JsonOption = Annotated[
 ]
 
 
-def load_policy(
-    source: str, unnorm_key: str | None, cameras: str | None, tokenizer: Path | None, crop: float | None
-) -> Policy:
+# How a published policy is read: a field of `Choices` and the option that sets it.
+CHOICES: dict[str, Any] = {
+    "unnorm_key": Annotated[
+        str | None, typer.Option(help="Data set whose statistics turn actions into robot units.")
+    ],
+    "cameras": Annotated[
+        str | None, typer.Option(help="Names for the images that are read, comma-separated, in order.")
+    ],
+    "tokenizer": Annotated[
+        Path | None, typer.Option(help="tokenizer.json, where it is not beside the weights.")
+    ],
+    "crop": Annotated[
+        float | None, typer.Option(help="Share of an image's area to look at, from its centre.")
+    ],
+}
+
+
+def with_choices(command: Callable[..., None]) -> Callable[..., None]:
+    """Give ``command`` the options of `CHOICES`, which it receives as one `Choices` named ``choices``."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        with user_errors():
+            chosen = {name: given.pop(name) for name in CHOICES}
+            if chosen["cameras"] is not None:
+                chosen["cameras"] = tuple(chosen["cameras"].split(","))
+            command(choices=Choices(**chosen), **given)
+
+    hints = get_type_hints(command, include_extras=True) | CHOICES
+    names = [name for name in signature(command).parameters if name != "choices"]
+    defaults = {name: parameter.default for name, parameter in signature(command).parameters.items()}
+    # Typer reads the signature. --json stays the last in the help.
+    run.__signature__ = Signature(  # type: ignore[attr-defined]
+        [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=defaults.get(name), annotation=hints[name])
+            for name in (*names[:-1], *CHOICES, names[-1])
+        ]
+    )
+    run.__annotations__ = hints
+    return run
+
+
+def load_policy(source: str, choices: Choices) -> Policy:
     """The policy at ``source``, with what the options choose."""
-    names = None if cameras is None else tuple(cameras.split(","))
-    return sqap.load(source, unnorm_key=unnorm_key, cameras=names, tokenizer=tokenizer, crop=crop)
+    return sqap.load(source, **vars(choices))
 
 
 def read_recipe(name: str, keep: float | None) -> Recipe:

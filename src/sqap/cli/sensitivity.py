@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 
+from sqap.checkpoints.prismatic import Choices
 from sqap.cli.options import (
+    NONE,
     CameraOption,
-    CamerasOption,
-    CropOption,
     FramesFromOption,
     FramesOption,
     JsonOption,
     KeepOption,
     RecipeOption,
     SourceArgument,
-    TokenizerOption,
-    UnnormKeyOption,
     calibration_frames,
     load_policy,
     read_recipe,
+    with_choices,
     write_numbers,
 )
 from sqap.errors import InputError
@@ -27,6 +26,7 @@ from sqap.report import tables
 from sqap.terminal import console, progress_bar, user_errors
 
 
+@with_choices
 def sensitivity(
     source: SourceArgument,
     recipe: RecipeOption = "w4a8",
@@ -34,10 +34,7 @@ def sensitivity(
     frames: FramesOption = 24,
     frames_from: FramesFromOption = "metaworld",
     camera: CameraOption = None,
-    unnorm_key: UnnormKeyOption = None,
-    cameras: CamerasOption = None,
-    tokenizer: TokenizerOption = None,
-    crop: CropOption = None,
+    choices: Choices = NONE,
     json_path: JsonOption = None,
 ) -> None:
     """Replay observations through the policy quantized in many ways: which settings and blocks hurt."""
@@ -47,7 +44,7 @@ def sensitivity(
         settings = read_recipe(recipe, keep)
         if settings.quantization is None:
             raise InputError(f"recipe {recipe} quantizes nothing, so there is nothing to measure")
-        policy = load_policy(source, unnorm_key, cameras, tokenizer, crop)
+        policy = load_policy(source, choices)
         replay = Replay(policy, calibration_frames(policy, frames_from, frames, camera), settings.pruning)
         with progress_bar("options") as advance:
             options = compare_options(replay, settings.quantization, advance)
