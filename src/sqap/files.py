@@ -42,4 +42,4 @@ def write_json(path: Path, data: Any) -> None:
         InputError: the file cannot be written.
     """
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=2) + "\n")
+        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

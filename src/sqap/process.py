@@ -130,7 +130,7 @@ def peak_rss_bytes() -> int:
     """Largest resident memory this process ever had, in bytes."""
     # Not getrusage on Linux: a child's value there starts from its parent's.
     with contextlib.suppress(OSError):
-        peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
         if peak is not None:
             return int(peak[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
@@ -141,7 +141,7 @@ def forget_peak() -> None:
     """Count `peak_rss_bytes` from here on, where the system can (Linux)."""
     gc.collect()
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def available_cores() -> int:

@@ -15,7 +15,7 @@ from sqap.errors import SqapError
 def read_json(path: Path, error: type[SqapError]) -> Any:
     """Parse a JSON file, or raise ``error`` with one sentence."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # with a byte order mark or without
     except OSError as problem:
         raise error(f"cannot read {path}: {problem.strerror}") from problem
     except ValueError as problem:

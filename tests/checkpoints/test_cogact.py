@@ -78,14 +78,26 @@ def test_every_tensor_goes_where_it_belongs(written, load):
     assert "model.action_model.net.history_embedder.linear.weight" in published.weights.unused
 
 
-def test_averaged_weights_are_used_if_there_are_any(tmp_path, load):
+def test_averaged_weights_are_used_if_they_are_asked_for(tmp_path, load, caplog):
     write_cogact(tmp_path, TINY, ema=True)
-    published = cogact.open(tmp_path, Choices(unnorm_key=KEY))
-    state, theirs = load(published), stored(tmp_path)
-    name = "net.final_layer.linear.weight"
-    assert torch.equal(state["head.final_layer.weight"], theirs["ema_diffusion"][name])
+    theirs, name = stored(tmp_path), "net.final_layer.linear.weight"
     assert not torch.equal(theirs["ema_diffusion"][name], theirs["action_model"][name])
-    assert f"model.action_model.{name}" in published.weights.unused
+    raw = cogact.open(tmp_path, Choices(unnorm_key=KEY))
+    assert "the raw action model is read" in caplog.text
+    assert torch.equal(load(raw)["head.final_layer.weight"], theirs["action_model"][name])
+    assert f"model.ema_diffusion.{name}" in raw.weights.unused
+    caplog.clear()
+    averaged = cogact.open(tmp_path, Choices(unnorm_key=KEY, ema=True))
+    assert not caplog.text
+    assert torch.equal(load(averaged)["head.final_layer.weight"], theirs["ema_diffusion"][name])
+    assert f"model.action_model.{name}" in averaged.weights.unused
+    assert raw.weights.fingerprint != averaged.weights.fingerprint  # the same files, but not the same policy
+
+
+def test_averaged_weights_that_are_not_there_are_refused(written):
+    for family, message in (("cogact", "no averaged action model"), ("native-openvla", "no choice of ema")):
+        with pytest.raises(CheckpointError, match=message):
+            cogact.open(written(family), Choices(unnorm_key=KEY, ema=True))
 
 
 def test_without_an_action_model_it_is_openvla(written, load):

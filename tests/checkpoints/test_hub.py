@@ -175,10 +175,13 @@ def test_other_things_are_no_names(name):
         ("org/policy@v1", "v2", "v2"),
     ],
 )
-def test_the_revision_is_the_arguments_the_names_or_main(monkeypatch, tmp_path, name, revision, asked):
+def test_the_revision_is_the_arguments_the_names_or_main(
+    monkeypatch, tmp_path, caplog, name, revision, asked
+):
     calls = []
 
     def snapshot(repository: str, **options: object) -> str:
+        assert f"read from the Hugging Face hub, at {asked}, and downloaded" in caplog.text
         calls.append((repository, options["revision"]))
         return str(tmp_path / COMMIT)
 

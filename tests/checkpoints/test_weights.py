@@ -75,6 +75,12 @@ def test_tensors_are_the_readers_own(make, tmp_path):
     assert torch.equal(second, STATE["a"])
 
 
+@every_format
+def test_files_can_be_sent_to_another_process(make, tmp_path):
+    file = pickle.loads(pickle.dumps(make(tmp_path)))
+    assert torch.equal(file.read(["a"])["a"], STATE["a"])
+
+
 def test_a_slice_is_read_without_what_it_was_cut_from(tmp_path):
     whole = torch.arange(100.0).view(10, 10)
     torch.save({"column": whole[:, 3]}, tmp_path / "view.pt")
@@ -199,6 +205,35 @@ def test_one_file_needs_no_index(tmp_path):
     save_file(STATE, tmp_path / "model.safetensors")
     (file,) = open_safetensors(tmp_path)
     assert set(file.tensors) == set(STATE)
+
+
+def test_of_several_files_those_are_read_that_transformers_reads_and_it_is_said(shards, caplog):
+    (shards / "pytorch_model.bin").write_bytes(b"")
+    assert {file.path.name for file in open_safetensors(shards)} == {"one.safetensors", "two.safetensors"}
+    assert "the shards of its index is read, and pytorch_model.bin beside it is not" in caplog.text
+    for name in ("one", "two"):
+        (shards / f"{name}.safetensors").rename(shards / f"model-{name}-of-two.safetensors")
+    save_file(STATE, shards / "model.safetensors")
+    (file,) = open_safetensors(shards)
+    assert file.path.name == "model.safetensors"
+    assert "and model-one-of-two.safetensors, model-two-of-two.safetensors, pytorch_model.bin" in caplog.text
+
+
+def test_an_index_whose_shards_are_gone_does_not_hide_the_single_file(shards, caplog):
+    for name in ("one", "two"):
+        (shards / f"{name}.safetensors").unlink()
+    save_file(STATE, shards / "model.safetensors")
+    (file,) = open_safetensors(shards)
+    assert set(file.tensors) == set(STATE)
+    assert not caplog.text
+
+
+def test_weights_of_pickles_alone_are_refused_with_a_way_out(tmp_path):
+    (tmp_path / "pytorch_model-00001-of-00002.bin").write_bytes(b"")
+    with pytest.raises(
+        CheckpointError, match=r"in pytorch_model-00001\S+bin, and safetensors are read here: "
+    ):
+        open_safetensors(tmp_path)
 
 
 def test_a_missing_shard_is_named(shards):

@@ -162,6 +162,8 @@ def test_a_depth_map_is_no_camera(mark, tmp_path):
         ({"data_path": None}, "must have the templates data_path"),
         ({"data_path": "data/{file}.parquet"}, "'data/{file}.parquet' is no template of a path"),
         ({"video_path": "{video_key}/{file_index.x}.mp4"}, "is no template of a path"),
+        ({"data_path": "/etc/{file_index}"}, "leads to /etc/0, which is not inside"),
+        ({"video_path": "a/../../{file_index}.mp4"}, r"leads to a/\.\./\.\./0\.mp4, which is not inside"),
         ({"video_path": None}, "with videos, video_path"),
     ],
 )

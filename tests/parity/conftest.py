@@ -58,7 +58,8 @@ MakeUpstream = Callable[..., Upstream]
 def upstream(tmp_path_factory: pytest.TempPathFactory) -> MakeUpstream:
     """``upstream("openvla")``: writes the directory anew, as the notes of that name say, and loads it.
 
-    ``unnorm_key`` chooses another data set; other options go to the writer.
+    ``unnorm_key`` chooses another data set, ``ema`` writes averaged weights too and takes them; other options
+    go to the writer.
     """
     made: dict[tuple[str, Any], Upstream] = {}
 
@@ -70,7 +71,8 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> MakeUpstream:
             writer = notes["writer"] | {k: v for k, v in options.items() if k != "unnorm_key"}
             write, sizes = getattr(published, writer.pop("function")), getattr(published, writer.pop("sizes"))
             write(directory, sizes, **writer)
-            policy = sqap.load(directory, unnorm_key=options.get("unnorm_key", notes["unnorm_key"]))
+            unnorm_key = options.get("unnorm_key", notes["unnorm_key"])
+            policy = sqap.load(directory, unnorm_key=unnorm_key, ema=options.get("ema", False))
             assert policy.weights is not None
             fill(policy.model, policy.weights, dtype=torch.float32)  # as upstream was run
             made[key] = Upstream(notes, load_file(TESTS / "fixtures" / f"{name}.safetensors"), policy)

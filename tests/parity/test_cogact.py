@@ -89,7 +89,7 @@ def test_other_samplings(cogact: Upstream, head: DiffusionHead) -> None:
 
 
 @torch.inference_mode()
-def test_averaged_weights_are_used_where_there_are_any(cogact: Upstream, upstream: MakeUpstream) -> None:
+def test_averaged_weights_are_used_where_they_are_asked_for(cogact: Upstream, upstream: MakeUpstream) -> None:
     averaged = upstream("cogact", ema=True)
     for i, expected in enumerate(cogact.arrays["sample_ema"]):
         inputs, noise = averaged.inputs(i), cogact.arrays["noise"][i : i + 1]

@@ -118,7 +118,11 @@ def _quiet() -> Iterator[None]:
         from tqdm import tqdm
 
         tqdm.set_lock(threading.RLock())  # its own is a semaphore, which outlives a process that is ended
-    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with (
+        warnings.catch_warnings(),
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+    ):
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sqap.checkpoints import hub, native, published
-from sqap.checkpoints.prismatic import Choices
+from sqap.checkpoints.prismatic import Bounds, Choices
 from sqap.errors import CheckpointError
 from sqap.models import empty_model
 from sqap.policy import Policy
@@ -19,28 +21,54 @@ BUNDLED = {
 
 
 def locate(source: str | Path) -> Path:
-    """The directory of a bundled policy's name or of a repository on the hub, or the directory itself.
+    """The directory of a policy: a path, a bundled policy's name, or a repository of the hub, downloaded.
 
-    ``org/name`` and ``org/name@revision`` are downloaded from the Hugging Face hub, unless there is a
-    directory of that name.
+    A `Path` is never anything else, nor is a string whose first part is a directory here. Otherwise
+    ``org/name`` is downloaded from the Hugging Face hub, which is said; ``org/name@revision`` is whatever
+    directories there are.
 
     Raises:
-        CheckpointError: there is none of them.
+        CheckpointError: there is none of them, or the directory cannot be read.
     """
-    directory = BUNDLED.get(str(source), Path(source))
-    if directory.is_dir():
-        return directory
-    if str(source) in BUNDLED:
-        raise CheckpointError(
-            f"{source} is not part of the installed package; it is policies/{source} of sqap's repository, "
-            "from a checkout of which sqap finds it"
-        )
-    if hub.parse(str(source)) is not None:
-        return hub.download(str(source)).directory
+    name = source if isinstance(source, str) else None
+    with readable():
+        if name in BUNDLED:
+            return _bundled(name)
+        directory = Path(source).expanduser()
+        if directory.is_dir():
+            return directory
+        if directory.exists():
+            raise CheckpointError(f"{source} is a file: give the directory of a policy")
+        if name is not None and hub.parse(name) is not None:
+            first = Path(name).parts[0]
+            if "@" in name or not Path(first).is_dir():
+                return hub.download(name).directory
+            raise CheckpointError(
+                f"no policy at {name}: it is taken for a path, since there is a directory {first} here; "
+                f"if the hub's repository of that name is meant, give {name}@main"
+            )
     raise CheckpointError(
         f"no policy at {source}: give a directory, a repository of the hub as org/name, or the name of a "
         f"bundled policy ({', '.join(BUNDLED)})"
     )
+
+
+def _bundled(name: str) -> Path:
+    if BUNDLED[name].is_dir():
+        return BUNDLED[name]
+    raise CheckpointError(
+        f"{name} is not part of the installed package; it is policies/{name} of sqap's repository, "
+        "from a checkout of which sqap finds it"
+    )
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """What the system says to a path becomes one sentence."""
+    try:
+        yield
+    except OSError as problem:
+        raise CheckpointError(f"cannot read {problem.filename}: {problem.strerror}") from problem
 
 
 def load(
@@ -50,6 +78,9 @@ def load(
     cameras: tuple[str, ...] | None = None,
     tokenizer: str | Path | None = None,
     crop: float | None = None,
+    chunk: int | None = None,
+    bounds: Bounds | None = None,
+    ema: bool = False,
 ) -> Policy:
     """Load a policy: sqap's own directories, and CogACT, OpenVLA and OpenVLA-OFT as they are published.
 
@@ -64,19 +95,25 @@ def load(
         tokenizer: ``tokenizer.json``, or the directory it is in, where it is not beside the weights.
         crop: share of an image's area to look at, from its centre; policies tuned on random crops of 90 % are
             shown that much (OpenVLA on LIBERO), which their files do not say. The family's own if None.
+        chunk: actions of one step, for an OpenVLA-OFT of another robot than its authors'.
+        bounds: what normalised actions and states were scaled by, for the same: ``"q99"``, the 1st and 99th
+            percentiles, or ``"minmax"``.
+        ema: take a CogACT's averaged action model (``ema_diffusion``) in place of the raw one.
 
     Raises:
         CheckpointError: the directory is missing, foreign, incomplete or altered, or a choice does not fit.
     """
     directory = locate(source)
-    choices = Choices(unnorm_key, cameras, None if tokenizer is None else Path(tokenizer), crop)
-    if native.is_policy(directory):
-        if choices != Choices():
-            raise CheckpointError(
-                f"{directory} is sqap's own: data set, cameras, tokenizer and crop are chosen when it is made"
-            )
-        return native.load_policy(directory)
-    found = published.recognise(directory).open(directory, choices)
+    path = None if tokenizer is None else Path(tokenizer)
+    choices = Choices(unnorm_key, cameras, path, crop, chunk, bounds, ema)
+    with readable():
+        if native.is_policy(directory):
+            if choices != Choices():
+                raise CheckpointError(
+                    f"{directory} is sqap's own: {', '.join(vars(choices))} are chosen when it is made"
+                )
+            return native.load_policy(directory)
+        found = published.recognise(directory).open(directory, choices)
     return Policy(empty_model(found.config.model), found.config, found.tokenizer, weights=found.weights)
 
 

@@ -5,6 +5,7 @@ CogACT is published in it; so is OpenVLA as it came out of training.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -61,6 +62,7 @@ DIT = {
     "final_layer.": "final_layer.linear.",
 }
 DIT_BLOCK = ("attn.qkv.", "attn.proj.", "mlp.fc1.", "mlp.fc2.")
+logger = logging.getLogger("sqap")
 
 
 def recognise(directory: Path) -> bool:
@@ -75,24 +77,40 @@ def open(directory: Path, choices: Choices) -> Published:
         CheckpointError: something is missing, damaged, does not fit or is not supported.
     """
     names = prismatic.choose_cameras(choices.cameras, CAMERAS, (1,), FAMILY)
+    choices.refuse(FAMILY, "chunk", "bounds")
     backbone = _backbone(directory)
     where = directory / prismatic.STATISTICS
     dataset = choose_dataset(prismatic.read_object(where), choices.unnorm_key, where)
     tensors = TensorSet(directory, [Part(torch_file(_find_checkpoint(directory)))])
     vlm = prismatic.describe_vlm(tensors, NAMES, _vision(tensors, backbone), _decoder(tensors))
-    describe = _cogact if any(name.startswith(ACTION_MODEL) for name in tensors.tensors) else _openvla
-    policy, table, unused = describe(vlm, tensors, dataset, names)
+    if any(name.startswith(ACTION_MODEL) for name in tensors.tensors):
+        policy, table, unused = _cogact(vlm, tensors, dataset, names, _action_model(tensors, choices.ema))
+    else:
+        choices.refuse("OpenVLA", "ema")
+        policy, table, unused = _openvla(vlm, tensors, dataset, names)
     return prismatic.publish(
         directory, choices, policy, tensors, vlm.table | table, (*vlm.unused, *UNUSED, *unused)
     )
 
 
+def _action_model(tensors: TensorSet, ema: bool) -> str:
+    """The raw action model, as the authors' loader takes unless it is told, or the averaged one."""
+    averaged = any(name.startswith(EMA) for name in tensors.tensors)
+    if ema and not averaged:
+        raise CheckpointError(f"{tensors.where} has no averaged action model (ema_diffusion) to take")
+    if averaged and not ema:
+        logger.warning(
+            "%s: the raw action model is read, as its authors' loader does; the averaged one beside it is "
+            "read with ema (--ema)",
+            tensors.where,
+        )
+    return EMA if ema else ACTION_MODEL
+
+
 def _cogact(
-    vlm: VLM, tensors: TensorSet, dataset: Dataset, cameras: tuple[str, ...]
+    vlm: VLM, tensors: TensorSet, dataset: Dataset, cameras: tuple[str, ...], net: str
 ) -> tuple[PolicyConfig, Table, tuple[str, ...]]:
     """CogACT's policy, its head's tensors, and what it does not use."""
-    averaged = any(name.startswith(EMA) for name in tensors.tensors)
-    net = EMA if averaged else ACTION_MODEL
     head = _head(tensors, net)
     # Upstream makes the seventh number, the gripper's, 0 or 1 whatever the dataset.
     binarize = (GRIPPER,) if head.action_dim > GRIPPER else ()
@@ -106,8 +124,9 @@ def _cogact(
         prompt=prismatic.PROMPT,
         append_tokens=(prismatic.SPACE, prismatic.EOS),
     )
-    unused = (f"{NAMES.llm}lm_head.weight", f"{net}history_embedder.*")
-    return policy, _head_table(head, net), (*unused, "model.action_model.*") if averaged else unused
+    other = "model.action_model.*" if net == EMA else "model.ema_diffusion.*"
+    unused = (f"{NAMES.llm}lm_head.weight", f"{net}history_embedder.*", other)
+    return policy, _head_table(head, net), unused
 
 
 def _openvla(

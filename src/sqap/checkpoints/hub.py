@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ _NAME = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<
 # Configuration, statistics, tokenizer and weights; not the code beside them, nor what training went on from.
 NEEDED = ["*.json", "*.safetensors", "*.pt"]
 UNNEEDED = ["lora_adapter/*", "runs/*", "*optimizer*"]
+logger = logging.getLogger("sqap")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ def parse(name: str) -> tuple[str, str | None] | None:
 def download(name: str, revision: str | None = None) -> Snapshot:
     """The files that sqap reads of a repository; those that were downloaded before are not fetched again.
 
+    It is logged before, since what is named may have been meant as a directory.
+
     Args:
         name: ``org/name`` or ``org/name@revision``.
         revision: a branch, a tag or a commit; ``main`` if neither this nor the name says.
@@ -43,6 +47,12 @@ def download(name: str, revision: str | None = None) -> Snapshot:
     if parsed is None:
         raise CheckpointError(f"{name!r} is no name on the hub: give org/name or org/name@revision")
     repository, wanted = parsed[0], revision or parsed[1] or "main"
+    logger.warning(
+        "%s is no directory here: it is read from the Hugging Face hub, at %s, and downloaded unless it is "
+        "on this machine",
+        name,
+        wanted,
+    )
     # Not at the top: it takes a second, and only downloads need it.
     from huggingface_hub import snapshot_download
 

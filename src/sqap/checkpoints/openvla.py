@@ -45,6 +45,7 @@ def open(directory: Path, choices: Choices) -> Published:
     """
     config = prismatic.read_object(directory / prismatic.CONFIG)
     names = prismatic.choose_cameras(choices.cameras, CAMERAS, (1,), FAMILY)
+    choices.refuse(FAMILY, "chunk", "bounds", "ema")
     where = directory / prismatic.CONFIG
     dataset = read_dataset(directory, config, choices.unnorm_key)
     actions = action_statistics(dataset)

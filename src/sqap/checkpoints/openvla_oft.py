@@ -60,6 +60,7 @@ def open(directory: Path, choices: Choices) -> Published:
     Raises:
         CheckpointError: something is missing, damaged, does not fit or is not supported.
     """
+    choices.refuse(FAMILY, "ema")
     config = prismatic.read_object(directory / prismatic.CONFIG)
     dataset = openvla.read_dataset(directory, config, choices.unnorm_key)
     tensors = _open_tensors(directory)

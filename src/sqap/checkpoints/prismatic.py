@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from tokenizers import Tokenizer
 
+from sqap.checkpoints import adapters
 from sqap.checkpoints.tokenizer import read_tokenizer
 from sqap.checkpoints.weights import Source, Table, TensorSet, Weights, without_batch
 from sqap.errors import CheckpointError
@@ -26,6 +27,7 @@ RESIZE = "resize-naive"
 CONFIG, STATISTICS = "config.json", "dataset_statistics.json"
 
 Triple = tuple[float, float, float]
+Bounds = Literal["q99", "minmax"]
 
 
 @dataclass(frozen=True)
@@ -119,21 +121,42 @@ class Choices:
             family's own if None.
         tokenizer: ``tokenizer.json``, or the directory it is in, if it is not beside the weights.
         crop: share of an image's area that is looked at, from its centre; the family's own if None.
+        chunk: actions of one step; the family's or the robot's own if None.
+        bounds: what -1 and 1 stand for, the 1st and 99th percentiles or the extremes; the family's or the
+            robot's own if None.
+        ema: whether averaged weights are taken in place of the raw ones, where the files have both.
 
     Raises:
-        CheckpointError: the crop is no share.
+        CheckpointError: the crop is no share, the chunk no number of actions, or the bounds are unknown.
     """
 
     unnorm_key: str | None = None
     cameras: tuple[str, ...] | None = None
     tokenizer: Path | None = None
     crop: float | None = None
+    chunk: int | None = None
+    bounds: Bounds | None = None
+    ema: bool = False
 
     def __post_init__(self) -> None:
         if self.crop is not None and not 0 < self.crop <= 1:
             raise CheckpointError(
                 f"the crop is a share of the image's area, above 0 and up to 1, got {self.crop}"
             )
+        if self.chunk is not None and self.chunk < 1:
+            raise CheckpointError(f"a chunk is of one action or more, got {self.chunk}")
+        if self.bounds is not None and self.bounds not in get_args(Bounds):
+            raise CheckpointError(f"bounds must be {' or '.join(get_args(Bounds))}, got {self.bounds!r}")
+
+    def refuse(self, family: str, *names: str) -> None:
+        """Refuse choices that a family leaves no room for.
+
+        Raises:
+            CheckpointError: one of ``names`` was chosen.
+        """
+        for name in names:
+            if getattr(self, name) != getattr(Choices, name):
+                raise CheckpointError(f"{family} leaves no choice of {name}; leave it out")
 
 
 @dataclass(frozen=True)
@@ -267,6 +290,7 @@ def publish(
     Raises:
         CheckpointError: they do not fit, or there is no tokenizer.
     """
+    adapters.refuse_unmerged(directory, tensors)
     tokenizer = read_tokenizer(
         directory,
         choices.tokenizer,

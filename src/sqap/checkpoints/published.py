@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqap.checkpoints import cogact, openvla, openvla_oft, prismatic
+from sqap.checkpoints import adapters, cogact, openvla, openvla_oft, prismatic
 from sqap.checkpoints.prismatic import Choices, Published
 from sqap.checkpoints.tensors import shorten
 from sqap.errors import CheckpointError
@@ -35,9 +35,12 @@ def recognise(directory: Path) -> Format:
     Raises:
         CheckpointError: it is none that sqap knows, or its configuration is not JSON.
     """
-    for known in FORMATS:
-        if known.recognise(directory):
-            return known
+    found = [known for known in FORMATS if known.recognise(directory)]
+    if len(found) > 1:
+        both = " and ".join(known.name for known in found)
+        raise CheckpointError(f"{directory / prismatic.CONFIG} is that of {both}; leave one of them there")
+    if found:
+        return found[0]
     names = "; ".join(known.name for known in FORMATS)
     raise CheckpointError(
         f"{directory} is of no family that sqap knows: {_found(directory)}; known are {names}"
@@ -48,6 +51,8 @@ def _found(directory: Path) -> str:
     """What there is instead, as a phrase."""
     path = directory / prismatic.CONFIG
     if not path.is_file():
+        if adapters.find(directory):
+            return "it has a LoRA adapter without the model that it adapts: merge it into that one first"
         there = sorted(entry.name for entry in directory.iterdir())
         return f"it has no {path.name}, but {shorten(there)}" if there else "it is empty"
     config = prismatic.read_object(path)

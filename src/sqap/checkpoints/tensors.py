@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,12 @@ from sqap.errors import CheckpointError
 from sqap.serialization import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+# Other files of weights: shards without their index, and what transformers wrote before safetensors.
+SHARDS, PICKLES = "model-*-of-*.safetensors", "pytorch_model*.bin"
 # Mapped pages count as memory until the file is closed, so it is opened anew after this many bytes.
 BATCH_BYTES = 256 << 20
 SHOWN = 8
+logger = logging.getLogger("sqap")
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -121,22 +126,39 @@ def torch_file(path: Path) -> TensorFile:
     mappable = _start(path).startswith(b"PK\x03\x04")
     found = _load_pickle(path, mmap=mappable)
     tensors = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()}
-    if mappable:
-        return TensorFile(path, tensors, lambda path, names: _load_pickle(path, mmap=True))
-    return TensorFile(path, tensors, lambda path, names: found)
+    return TensorFile(path, tensors, _map_pickle if mappable else partial(_held, found))
 
 
 def open_safetensors(directory: Path) -> list[TensorFile]:
-    """A directory's ``model.safetensors``, or the shards that its index names.
+    """A directory's ``model.safetensors``, or else the shards that its index names.
+
+    Where there is more than that, the order is transformers', and what is not read is logged.
 
     Raises:
         CheckpointError: there is neither, or a shard is missing, truncated or another model's.
     """
-    if (directory / INDEX).is_file():
-        return _open_shards(directory)
+    shards, pickles = sorted(directory.glob(SHARDS)), sorted(directory.glob(PICKLES))
     if (directory / SINGLE).is_file():
+        _warn_unread(directory, SINGLE, shards + pickles)
         return [safetensors_file(directory / SINGLE)]
+    if (directory / INDEX).is_file():
+        files = _open_shards(directory)
+        read = {file.path for file in files}
+        _warn_unread(directory, "the shards of its index", [p for p in shards + pickles if p not in read])
+        return files
+    if pickles:
+        raise CheckpointError(
+            f"{directory} has its weights in {pickles[0].name}, and safetensors are read here: load and save "
+            "the model with transformers (save_pretrained) to have them written"
+        )
     raise CheckpointError(f"{directory} has no weights: neither {SINGLE} nor {INDEX} with its shards")
+
+
+def _warn_unread(directory: Path, read: str, others: Collection[Path]) -> None:
+    """Say what other weights there are: which ones are newer, no file tells."""
+    if others:
+        names = shorten([path.name for path in others])
+        logger.warning("%s: %s is read, and %s beside it is not", directory, read, names)
 
 
 def shorten(names: Collection[str]) -> str:
@@ -211,6 +233,15 @@ def _load_pickle(path: Path, *, mmap: bool) -> dict[str, Tensor]:
     tensors = dict(_flatten("", loaded))
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors")
+    return tensors
+
+
+def _map_pickle(path: Path, names: Collection[str]) -> dict[str, Tensor]:
+    return _load_pickle(path, mmap=True)
+
+
+def _held(tensors: Mapping[str, Tensor], path: Path, names: Collection[str]) -> Mapping[str, Tensor]:
+    """Those of a file that cannot be mapped. Functions of modules, so that they can be sent to a process."""
     return tensors
 
 

@@ -30,7 +30,9 @@ def read_tokenizer(
     """
     path = _find(directory, given, like)
     try:
-        tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+        tokenizer: Tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
+    except OSError as problem:
+        raise CheckpointError(f"cannot read {path}: {problem.strerror}") from problem
     except Exception as problem:  # the library raises nothing narrower
         raise CheckpointError(f"{path} is not a tokenizer: {problem}") from problem
     # Prompts are encoded one by one and are far shorter than any context.

@@ -150,7 +150,10 @@ class Weights:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the content of all files; reading them takes a while the first time."""
+        """SHA-256 over the content of all files, and over which of their tensors become which parameters.
+
+        Reading them takes a while the first time.
+        """
         return self.hash_files()
 
     def hash_files(self, progress: Progress | None = None) -> str:
@@ -160,7 +163,9 @@ class Weights:
             CheckpointError: a file cannot be read any more.
         """
         if self._fingerprint is None:
-            self._fingerprint = _hash([file.path for file in self._tensors.files], progress)
+            contents = _hash([file.path for file in self._tensors.files], progress)
+            table = sorted((name, source.names) for name, source in self._table.items())
+            self._fingerprint = hashlib.sha256(f"{contents} {table}".encode()).hexdigest()
         return self._fingerprint
 
 

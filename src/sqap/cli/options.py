@@ -53,6 +53,16 @@ CHOICES: dict[str, Any] = {
     "crop": Annotated[
         float | None, typer.Option(help="Share of an image's area to look at, from its centre.")
     ],
+    "chunk": Annotated[
+        int | None,
+        typer.Option(help="Actions of one step, for OpenVLA-OFT on a robot of your own.", min=1),
+    ],
+    "bounds": Annotated[
+        str | None, typer.Option(help="What that robot's actions were scaled by: q99 or minmax.")
+    ],
+    "ema": Annotated[
+        bool, typer.Option("--ema", help="Take CogACT's averaged action model in place of the raw one.")
+    ],
 }
 
 
@@ -63,7 +73,8 @@ def with_choices(command: Callable[..., None]) -> Callable[..., None]:
     def run(**given: Any) -> None:
         with user_errors():
             chosen = {name: given.pop(name) for name in CHOICES}
-            if chosen["cameras"] is not None:
+            chosen = {name: value for name, value in chosen.items() if value is not None}
+            if "cameras" in chosen:
                 chosen["cameras"] = tuple(chosen["cameras"].split(","))
             command(choices=Choices(**chosen), **given)
 

@@ -64,7 +64,7 @@ def read_directory(
 def _listed(root: Path, cameras: Sequence[str]) -> list[_Frame]:
     path = root / METADATA
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError as error:
         raise InputError(
             f"{root} is no LeRobotDataset (it has no meta/info.json) and no directory of images: it has no "

@@ -163,9 +163,14 @@ def _episode(info: Info, row: Mapping[str, float], video_keys: Sequence[str]) ->
     def file(template: str, prefix: str, **names: str) -> Path:
         chunk, place = int(row[f"{prefix}/chunk_index"]), int(row[f"{prefix}/file_index"])
         try:
-            return info.root / template.format(chunk_index=chunk, file_index=place, **names)
+            path = Path(template.format(chunk_index=chunk, file_index=place, **names))
         except (LookupError, ValueError, AttributeError) as error:
             raise InputError(f"{info.root / INFO}: {template!r} is no template of a path") from error
+        if path.is_absolute() or ".." in path.parts:
+            raise InputError(
+                f"{info.root / INFO}: {template!r} leads to {path}, which is not inside {info.root}"
+            )
+        return info.root / path
 
     videos = {
         key: (
