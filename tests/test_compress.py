@@ -2,16 +2,22 @@
 
 import copy
 import dataclasses
+import json
+import os
+import sys
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 import sqap
 from sqap import Recipe
+from sqap.build import build_id
 from sqap.errors import InputError
 from sqap.models.stages import stages
-from sqap.quantization import list_linears
+from sqap.processing import ActionUnits
+from sqap.quantization import Partial, list_linears
 from sqap.recipe import Pruning, Quantization
 
 
@@ -51,6 +57,107 @@ def test_an_interrupted_compression_leaves_what_it_has_and_a_finished_one_nothin
     assert not place.exists()
     whole = sqap.compress(policy, Recipe.w4a8(), frames).model.state_dict()
     assert all(torch.equal(whole[name], value) for name, value in resumed.items())
+
+
+def interrupted(policy, frames, place, stages=2):
+    """Leave ``stages`` finished ones in ``place``."""
+    seen = []
+
+    def interrupt(done, total):
+        seen.append(done)
+        if len(seen) == stages:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sqap.compress(policy, Recipe.w4a8(), frames, progress=interrupt, resume=place)
+    return {path.name: path.read_bytes() for path in place.glob("*.safetensors")}
+
+
+def changed(policy, **config):
+    return dataclasses.replace(policy, config=dataclasses.replace(policy.config, **config))
+
+
+def other_tokenizer(policy):
+    data = json.loads(policy.tokenizer.to_str())
+    words = data["model"]["vocab"]
+    words["open"], words["close"] = words["close"], words["open"]
+    return dataclasses.replace(policy, tokenizer=Tokenizer.from_str(json.dumps(data)))
+
+
+def other_weights(policy):
+    model = copy.deepcopy(policy.model)
+    model.head.final_layer.weight.data[0, 0] += 1
+    return dataclasses.replace(policy, model=model)
+
+
+OTHERS = {
+    "crop": lambda policy: changed(policy, crop=0.5),
+    "prompt": lambda policy: changed(policy, prompt="please {instruction}"),
+    "appended tokens": lambda policy: changed(policy, append_tokens=(5,)),
+    "statistics": lambda policy: changed(
+        policy, actions=dataclasses.replace(policy.config.actions, high=(0.5, 1.0, 2.5, 1.0))
+    ),
+    "units": lambda policy: changed(policy, units=ActionUnits((0, 1, 2), 10.0)),
+    "tokenizer": other_tokenizer,
+    "weights": other_weights,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_stages_of_another_policy_are_discarded_with_a_warning(policy, frames, tmp_path, caplog, name):
+    place = tmp_path / "partial"
+    interrupted(policy, frames, place)
+    assert len(interrupted(OTHERS[name](policy), frames, place, stages=1)) == 1
+    assert "stages of another compression" in caplog.text
+
+
+def test_the_order_of_cameras_is_part_of_the_key(policy, observe, tmp_path, caplog):
+    config = dataclasses.replace(policy.config.model, cameras=2)
+    model = type(policy.model)(config)
+    model.load_state_dict(policy.model.state_dict())
+    two = dataclasses.replace(changed(policy, model=config, cameras=("left", "right")), model=model)
+    images = {"left": observe(0).images["corner2"], "right": observe(1).images["corner2"]}
+    frames = [dataclasses.replace(observe(), images=images, cameras={})]
+    interrupted(two, frames, tmp_path / "p")
+    assert len(interrupted(changed(two, cameras=("right", "left")), frames, tmp_path / "p", stages=1)) == 1
+    assert "stages of another compression" in caplog.text
+
+
+@pytest.mark.parametrize("changed_part", ["package", "kernels", "torch", "sqap"])
+def test_stages_of_other_code_are_discarded(policy, frames, tmp_path, caplog, monkeypatch, changed_part):
+    interrupted(policy, frames, tmp_path / "p")
+    build = build_id()
+    monkeypatch.setattr(sys.modules["sqap.compress"], "build_id", lambda: build | {changed_part: "another"})
+    assert len(interrupted(policy, frames, tmp_path / "p", stages=1)) == 1
+    assert "stages of another compression" in caplog.text
+
+
+def test_a_directory_of_somebody_else_is_refused_and_kept(policy, frames, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="is not empty, and no compression has left it"):
+        sqap.compress(policy, Recipe.w4a8(), frames, resume=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_second_compression_into_one_directory_is_refused_until_the_first_is_done(policy, frames, tmp_path):
+    """Also one that keeps no stages, and also by the same process."""
+    place = tmp_path / "partial"
+
+    def second(done, total):
+        for recipe in (Recipe.w4a8(), Recipe(pruning=Pruning(method="random"))):
+            with pytest.raises(InputError, match=f"process {os.getpid()} is compressing to the same place"):
+                sqap.compress(policy, recipe, frames, resume=place)
+
+    sqap.compress(policy, Recipe.w4a8(keep=1), frames, resume=place, progress=second)
+    assert not place.exists()
+
+
+def test_a_partial_is_left_to_the_caller(policy, frames, tmp_path):
+    with Partial(tmp_path / "p") as partial:
+        sqap.compress(policy, Recipe.w4a8(keep=1), frames, resume=partial)
+        assert len(list((tmp_path / "p").glob("*.safetensors"))) == len(list(stages(policy.model)))
+        partial.remove()
+    assert not (tmp_path / "p").exists()
 
 
 class OnDisk:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from sqap.build import build_id
 from sqap.errors import InputError
 from sqap.models import VLA, ModelInputs
 from sqap.models.stages import fill_around
-from sqap.models.storage import Weights, fill, round_to_storage
+from sqap.models.storage import Weights, fill, hash_tensors, round_to_storage
 from sqap.observation import Observation
 from sqap.policy import Calibration, Policy, hash_frames
 from sqap.pruning.attention import score_layers
@@ -27,7 +30,7 @@ def compress(
     frames: Sequence[Observation] = (),
     *,
     progress: Callable[[int, int], None] | None = None,
-    resume: Path | None = None,
+    resume: str | Path | Partial | None = None,
 ) -> Policy:
     """A compressed copy of ``policy``; the original is left as it is.
 
@@ -41,20 +44,34 @@ def compress(
         frames: observations to calibrate on, typical of the policy's work. Needed by rounding "gptq" and by
             pruning method "sqap".
         progress: gets (weights quantized, weights to quantize), part by part.
-        resume: a directory for what is finished; the same call, interrupted, goes on from there. It is
-            removed at the end.
+        resume: a directory of its own for what is finished; the same call, interrupted, goes on from there.
+            It is removed at the end. A `Partial` is left to the caller, who removes it when the policy is
+            saved.
 
     Raises:
-        InputError: the policy is compressed already, the recipe does not fit it, or frames are needed.
+        InputError: the policy is compressed already, the recipe does not fit it, frames are needed, or the
+            directory cannot be used.
     """
     if policy.recipe != Recipe():
         raise InputError("the policy is compressed already; compress the original it was made from")
     _check_frames(recipe, frames)
+    with _finished_stages(resume) as partial:
+        return _compress(policy, recipe, frames, progress, partial)
+
+
+def _compress(
+    policy: Policy,
+    recipe: Recipe,
+    frames: Sequence[Observation],
+    progress: Callable[[int, int], None] | None,
+    partial: Partial | None,
+) -> Policy:
     inputs = [model_inputs(policy, frame, seed) for seed, frame in enumerate(frames)]
-    weights, partial = policy.weights, None
+    weights = policy.weights
     full = _full_scores(policy, recipe, inputs)  # first, while there is no compressed model in memory
     if recipe.quantization is not None:
-        partial = None if resume is None else Partial(resume, _key(policy, recipe, frames))
+        if partial is not None:
+            partial.begin(_key(policy, recipe, frames, inputs))
         quantization = recipe.quantization
         model = quantize_model(
             policy.model, quantization, inputs, weights=weights, progress=progress, partial=partial
@@ -67,8 +84,6 @@ def compress(
     calibration = None
     if frames and recipe != Recipe():
         calibration = _calibrate(policy, model, recipe, frames, inputs, full)
-    if partial is not None:
-        partial.remove()
     source = policy.fingerprint if weights is None else weights.fingerprint
     return Policy(model, policy.config, policy.tokenizer, recipe, calibration, source)
 
@@ -123,14 +138,33 @@ def _check_frames(recipe: Recipe, frames: Sequence[Observation]) -> None:
         raise InputError("pruning method 'sqap' calibrates its attention ranking; give at least one frame")
 
 
-def _key(policy: Policy, recipe: Recipe, frames: Sequence[Observation]) -> str:
-    """What an interrupted compression must share with one that goes on from it."""
-    digest = hashlib.sha256(json.dumps(recipe.to_json()).encode())
-    digest.update(hash_frames(frames).encode())
-    if policy.weights is not None:
-        digest.update(policy.weights.fingerprint.encode())
-        return digest.hexdigest()
-    for name, tensor in policy.model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+@contextmanager
+def _finished_stages(resume: str | Path | Partial | None) -> Iterator[Partial | None]:
+    """Where stages are kept: a directory is taken here and removed if all goes well."""
+    if resume is None or isinstance(resume, Partial):
+        yield resume
+        return
+    with Partial(resume) as partial:
+        yield partial
+        partial.remove()
+
+
+def _key(policy: Policy, recipe: Recipe, frames: Sequence[Observation], inputs: Sequence[ModelInputs]) -> str:
+    """Hash of everything that decides the numbers: an interrupted compression shares it with what goes on."""
+    weights = policy.weights
+    decides = {
+        "recipe": recipe.to_json(),
+        "policy": dataclasses.asdict(policy.config),
+        "tokenizer": policy.tokenizer.to_str(),
+        "weights": hash_tensors(policy.model.state_dict()) if weights is None else weights.fingerprint,
+        "frames": hash_frames(frames),
+        "inputs": [_hash_inputs(given) for given in inputs],  # noise is among them
+        "build": build_id(),
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_inputs(inputs: ModelInputs) -> str:
+    tensors = {f"pixels.{i}": pixels for i, pixels in enumerate(inputs.pixels)}
+    others = {"ids": inputs.token_ids, "noise": inputs.noise, "proprio": inputs.proprio}
+    return hash_tensors(tensors | {name: tensor for name, tensor in others.items() if tensor is not None})

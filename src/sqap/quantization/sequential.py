@@ -110,13 +110,14 @@ class Sequential:
         own(stage)
         self.before(name, stage)
         meant = None if exact is None else _Run(share(stage), exact, call)
-        if self.partial is None or not self.partial.has(name):
+        finished = None if self.partial is None else self.partial.load(name)
+        if finished is not None:
+            prepare(name, stage, self.quantization)
+            stage.load_state_dict(finished)
+        else:
             self._quantize(name, _Run(stage, states, call), meant)
             if self.partial is not None:
                 self.partial.save(name, stage)
-        else:
-            prepare(name, stage, self.quantization)
-            self.partial.load(name, stage)
         if exact is not None and meant is not None:
             exact[:] = [call(meant.stage, state) for state in exact]
             del meant
