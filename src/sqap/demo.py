@@ -82,7 +82,7 @@ def run_demo(out: Path, episodes: int, console: Console, progress: ProgressBar) 
     write_picture(out / "comparison.png", compose([column[0] for column in clips], PICTURE_SECONDS))
     write_json(out / "report.json", report)
     partial.replace(out / "episodes.jsonl")
-    console.print(f"The report is {out / 'report.json'}, the video {video}")
+    console.print(f"The report is {out / 'report.json'}, the video {video}", soft_wrap=True)
     return report
 
 

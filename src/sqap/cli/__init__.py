@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import logging
+from typing import Annotated
 
 import typer
-from rich.logging import RichHandler
 
+import sqap
 from sqap.cli.bench import bench
 from sqap.cli.compress import compress
 from sqap.cli.demo import demo
 from sqap.cli.evaluate import evaluate_command
 from sqap.cli.inspect import inspect
 from sqap.cli.sensitivity import sensitivity
-from sqap.terminal import console
+from sqap.terminal import console, set_up
 
 app = typer.Typer(
     help="Make vision-language-action policies small and fast, and show that they still work.",
@@ -23,9 +23,22 @@ app = typer.Typer(
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        console.print(f"sqap {sqap.__version__}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
-def _settings() -> None:
-    logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
+def _settings(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say what is done, and where an error was found.")
+    ] = False,
+) -> None:
+    set_up(verbose)
 
 
 app.command()(compress)

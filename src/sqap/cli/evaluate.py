@@ -58,7 +58,7 @@ def evaluate_command(
         console.print(tables.success_table(shown), tables.cost_table(shown))
         if against is not None:
             console.print(tables.paired_line(summary["against"]), soft_wrap=True)
-        console.print(f"Episodes are in {log}")
+        console.print(f"Episodes are in {log}", soft_wrap=True)
         if video is not None:
             from sqap.report.comparison import record_comparison
             from sqap.report.video import write_video
@@ -67,7 +67,7 @@ def evaluate_command(
                 columns = record_comparison([sqap.load(p) for p in policies], env, chosen, seed, advance)
             for i, task in enumerate(chosen):
                 write_video(video / f"{task}.mp4", [[clips[i]] for clips in columns])
-            console.print(f"Videos are in {video}")
+            console.print(f"Videos are in {video}", soft_wrap=True)
         write_numbers(json_path, summary)
 
 
