@@ -104,6 +104,12 @@ def test_inspect_says_which_kernels_run(tmp_path, monkeypatch):
     [
         (["compress", "POLICY", "--out", "OUT", "--frames-from", "mars"], "no calibration frames at mars"),
         (["compress", "POLICY", "--out", "OUT", "--camera", "wrist"], "must be POLICY_CAMERA=DATASET_KEY"),
+        (
+            ["compress", "POLICY", "--out", "OUT", "--camera", "top=a", "--camera", "top=b"],
+            "--camera top is given twice: a and b",
+        ),
+        (["compress", "POLICY", "--out", "OUT", "--state", "joints"], "only a LeRobotDataset's are mapped"),
+        (["sensitivity", "POLICY", "--state", "joints"], "only a LeRobotDataset's are mapped"),
         (["inspect", "nowhere"], "no policy at nowhere"),
         (["inspect"], "name a policy, or give --cpu"),
         (["compress", "POLICY", "--out", "OUT", "--keep", 0], "keep_ratio must be in (0, 1], got 0"),

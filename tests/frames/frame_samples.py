@@ -65,6 +65,7 @@ def write_dataset(
     tasks: Sequence[str] = ("open the drawer", "close the drawer"),
     task_column: str = "task",
     state: Callable[[int], Any] | None = lambda index: [float(index), 0.5],
+    state_key: str = "observation.state",
     codec: tuple[str, dict[str, str]] = H264,
     info: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -74,6 +75,7 @@ def write_dataset(
         root: where to write.
         cameras: key -> "video" or "image".
         state: of a frame, by its number in the dataset; None for a dataset without states.
+        state_key: its column.
         info: entries of ``info.json`` to write instead of the right ones.
     """
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -84,7 +86,10 @@ def write_dataset(
         file = first // per_file
         data = root / f"data/chunk-000/file-{file:03d}.parquet"
         data.parent.mkdir(parents=True, exist_ok=True)
-        tables = [pa.table(_rows(cameras, e, starts[e], lengths[e], fps, len(tasks), state)) for e in members]
+        tables = [
+            pa.table(_rows(cameras, e, starts[e], lengths[e], fps, len(tasks), state, state_key))
+            for e in members
+        ]
         with pq.ParquetWriter(data, tables[0].schema) as writer:
             for table in tables:  # one row group per episode
                 writer.write_table(table)
@@ -127,12 +132,19 @@ def write_dataset(
         pq.write_table(pa.Table.from_pylist(episodes), meta / "file-000.parquet")
     table = pa.table({"task_index": list(range(len(tasks))), task_column: list(tasks)})
     pq.write_table(table, root / "meta/tasks.parquet")
-    _write_info(root, cameras, lengths, fps, len(tasks), state, info or {})
+    _write_info(root, cameras, lengths, fps, len(tasks), state and state_key, info or {})
     return root
 
 
 def _rows(
-    cameras: Mapping[str, str], episode: int, start: int, length: int, fps: int, tasks: int, state: Any
+    cameras: Mapping[str, str],
+    episode: int,
+    start: int,
+    length: int,
+    fps: int,
+    tasks: int,
+    state: Any,
+    state_key: str,
 ) -> dict[str, Any]:
     pa = pytest.importorskip("pyarrow")
     frames = range(length)
@@ -140,7 +152,7 @@ def _rows(
     if state is not None:
         states = [state(start + i) for i in frames]
         kind = pa.list_(pa.float32(), len(state(0))) if isinstance(state(0), list) else pa.float32()
-        rows["observation.state"] = pa.array(states, kind)
+        rows[state_key] = pa.array(states, kind)
     for camera, (key, stored) in enumerate(cameras.items()):
         if stored == "image":
             rows[key] = [
@@ -162,7 +174,7 @@ def _write_info(
     lengths: Sequence[int],
     fps: int,
     tasks: int,
-    state: Any,
+    state: str | None,
     changes: Mapping[str, Any],
 ) -> None:
     features: dict[str, Any] = {
@@ -170,7 +182,7 @@ def _write_info(
         for key, kind in cameras.items()
     }
     if state is not None:
-        features["observation.state"] = {"dtype": "float32", "shape": [2], "names": ["x", "y"]}
+        features[state] = {"dtype": "float32", "shape": [2], "names": ["x", "y"]}
     for name in ("timestamp", "frame_index", "episode_index", "index", "task_index"):
         dtype = "float32" if name == "timestamp" else "int64"
         features[name] = {"dtype": dtype, "shape": [1], "names": None}

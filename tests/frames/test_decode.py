@@ -73,6 +73,12 @@ def test_a_missing_file_is_named(tmp_path):
         decode_image(tmp_path / "cam.png", "cam.png")
 
 
+def test_an_image_that_is_too_large_is_not_called_corrupt(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(InputError, match="cam: the image is too large, 48 pixels where 40 are the limit"):
+        decode_image(encode(Image.fromarray(RGB)), "cam")
+
+
 def test_every_broken_byte_is_an_input_error_or_a_picture():
     """Never another exception, wherever the file is damaged."""
     rng = np.random.default_rng(1)

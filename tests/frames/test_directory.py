@@ -119,14 +119,14 @@ def test_a_directory_without_a_list_is_told_what_is_missing(root):
         read_directory(root, ["front"], 5)
 
 
-def test_a_list_that_is_not_text_is_refused(root):
-    (root / "metadata.jsonl").write_bytes(b'{"file_name": "\xff"}')
-    with pytest.raises(InputError, match=r"must be UTF-8 text; byte 15 is not"):
-        read_directory(root, ["front"], 5)
-
-
 def test_a_list_may_begin_with_a_byte_order_mark(root):
     write(root, record(3))
     path = root / "metadata.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert read_directory(root, ["front"], 1)[0].instruction == "task 3"
+    assert identify(read_directory(root, ["front"], 1)[0].images["front"]) == 3
+
+
+def test_a_list_that_is_not_text_is_refused(root):
+    (root / "metadata.jsonl").write_bytes(b'{"file_name": "\xff"}')
+    with pytest.raises(InputError, match=r"must be UTF-8 text; byte 15 is not"):
+        read_directory(root, ["front"], 5)

@@ -151,8 +151,15 @@ def test_a_depth_map_is_no_camera(mark, tmp_path):
 @pytest.mark.parametrize(
     ("info", "message"),
     [
-        ({"codebase_version": "v2.1"}, r"LeRobotDataset v2\.1.*convert_dataset_v21_to_v30 --repo-id=NAME"),
-        ({"codebase_version": "v2.0"}, r"LeRobotDataset v2\.0.*convert"),
+        (
+            {"codebase_version": "v2.1"},
+            r"v2\.1, and v3\.0 is read .* scripts: to v3\.0 with .*v21_to_v30",
+        ),
+        (
+            {"codebase_version": "v2.0"},
+            r"v2\.0, .*: to v2\.1, .*v20_to_v21.*, then to v3\.0 .*v21_to_v30",
+        ),
+        ({"codebase_version": "v1.6"}, r"LeRobotDataset v1\.6, and v3\.0 is read here$"),
         ({"codebase_version": "v4.0"}, r"LeRobotDataset v4\.0, and v3\.0 is read here"),
         ({"codebase_version": None}, r"info\.json names no codebase_version"),
         ({"features": []}, r"info\.json must have features, an object of objects"),
@@ -162,8 +169,11 @@ def test_a_depth_map_is_no_camera(mark, tmp_path):
         ({"data_path": None}, "must have the templates data_path"),
         ({"data_path": "data/{file}.parquet"}, "'data/{file}.parquet' is no template of a path"),
         ({"video_path": "{video_key}/{file_index.x}.mp4"}, "is no template of a path"),
-        ({"data_path": "/etc/{file_index}"}, "leads to /etc/0, which is not inside"),
-        ({"video_path": "a/../../{file_index}.mp4"}, r"leads to a/\.\./\.\./0\.mp4, which is not inside"),
+        ({"data_path": "/etc/{file_index}"}, "'/etc/0' is not the path of a file inside"),
+        (
+            {"video_path": "a/../../{file_index}.mp4"},
+            r"'a/\.\./\.\./0\.mp4' is not the path of a file inside",
+        ),
         ({"video_path": None}, "with videos, video_path"),
     ],
 )
@@ -182,6 +192,25 @@ def test_an_info_that_is_not_json_is_refused(tmp_path):
     (root / "meta/info.json").write_text("[]")
     with pytest.raises(InputError, match="names no codebase_version"):
         read_dataset(root, ["top"], 1)
+
+
+def test_the_state_may_be_called_otherwise(tmp_path):
+    root = write_dataset(tmp_path, {TOP: "image"}, state_key="state")
+    assert read_dataset(root, ["top"], 1)[0].state is None
+    (frame,) = read_dataset(root, ["top"], 1, state="state")
+    assert frame.state[1] == 0.5
+    message = r"no state 'observation\.state', which the policy reads; .* columns of numbers are state$"
+    with pytest.raises(InputError, match=message):
+        read_dataset(root, ["top"], 1, reads_state=True)
+    for name in ("proprio", TOP, "timestamp"):
+        with pytest.raises(InputError, match=f"has no state '{name}'; .* are state$"):
+            read_dataset(root, ["top"], 1, state=name)
+
+
+def test_a_state_has_its_short_name_as_a_camera_has(tmp_path):
+    root = write_dataset(tmp_path, {TOP: "image"}, state_key="observation.joints")
+    (frame,) = read_dataset(root, ["top"], 1, state="joints")
+    assert frame.state[1] == 0.5
 
 
 @pytest.mark.parametrize("lengths", [(), (0, 0)])

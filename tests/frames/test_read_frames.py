@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +21,7 @@ from sqap import Observation, Recipe
 from sqap.errors import InputError
 from sqap.frames import read_frames
 from sqap.policy import hash_frames
+from sqap.processing import ProprioStatistics
 
 CAMERA = "corner2"  # of the policy in small
 
@@ -37,6 +43,25 @@ def images(tmp_path):
 def dataset(tmp_path):
     """A LeRobotDataset of 16 frames."""
     return write_dataset(tmp_path / "dataset", {f"observation.images.{CAMERA}": "image"})
+
+
+@contextmanager
+def closed(directory: Path) -> Iterator[None]:
+    """Nobody may look into ``directory``, though everybody into those above it; root is somebody else."""
+    changed = [parent for parent in directory.parents if not parent.stat().st_mode & 0o001]
+    modes = [(path, path.stat().st_mode) for path in (directory, *changed)]
+    for parent in changed:
+        parent.chmod(0o755)
+    directory.chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        for path, mode in modes:
+            path.chmod(mode)
 
 
 @pytest.mark.parametrize("source", ["images", "dataset"])
@@ -98,13 +123,44 @@ def test_a_source_that_is_none_is_refused(policy, images):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("metaworld", "metaworld draws the policy's own cameras"),
+        ("metaworld", "metaworld gives the policy's own cameras and state"),
         (None, r"has no meta/info\.json; only the cam"),
     ],
 )
-def test_only_a_datasets_cameras_are_mapped(source, message, policy, images):
+@pytest.mark.parametrize("mapped", [{"cameras": {CAMERA: "top"}}, {"state": "joints"}])
+def test_only_a_datasets_cameras_and_state_are_mapped(source, mapped, message, policy, images):
     with pytest.raises(InputError, match=message):
-        read_frames(source or images, policy, 1, cameras={CAMERA: "top"})
+        read_frames(source or images, policy, 1, **mapped)
+
+
+def test_a_policy_that_reads_the_state_is_told_where_a_dataset_has_none(policy, tmp_path):
+    pytest.importorskip("pyarrow")
+    root = write_dataset(tmp_path, {f"observation.images.{CAMERA}": "image"}, state_key="joints")
+    assert read_frames(root, policy, 1)[0].state is None
+    proprio = ProprioStatistics(low=(0.0, 0.0), high=(9.0, 1.0), mask=(True, True))
+    policy.config = dataclasses.replace(policy.config, proprio=proprio)
+    with pytest.raises(InputError, match=r"no state 'observation\.state', which the policy reads; .* joints"):
+        read_frames(root, policy, 1)
+    assert read_frames(root, policy, 1, state="joints")[0].state[1] == 0.5
+
+
+def test_a_path_is_no_simulator(policy, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no calibration frames at metaworld"):
+        read_frames(Path("metaworld"), policy, 1)
+
+
+@pytest.mark.parametrize("place", [".", "meta/episodes", "meta/episodes/chunk-000"])
+def test_a_directory_that_may_not_be_read_is_named(place, policy, dataset):
+    """It is neither called missing nor empty."""
+    pytest.importorskip("pyarrow")
+    with closed(dataset / place), pytest.raises(InputError, match=r"cannot read .*: Permission denied$"):
+        read_frames(dataset, policy, 1)
+
+
+def test_a_name_that_no_directory_can_have_is_refused(policy):
+    with pytest.raises(InputError, match=r"cannot read x+: File name too long"):
+        read_frames("x" * 300, policy, 1)
 
 
 @pytest.mark.parametrize("module", ["pyarrow", "av"])

@@ -19,6 +19,7 @@ from sqap.cli.options import (
     KeepOption,
     RecipeOption,
     SourceArgument,
+    StateOption,
     calibration_frames,
     load_policy,
     read_recipe,
@@ -50,6 +51,7 @@ def compress(
     frames: FramesOption = 48,
     frames_from: FramesFromOption = "metaworld",
     camera: CameraOption = None,
+    state: StateOption = None,
     choices: Choices = NONE,
     json_path: JsonOption = None,
 ) -> None:
@@ -57,7 +59,7 @@ def compress(
     with user_errors():
         settings = read_recipe(recipe, keep)
         policy = load_policy(source, choices)
-        observations = calibration_frames(policy, frames_from, frames, camera)
+        observations = calibration_frames(policy, frames_from, frames, camera, state)
         if target_bytes is not None or target_error is not None:
             settings = _fitted(policy, settings, observations, target_bytes, target_error)
         with progress_bar("quantizing", percent=True) as advance:
@@ -67,13 +69,15 @@ def compress(
         before, after = stored_bytes(policy.model), stored_bytes(small.model)
         console.print(
             f"Weights: {tables.size(before)} in {source}, {tables.size(after)} in {out} "
-            f"({tables.percent(after / before)})"
+            f"({tables.percent(after / before)})",
+            soft_wrap=True,
         )
         calibration = small.calibration
         if calibration is not None and calibration.top_k is not None and calibration.overlap is not None:
             console.print(
                 f"The attention ranking is trusted with {calibration.top_k} tokens: "
-                f"quantized and full precision agree on {tables.percent(calibration.overlap)} of them"
+                f"quantized and full precision agree on {tables.percent(calibration.overlap)} of them",
+                soft_wrap=True,
             )
         write_numbers(
             json_path,
@@ -108,5 +112,5 @@ def _fitted(
         )
     for override in quantization.overrides[len(recipe.quantization.overrides) :]:
         bits = "bfloat16" if override.scheme is None else f"{override.scheme.weight_bits}-bit weights"
-        console.print(f"{override.pattern} gets {bits}")
+        console.print(f"{override.pattern} gets {bits}", soft_wrap=True)
     return dataclasses.replace(recipe, quantization=quantization)

@@ -18,7 +18,7 @@ from sqap.files import write_json
 from sqap.observation import Observation
 from sqap.policy import Policy
 from sqap.recipe import Recipe
-from sqap.terminal import progress_bar, user_errors
+from sqap.terminal import logger, progress_bar, user_errors
 
 NONE = Choices()
 PRESETS = {"w4a8": Recipe.w4a8, "w4a4": Recipe.w4a4}
@@ -33,6 +33,9 @@ FramesFromOption = Annotated[
 ]
 CameraOption = Annotated[
     list[str] | None, typer.Option(help="POLICY_CAMERA=DATASET_KEY, for a LeRobotDataset; repeatable.")
+]
+StateOption = Annotated[
+    str | None, typer.Option(help="DATASET_KEY of the robot's state, for a LeRobotDataset.")
 ]
 JsonOption = Annotated[
     Path | None, typer.Option("--json", metavar="PATH", help="Write the numbers to PATH.", dir_okay=False)
@@ -94,7 +97,10 @@ def with_choices(command: Callable[..., None]) -> Callable[..., None]:
 
 def load_policy(source: str, choices: Choices) -> Policy:
     """The policy at ``source``, with what the options choose."""
-    return sqap.load(source, **vars(choices))
+    policy = sqap.load(source, **vars(choices))
+    config = policy.config
+    logger.info("%s is a %s policy; it reads %s", source, config.family, ", ".join(config.cameras))
+    return policy
 
 
 def read_recipe(name: str, keep: float | None) -> Recipe:
@@ -110,14 +116,20 @@ def read_recipe(name: str, keep: float | None) -> Recipe:
 
 
 def calibration_frames(
-    policy: Policy, source: str, count: int, cameras: list[str] | None
+    policy: Policy, source: str, count: int, cameras: list[str] | None, state: str | None
 ) -> list[Observation]:
     """The frames that ``--frames-from`` names."""
     from sqap.frames import read_frames
 
-    mapping = dict(_pair(camera) for camera in cameras or ())
+    mapping: dict[str, str] = {}
+    for name, key in map(_pair, cameras or ()):
+        if name in mapping:
+            raise InputError(f"--camera {name} is given twice: {mapping[name]} and {key}")
+        mapping[name] = key
     with progress_bar("calibration frames") as advance:
-        return read_frames(source, policy, count, cameras=mapping, progress=advance)
+        frames = read_frames(source, policy, count, cameras=mapping, state=state, progress=advance)
+    logger.info("%d calibration frames from %s", len(frames), source)
+    return frames
 
 
 def _pair(camera: str) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from sqap.cli.options import (
     KeepOption,
     RecipeOption,
     SourceArgument,
+    StateOption,
     calibration_frames,
     load_policy,
     read_recipe,
@@ -34,6 +35,7 @@ def sensitivity(
     frames: FramesOption = 24,
     frames_from: FramesFromOption = "metaworld",
     camera: CameraOption = None,
+    state: StateOption = None,
     choices: Choices = NONE,
     json_path: JsonOption = None,
 ) -> None:
@@ -45,7 +47,8 @@ def sensitivity(
         if settings.quantization is None:
             raise InputError(f"recipe {recipe} quantizes nothing, so there is nothing to measure")
         policy = load_policy(source, choices)
-        replay = Replay(policy, calibration_frames(policy, frames_from, frames, camera), settings.pruning)
+        observations = calibration_frames(policy, frames_from, frames, camera, state)
+        replay = Replay(policy, observations, settings.pruning)
         with progress_bar("options") as advance:
             options = compare_options(replay, settings.quantization, advance)
         console.print(tables.options_table("The quantizer, one ingredient at a time", options))

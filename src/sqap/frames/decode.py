@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ def decode_image(source: Path | bytes, where: str) -> np.ndarray:
         where: names it in messages.
 
     Raises:
-        InputError: it is missing, corrupt, of another format, or has more than 8 bits per channel.
+        InputError: it is missing, corrupt, of another format, too large, or has more than 8 bits per channel.
     """
     try:
         with Image.open(
@@ -38,8 +39,14 @@ def decode_image(source: Path | bytes, where: str) -> np.ndarray:
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except InputError:
         raise
+    except Image.DecompressionBombError as error:
+        sizes = re.findall(r"\d+", str(error))
+        raise InputError(
+            f"cannot read {where}: the image is too large"
+            + (f", {sizes[0]} pixels where {sizes[1]} are the limit" if len(sizes) == 2 else "")
+        ) from error
     # What Pillow raises for broken data depends on where it breaks.
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         reason = getattr(error, "strerror", None) or "it is corrupt, or no PNG, JPEG or WebP"
         raise InputError(f"cannot read {where}: {reason}") from error
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from sqap.errors import InputError
 from sqap.frames.decode import decode_image, observe
+from sqap.frames.paths import inside
 from sqap.frames.selection import spread
 from sqap.observation import Observation
 
@@ -111,6 +112,4 @@ def _file(root: Path, record: dict[str, Any], camera: str, where: str, only: boo
             + (" or 'file_name'" if only else "")
             + f", and has {', '.join(map(repr, listed)) or 'neither'}"
         )
-    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise InputError(f"{where}: {name!r} is not the path of a file inside {root}")
-    return root / name
+    return inside(root, name, where)

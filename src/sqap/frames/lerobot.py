@@ -13,7 +13,6 @@ import numpy as np
 from sqap.errors import InputError
 from sqap.frames.decode import decode_image, observe
 from sqap.frames.lerobot_metadata import (
-    INFO,
     TASKS,
     Episode,
     camera_keys,
@@ -21,13 +20,13 @@ from sqap.frames.lerobot_metadata import (
     read_episodes,
     read_info,
     read_tasks,
+    state_key,
 )
 from sqap.frames.parquet import read_rows
 from sqap.frames.selection import deal, looks
 from sqap.frames.video import frames_at
 from sqap.observation import Observation
 
-STATE = "observation.state"
 _ROW = ("index", "episode_index", "frame_index", "timestamp", "task_index")
 
 
@@ -52,17 +51,15 @@ class _Moment:
         return f"frame {self.frame} of episode {self.episode.index}"
 
 
-def is_dataset(root: Path) -> bool:
-    """Whether ``root`` looks like a LeRobotDataset, of any version."""
-    return (root / INFO).is_file()
-
-
 def read_dataset(
     root: Path,
     cameras: Sequence[str],
     count: int,
     mapping: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    state: str | None = None,
+    reads_state: bool = False,
 ) -> list[Observation]:
     """At most ``count`` frames, evenly spread over the episodes and over the time in each, in their order.
 
@@ -74,6 +71,8 @@ def read_dataset(
         count: how many frames at most.
         mapping: camera of the policy -> the dataset's, where they are called differently.
         progress: gets (frames so far, frames in all).
+        state: the dataset's key of the robot's state; ``observation.state`` if not given.
+        reads_state: whether the policy needs the state; otherwise ``observation.state`` may be missing.
 
     Raises:
         InputError: the ``lerobot`` extra is not installed; the dataset is of another version, empty,
@@ -81,11 +80,13 @@ def read_dataset(
     """
     info = read_info(root)
     keys = camera_keys(info, cameras, mapping or {})
+    vector = state_key(info, state, reads_state)
     moments = _choose(read_episodes(info, filter(info.is_video, keys.values())), count)
     if not moments:
         raise InputError(f"{root} holds no frames")
-    stored = [key for key in (STATE, *keys.values()) if key in info.features and not info.is_video(key)]
-    rows, tasks = _read_rows(moments, list(dict.fromkeys(stored))), read_tasks(info)
+    stored = [key for key in keys.values() if not info.is_video(key)]
+    columns = list(dict.fromkeys(stored if vector is None else [vector, *stored]))
+    rows, tasks = _read_rows(moments, columns), read_tasks(info)
     images: list[dict[str, np.ndarray]] = [{} for _ in moments]
     done = 0
     for camera, key in keys.items():
@@ -97,7 +98,7 @@ def read_dataset(
             if progress is not None:
                 progress(done // len(keys), len(moments))
     return [
-        _observation(f"{root}, {moment.where}", row, image, tasks)
+        _observation(f"{root}, {moment.where}", row, image, tasks, vector)
         for moment, row, image in zip(moments, rows, images, strict=True)
     ]
 
@@ -152,10 +153,14 @@ def _filmed(
 
 
 def _observation(
-    where: str, row: Mapping[str, Any], images: Mapping[str, np.ndarray], tasks: Mapping[int, str]
+    where: str,
+    row: Mapping[str, Any],
+    images: Mapping[str, np.ndarray],
+    tasks: Mapping[int, str],
+    state: str | None,
 ) -> Observation:
     if row["task_index"] not in tasks:
         raise InputError(f"{where}, has no instruction: {TASKS} has no task {row['task_index']}")
     # A state of a single number is stored without a list around it.
-    state = np.atleast_1d(row[STATE]) if STATE in row else None
-    return observe(where, images, tasks[row["task_index"]], state)
+    vector = None if state is None else np.atleast_1d(row[state])
+    return observe(where, images, tasks[row["task_index"]], vector)

@@ -14,13 +14,26 @@ from typing import Any
 
 from sqap.errors import InputError
 from sqap.frames.parquet import column_names, read_rows
+from sqap.frames.paths import inside, listed
 from sqap.serialization import read_json
 
 INFO = Path("meta", "info.json")
 TASKS = Path("meta", "tasks.parquet")
 EPISODES = Path("meta", "episodes")
+STATE = "observation.state"
 # pandas writes the instructions, which are the index of the table of tasks, under either name.
 _TASK_COLUMNS = ("task", "__index_level_0__")
+_BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+# LeRobot's converters, and the releases that have them.
+_TO_V21 = (
+    "to v2.1, on the hub, with `python -m lerobot.datasets.v21.convert_dataset_v20_to_v21 "
+    "--repo-id=ORG/NAME` of LeRobot 0.3.3"
+)
+_TO_V30 = (
+    "to v3.0 with `python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=ORG/NAME --root={root} "
+    "--push-to-hub=false` of LeRobot 0.5.1 or newer"
+)
+_CONVERTERS = {"v2.0": (_TO_V21, _TO_V30), "v2.1": (_TO_V30,)}
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class Info:
 
     def is_video(self, key: str) -> bool:
         """Whether a camera's pictures are in videos rather than in the rows."""
-        return bool(self.features[key]["dtype"] == "video")
+        return bool(self.features[key].get("dtype") == "video")
 
     def cameras(self) -> list[str]:
         """The keys that hold colour pictures."""
@@ -84,14 +97,12 @@ def read_info(root: Path) -> Info:
     version = data.get("codebase_version") if isinstance(data, dict) else None
     if not isinstance(version, str):
         raise InputError(f"{path} names no codebase_version, as a LeRobotDataset's does")
-    if version.startswith("v2."):
-        raise InputError(
-            f"{root} is a LeRobotDataset {version}, and v3.0 is read here: convert it with LeRobot's own "
-            f"`python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=NAME --root={root} "
-            "--push-to-hub=false`"
-        )
     if not version.startswith("v3."):
-        raise InputError(f"{root} is a LeRobotDataset {version}, and v3.0 is read here")
+        steps = ", then ".join(_CONVERTERS.get(version, ())).format(root=root)
+        raise InputError(
+            f"{root} is a LeRobotDataset {version}, and v3.0 is read here"
+            + (f": convert it with LeRobot's own scripts: {steps}" if steps else "")
+        )
     features, fps = data.get("features"), data.get("fps")
     if not isinstance(features, dict) or not all(isinstance(value, dict) for value in features.values()):
         raise InputError(f"{path} must have features, an object of objects")
@@ -129,6 +140,30 @@ def camera_keys(info: Info, cameras: Sequence[str], mapping: Mapping[str, str]) 
     return keys
 
 
+def state_key(info: Info, name: str | None, needed: bool) -> str | None:
+    """The dataset's key of the robot's state: ``name``, or else `STATE` if it is there.
+
+    Raises:
+        InputError: the dataset has no ``name``; or no `STATE`, which is ``needed``.
+    """
+    wanted = STATE if name is None else name
+    known = [
+        key
+        for key, feature in info.features.items()
+        if str(feature.get("dtype")).startswith(("float", "int")) and key not in _BOOKKEEPING
+    ]
+    matches = [key for key in (wanted, f"observation.{wanted}") if key in known]
+    if matches:
+        return matches[0]
+    if name is None and not needed:
+        return None
+    raise InputError(
+        f"{info.root} has no state {wanted!r}"
+        + (", which the policy reads" if needed else "")
+        + f"; --state names its key, and the dataset's columns of numbers are {', '.join(known) or 'none'}"
+    )
+
+
 def read_episodes(info: Info, video_keys: Iterable[str]) -> list[Episode]:
     """Every episode, by number; of the videos only those of ``video_keys``.
 
@@ -140,7 +175,8 @@ def read_episodes(info: Info, video_keys: Iterable[str]) -> list[Episode]:
     for key in video_keys:
         columns += [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
     episodes = []
-    for path in sorted((info.root / EPISODES).glob("*/*.parquet")):
+    chunks = listed(info.root / EPISODES)
+    for path in sorted(file for chunk in chunks for file in listed(chunk) if file.suffix == ".parquet"):
         for row in read_rows(path, columns):
             numbers = {name: number(value, f"{path}: {name}") for name, value in row.items()}
             episodes.append(_episode(info, numbers, video_keys))
@@ -163,14 +199,10 @@ def _episode(info: Info, row: Mapping[str, float], video_keys: Sequence[str]) ->
     def file(template: str, prefix: str, **names: str) -> Path:
         chunk, place = int(row[f"{prefix}/chunk_index"]), int(row[f"{prefix}/file_index"])
         try:
-            path = Path(template.format(chunk_index=chunk, file_index=place, **names))
+            path = template.format(chunk_index=chunk, file_index=place, **names)
         except (LookupError, ValueError, AttributeError) as error:
             raise InputError(f"{info.root / INFO}: {template!r} is no template of a path") from error
-        if path.is_absolute() or ".." in path.parts:
-            raise InputError(
-                f"{info.root / INFO}: {template!r} leads to {path}, which is not inside {info.root}"
-            )
-        return info.root / path
+        return inside(info.root, path, str(info.root / INFO))
 
     videos = {
         key: (
