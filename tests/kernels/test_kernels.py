@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from typing import Any, get_args
 
 import hypothesis.strategies as st
@@ -212,50 +210,6 @@ def test_no_tokens_give_no_outputs(path: str) -> None:
     assert run(layer, torch.ones(2, 0, 64), path).shape == (2, 0, 24)
 
 
-GUARDED = """
-import ctypes, mmap, sys
-import torch
-from sqap import kernels
-
-libc = ctypes.CDLL(None, use_errno=True)
-page, kept = mmap.PAGESIZE, []
-
-def guarded(tensor):
-    # The tensor's bytes end where a page begins that cannot be read.
-    size = tensor.numel() * tensor.element_size()
-    whole = (size + page - 1) // page * page
-    area = mmap.mmap(-1, whole + page)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
-    assert libc.mprotect(ctypes.c_void_p(start + whole), page, 0) == 0
-    kept.append(area)
-    copy = torch.frombuffer(area, dtype=tensor.dtype, count=tensor.numel(), offset=whole - size)
-    return copy.view(tensor.shape).copy_(tensor)
-
-path = sys.argv[1]
-for bits in (4, 8):
-    for tokens, inputs, outputs in ((1, 34, 5), (3, 130, 16), (40, 98, 33), (15, 1026, 9)):
-        shape = outputs, inputs // (2 if bits == 4 else 1)
-        weight = guarded(torch.randint(0, 256, shape, dtype=torch.uint8))
-        x = guarded(torch.randn(tokens, inputs))
-        q = guarded(torch.randint(-127, 128, (tokens, inputs), dtype=torch.int8))
-        scale, bias = guarded(torch.ones(outputs, 1)), guarded(torch.ones(outputs))
-        kernels.matmul(q, weight, bits, path)
-        for symmetric in (True, False):
-            for size in (inputs, 2, 0):
-                linear = kernels.Linear(weight, scale, bias, weight_bits=bits, activation_bits=8,
-                                        symmetric=symmetric, group_size=size, hadamard_block=2, path=path)
-                linear(x)
-                linear(x, "silu", x)
-print("done")
-"""
-
-
-@every_path
-def test_nothing_is_read_beyond_an_array(path: str) -> None:
-    found = subprocess.run([sys.executable, "-c", GUARDED, path], capture_output=True, text=True)
-    assert found.stdout == "done\n", found.stderr
-
-
 def test_the_variable_chooses_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     choose = kernels.chosen.__wrapped__  # it looks but once
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
@@ -265,27 +219,3 @@ def test_the_variable_chooses_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(kernels.VARIABLE, "mmx")
     with pytest.raises(InputError, match=r"SQAP_KERNELS is 'mmx'; on this processor it can be .*reference"):
         choose()
-
-
-GRID: Any = {"weight_bits": 4, "activation_bits": 8, "symmetric": True, "group_size": 64}
-
-
-def test_shapes_that_do_not_fit_are_refused() -> None:
-    q, weight = torch.zeros(2, 64, dtype=torch.int8), torch.zeros(3, 32, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="do not fit a weight stored"):
-        kernels.matmul(q, weight, 8)
-    with pytest.raises(ValueError, match="contiguous bytes"):
-        kernels.matmul(q[:, :62], weight[:, :31], 4)
-    with pytest.raises(ValueError, match=r"scales \(3, 3\) do not fit a weight of 3 by 64 channels"):
-        kernels.Linear(weight, torch.ones(3, 3), None, **GRID)
-    with pytest.raises(ValueError, match="64 channels cannot be cut into groups of 48"):
-        kernels.Linear(weight, torch.ones(3, 1), None, **{**GRID, "group_size": 48})
-    with pytest.raises(ValueError, match="a power of two that divides 64, got 3"):
-        kernels.Linear(weight, torch.ones(3, 1), None, **GRID, hadamard_block=3)
-    linear = kernels.Linear(weight, torch.ones(3, 1), None, **GRID)
-    with pytest.raises(ValueError, match=r"inputs \(2, 32\) do not fit a weight of 64 channels"):
-        linear(torch.ones(2, 32))
-    with pytest.raises(ValueError, match=r"factors \(2, 32\) do not fit inputs \(2, 64\)"):
-        linear(torch.ones(2, 64), "silu", torch.ones(2, 32))
-    with pytest.raises(ValueError, match=r"float32 or bfloat16 on the CPU, got torch\.float64"):
-        linear(torch.ones(2, 64, dtype=torch.float64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sqap import kernels
+from sqap.kernels.layer import Layer, Norm
 from sqap.models.config import DecoderConfig, VisionConfig
 from sqap.models.decoder import DecoderLayer, KVCache, rope_angles
 from sqap.models.heads.diffusion import DiTBlock
@@ -124,6 +126,69 @@ def test_every_path_runs_a_layer(path: str) -> None:
     done = run_fused(layer, x, rope)
     assert done is not None
     assert_near(done[0], expected)
+
+
+def test_positions_may_be_the_same_for_a_whole_batch(path: str) -> None:
+    torch.manual_seed(0)
+    layer, config = decoder_layer()
+    x, rope = torch.randn(3, 20, 64), rope_angles(torch.arange(20)[None], config, torch.float32)
+    expected, _ = layer(x, rope)
+    done = run_fused(layer, x, rope)
+    assert done is not None
+    for found, one in zip(done[0], expected, strict=True):
+        assert_near(found, one)
+
+
+def test_tensors_that_do_not_fit_the_layer_are_refused(path: str) -> None:
+    layer, _ = decoder_layer()
+    x, angles, room = torch.ones(2, 5, 64), torch.ones(2, 5, 24), torch.ones(2, 2, 5, 24)
+    for arguments, sentence in (
+        ((torch.ones(2, 5, 48),), r"inputs must be \(2, 5, 64\), got \(2, 5, 48\)"),
+        (
+            (x, (angles, angles[:, :4])),
+            r"positions \(2, 4, 24\) do not fit tokens that need \(2, 5, 24\)",
+        ),
+        ((torch.ones(3, 5, 64), (angles, angles)), r"rotary positions \(2, 5, 24\) do not fit"),
+        ((x, (angles[..., :12], angles[..., :12])), r"rotary positions \(2, 5, 12\) do not fit"),
+        (
+            (x, None, None, (room, room[:1])),
+            r"keys and values must be \(2, 2, 5, 24\), got \(1, 2, 5, 24\)",
+        ),
+        ((x, None, None, (room, room.double())), r"contiguous float32 on the CPU, got torch\.float64"),
+        ((x, None, None, (room, room.transpose(0, 1))), "contiguous"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            run_fused(layer, *arguments)
+    with pytest.raises(IndexError):
+        run_fused(layer, x, None, torch.tensor([5]))
+
+
+def test_a_layer_of_parts_that_do_not_fit_is_refused(path: str) -> None:
+    def linear(inputs: int, outputs: int) -> kernels.Linear:
+        return QuantizedLinear(inputs, outputs, W8A8).bound()
+
+    norms = (Norm(None, None, 1e-6),) * 2
+    good: dict[str, Any] = {
+        "inputs": [linear(16, 32), linear(16, 16), linear(16, 16)], "out": linear(32, 16),
+        "up": [linear(16, 24), linear(16, 24)], "down": linear(24, 16), "norms": norms,
+        "gains": (None, None), "function": "silu", "heads": (4, 2, 8), "causal": True,
+    }  # fmt: skip
+    Layer(**good)
+    for name, value, sentence in (
+        ("inputs", [linear(16, 32), linear(16, 16), linear(16, 24)], "do not fit the heads"),
+        ("inputs", [linear(16, 56)], "do not fit the heads"),
+        ("inputs", [linear(16, 32)] * 2, "one linear or three"),
+        ("out", linear(32, 24), "the output projection does not fit"),
+        ("up", [linear(16, 24)] * 3, "one linear or two"),
+        ("up", [linear(16, 24), linear(16, 32)], "the MLP's gate does not fit"),
+        ("down", linear(32, 16), "the MLP does not fit"),
+        ("heads", (3, 2, 8), "key heads do not divide query heads"),
+        ("heads", (8, 4, 4), "multiple of 8"),
+        ("norms", (Norm(torch.ones(8), None, 1e-6),) * 2, r"must be \(16,\), got \(8,\)"),
+        ("gains", (torch.ones(16, dtype=torch.float64), None), "contiguous float32"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            Layer(**{**good, name: value})
 
 
 def test_keys_and_values_are_kept_for_later_tokens() -> None:

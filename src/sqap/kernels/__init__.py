@@ -109,8 +109,12 @@ class Linear:
         _check_weight(weight)
         if group_size and (k % group_size or (weight_bits == 4 and group_size % 2)):
             raise ValueError(f"{k} channels cannot be cut into groups of {group_size}")
-        if scale.dtype != torch.float32 or not scale.is_contiguous() or k % groups or rows not in (1, n):
+        if scale.dtype != torch.float32 or not scale.is_contiguous() or not scale.is_cpu:
+            raise ValueError(f"scales must be contiguous float32 on the CPU, got {scale.dtype}")
+        if scale.shape != (1, 1) and (rows != n or not groups or k % groups):
             raise ValueError(f"scales {tuple(scale.shape)} do not fit a weight of {n} by {k} channels")
+        if bias is not None and bias.shape != (n,):
+            raise ValueError(f"a bias {tuple(bias.shape)} does not fit a weight of {n} by {k} channels")
         if k % hadamard_block or hadamard_block & (hadamard_block - 1):
             raise ValueError(
                 f"a Hadamard block must be a power of two that divides {k}, got {hadamard_block}"
@@ -121,8 +125,8 @@ class Linear:
         bias = None if bias is None else bias.float().contiguous()
         self._kept = weight, scale, bias  # the native code has their addresses
         self.native = _native.Linear(
-            path or chosen(), weight.data_ptr(), weight_bits, n, k,
-            scale.data_ptr(), groups, rows != n or scale.numel() == 1, address(bias),
+            path or chosen(), array(weight), weight_bits, n, k,
+            array(scale), groups, scale.shape == (1, 1), array(bias),
             activation_bits, symmetric, group_size, hadamard_block,
         )  # fmt: skip
 
@@ -131,7 +135,7 @@ class Linear:
         x, times = self._check(x, times)
         y = x.new_empty(*x.shape[:-1], self.out_features)
         half, m = x.dtype == torch.bfloat16, x.numel() // self.in_features
-        self.native(x.data_ptr(), half, m, FUNCTIONS.index(function), address(times), y.data_ptr())
+        self.native(array(x), half, m, FUNCTIONS.index(function), array(times), array(y))
         return y
 
     def quantize(
@@ -139,11 +143,12 @@ class Linear:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Levels, scales and zero points of ``x`` ``(tokens, in)``, as they are multiplied."""
         x, times = self._check(x, times)
-        m = len(x)
-        q, scale = torch.empty(m, self.in_features, dtype=torch.int8), torch.empty(m, self._grids)
-        zero_point = None if self._symmetric else torch.empty(m, self._grids, dtype=torch.int32)
-        first = x.data_ptr(), x.dtype == torch.bfloat16, m, FUNCTIONS.index(function), address(times)
-        self.native.quantize(*first, q.data_ptr(), scale.data_ptr(), address(zero_point))
+        m, grids = len(x), (len(x), self._grids)
+        q = torch.empty(m, self.in_features, dtype=torch.int8, device="cpu")
+        scale = torch.empty(grids, dtype=torch.float32, device="cpu")
+        zero_point = None if self._symmetric else torch.empty(grids, dtype=torch.int32, device="cpu")
+        first = array(x), x.dtype == torch.bfloat16, m, FUNCTIONS.index(function), array(times)
+        self.native.quantize(*first, array(q), array(scale), array(zero_point))
         return q, scale, zero_point
 
     def _check(self, x: Tensor, times: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -168,10 +173,15 @@ def matmul(q: Tensor, weight: Tensor, weight_bits: int, path: str | None = None)
     _check_weight(weight)
     if weight.shape[1] * (2 if weight_bits == 4 else 1) != k or q.dtype != torch.int8:
         raise ValueError(f"levels {tuple(q.shape)} do not fit a weight stored as {tuple(weight.shape)}")
-    y = torch.empty(m, n, dtype=torch.int32)
+    y = torch.empty(m, n, dtype=torch.int32, device="cpu")
     q = q.contiguous()
-    _native.matmul(path or chosen(), q.data_ptr(), m, k, weight.data_ptr(), weight_bits, n, y.data_ptr())
+    _native.matmul(path or chosen(), array(q), m, k, array(weight), weight_bits, n, array(y))
     return y
+
+
+def array(tensor: Tensor | None) -> tuple[int, int]:
+    """What the native code is told of a contiguous tensor: its address and its bytes; zeros of none."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.nbytes)
 
 
 def address(tensor: Tensor | None) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sqap.kernels import FUNCTIONS, Function, Linear, _native, address
+from sqap.kernels import FUNCTIONS, Function, Linear, _native, array
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,19 @@ class Layer:
         heads: tuple[int, int, int],
         causal: bool,
     ) -> None:
+        parameters = [parameter for norm in norms for parameter in (norm.weight, norm.bias)]
+        for parameter in (*parameters, *gains):
+            if parameter is not None:
+                _check("a norm's or branch's parameter", parameter, (out.out_features,))
+        self._width, self._heads = out.out_features, heads
         self._kept = inputs, out, up, down, norms, gains  # the native code has their addresses
         self._native = _native.Layer(
             [linear.native for linear in inputs],
             out.native,
             [linear.native for linear in up],
             down.native,
-            *(_native.norm(norm.rms, address(norm.weight), address(norm.bias), norm.eps) for norm in norms),
-            *map(address, gains),
+            *(_native.norm(norm.rms, array(norm.weight), array(norm.bias), norm.eps) for norm in norms),
+            *map(array, gains),
             FUNCTIONS.index(function),
             *heads,
             causal,
@@ -73,21 +78,40 @@ class Layer:
 
         Args:
             x: float32.
-            rope: cosines and sines ``(batch, tokens, head_dim)`` of the rotary positions.
+            rope: cosines and sines of the rotary positions, ``(batch, tokens, head_dim)``, or ``(1, tokens,
+                head_dim)`` where they are the same for the whole batch.
             rows: ``(rows,)`` indices of the tokens whose attention is wanted, averaged over heads and rows.
             kept: to be filled with keys and values, float32 ``(batch, kv_heads, tokens, head_dim)``.
+
+        Raises:
+            ValueError: the tensors do not fit together.
         """
         (batch, tokens, _), x = x.shape, x.contiguous()
-        y, wanted, received = torch.empty_like(x), None, None
+        _check("inputs", x, (batch, tokens, self._width))
+        _, kv_heads, head_dim = self._heads
+        cos = sin = wanted = received = None
+        if rope is not None:
+            cos, sin = (_angles(part, (batch, tokens, head_dim)) for part in rope)
         if rows is not None:
-            wanted = torch.zeros(tokens, dtype=torch.uint8).index_fill_(0, rows.cpu(), 1)
+            wanted = torch.zeros(tokens, dtype=torch.uint8, device="cpu").index_fill_(0, rows.cpu(), 1)
             received = x.new_empty(batch, tokens)
-        cos, sin = (None, None) if rope is None else (part.float().contiguous() for part in rope)
-        self._native(
-            x.data_ptr(),
-            y.data_ptr(),
-            batch,
-            tokens,
-            *map(address, (cos, sin, wanted, received, *(kept or (None, None)))),
-        )
+        for part in kept or ():
+            _check("room for keys and values", part, (batch, kv_heads, tokens, head_dim))
+        y = torch.empty_like(x)
+        given = cos, sin, wanted, received, *(kept or (None, None))
+        self._native(array(x), array(y), batch, tokens, *map(array, given))
         return y, received
+
+
+def _angles(part: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Cosines or sines, with one row for every token of the batch."""
+    if part.shape != shape and part.shape != (1, *shape[1:]):
+        raise ValueError(f"rotary positions {tuple(part.shape)} do not fit tokens that need {shape}")
+    return part.float().expand(shape).contiguous()
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
+    if tensor.dtype != torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous float32 on the CPU, got {tensor.dtype}")

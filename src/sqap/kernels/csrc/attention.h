@@ -103,7 +103,7 @@ inline void score(const float* queries, const float* tiles, int64_t head_dim, in
     }
 }
 
-// e^(score - the largest) in place, 0 from `visible` on; returns what makes them add up to one.
+// e^(score - the largest) in place, next to nothing from `visible` on; returns what makes them add up to one.
 inline float softmax(float* scores, int64_t visible, int64_t keys) {
     for (int64_t j = visible; j < keys; j++) scores[j] = HIDDEN;
     Floats highest = load(scores), sums = {};
@@ -201,7 +201,8 @@ inline void attention(const Attention& a, const Tokens& t) {
     }
     parallel(tasks, [&](int64_t task) {
         const int64_t first = task % chunks * CHUNK, head = task / chunks % a.heads, batch = task / chunks / a.heads;
-        attend(a, t, batch, head, first, least(t.tokens, first + CHUNK), received + task * t.tokens);
+        float* sums = received != nullptr ? received + task * t.tokens : nullptr;
+        attend(a, t, batch, head, first, least(t.tokens, first + CHUNK), sums);
     });
     if (t.rows == nullptr) return;
     int64_t rows = 0;

@@ -1,7 +1,8 @@
-// What sqap.kernels calls, which has checked its arguments: arrays come as addresses, since a small product takes
-// less time than looking at five tensors; what does not change between calls is bound once.
+// What sqap.kernels calls. Arrays come as addresses and numbers of bytes, since a small product takes less time than
+// looking at five tensors; what does not change between calls is bound once.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -9,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "arguments.h"
 #include "path.h"
 #include "threads.h"
 
@@ -16,6 +18,7 @@ namespace nb = nanobind;
 
 namespace {
 
+using sqap::Array;
 using sqap::Path;
 using sqap::PATHS;
 
@@ -40,45 +43,83 @@ std::vector<std::string> compiled() {
     return found;
 }
 
-template <class T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
+sqap::Dtype dtype(bool half) { return half ? sqap::Dtype::bf16 : sqap::Dtype::f32; }
+
+// To a thread that has run nothing of PyTorch's yet, OpenMP offers every core. PyTorch passes on how many threads it
+// was told to use when it is asked for their number.
+void settle_threads() {
+    thread_local bool settled = false;
+    if (settled) return;
+    nb::module_::import_("torch").attr("get_num_threads")();
+    settled = true;
 }
 
-sqap::Dtype dtype(bool half) { return half ? sqap::Dtype::bf16 : sqap::Dtype::f32; }
+int threads() {
+    settle_threads();
+    return sqap::threads();
+}
+
+// Runs `compute` while other threads of Python's may run, too.
+template <class Compute>
+void run(Compute compute) {
+    settle_threads();
+    nb::gil_scoped_release release;
+    compute();
+}
 
 // A linear and the path that it runs on.
 struct BoundLinear {
     const Path* path;
     sqap::Linear linear;
 
-    BoundLinear(const std::string& path, uintptr_t weight, int weight_bits, int64_t n, int64_t k, uintptr_t scale,
-                int64_t groups, bool shared, uintptr_t bias, int bits, bool symmetric, int64_t group, int64_t hadamard)
-        : path(&find(path)), linear{{pointer<uint8_t>(weight), n, k, weight_bits, pointer<float>(scale), groups, shared},
-                                    pointer<float>(bias), bits, symmetric, group, hadamard} {}
-
-    sqap::Activations activations(uintptr_t x, bool half, int64_t m, int function, uintptr_t times) const {
-        return {pointer<void>(x), dtype(half), m, linear.weight.k, linear.bits, linear.symmetric, linear.group,
-                nullptr, static_cast<sqap::Function>(function), pointer<void>(times), linear.hadamard};
+    BoundLinear(const std::string& path, const Array& weight, int weight_bits, int64_t n, int64_t k, const Array& scale,
+                int64_t groups, bool shared, const Array& bias, int bits, bool symmetric, int64_t group,
+                int64_t hadamard)
+        : path(&find(path)), linear{sqap::weight_of(weight, weight_bits, n, k), nullptr, bits, symmetric, group, hadamard} {
+        linear.weight.groups = groups, linear.weight.shared = shared;
+        sqap::check(linear);
+        linear.weight.scale = shared ? sqap::values_of<float>("a weight's scale", scale, {1})
+                                     : sqap::values_of<float>("a weight's scales", scale, {n, groups});
+        linear.bias = sqap::values_or_null<float>("a bias", bias, {n});
     }
 
-    void multiply(uintptr_t x, bool half, int64_t m, int function, uintptr_t times, uintptr_t y) const {
-        nb::gil_scoped_release release;
-        path->linear(activations(x, half, m, function, times), linear.weight,
-                     {pointer<void>(y), dtype(half), linear.bias});
+    sqap::Activations activations(const Array& x, bool half, int64_t m, int function, const Array& times) const {
+        const int64_t k = linear.weight.k;
+        sqap::Activations a{sqap::values_of("inputs", x, dtype(half), {m, k}), dtype(half), m, k, linear.bits,
+                            linear.symmetric, linear.group};
+        a.function = sqap::function_of(function), a.hadamard = linear.hadamard;
+        if (times.first != 0) a.times = sqap::values_of("factors", times, dtype(half), {m, k});
+        return a;
     }
 
-    void quantize(uintptr_t x, bool half, int64_t m, int function, uintptr_t times, uintptr_t q, uintptr_t scale,
-                  uintptr_t zero_point) const {
-        nb::gil_scoped_release release;
-        path->quantize(activations(x, half, m, function, times),
-                       {pointer<int8_t>(q), pointer<float>(scale), pointer<int32_t>(zero_point)});
+    void multiply(const Array& x, bool half, int64_t m, int function, const Array& times, const Array& y) const {
+        const sqap::Activations a = activations(x, half, m, function, times);
+        const sqap::Output out{sqap::values_of("outputs", y, dtype(half), {m, linear.weight.n}), dtype(half),
+                               linear.bias};
+        run([&] { path->linear(a, linear.weight, out); });
+    }
+
+    void quantize(const Array& x, bool half, int64_t m, int function, const Array& times, const Array& q,
+                  const Array& scale, const Array& zero_point) const {
+        const sqap::Activations a = activations(x, half, m, function, times);
+        const sqap::Levels levels{
+            sqap::values_of<int8_t>("levels", q, {m, a.k}), sqap::values_of<float>("scales", scale, {m, a.groups()}),
+            a.symmetric ? nullptr : sqap::values_of<int32_t>("zero points", zero_point, {m, a.groups()})};
+        run([&] { path->quantize(a, levels); });
     }
 };
 
-sqap::Norm norm(bool rms, uintptr_t weight, uintptr_t bias, float eps) {
-    return {rms ? sqap::Norm::rms : sqap::Norm::layer, pointer<float>(weight), pointer<float>(bias), eps};
-}
+// A norm whose width is the layer's that it is for.
+struct BoundNorm {
+    bool rms;
+    Array weight, bias;
+    float eps;
+
+    sqap::Norm of(int64_t width) const {
+        return {rms ? sqap::Norm::rms : sqap::Norm::layer, sqap::values_or_null<float>("a norm's weight", weight, {width}),
+                sqap::values_or_null<float>("a norm's bias", bias, {width}), eps};
+    }
+};
 
 // A layer and the path that it runs on.
 struct BoundLayer {
@@ -86,53 +127,118 @@ struct BoundLayer {
     sqap::Layer layer{};
 
     BoundLayer(const std::vector<BoundLinear>& in, const BoundLinear& out, const std::vector<BoundLinear>& up,
-               const BoundLinear& down, const sqap::Norm& norm1, const sqap::Norm& norm2, uintptr_t gain1,
-               uintptr_t gain2, int function, int64_t heads, int64_t kv_heads, int64_t head_dim, bool causal)
+               const BoundLinear& down, const BoundNorm& norm1, const BoundNorm& norm2, const Array& gain1,
+               const Array& gain2, int function, int64_t heads, int64_t kv_heads, int64_t head_dim, bool causal)
         : path(out.path) {
-        layer.norm1 = norm1, layer.norm2 = norm2;
+        sqap::require(in.size() == 1 || in.size() == 3, "a layer has one linear or three before attention");
+        sqap::require(up.size() == 1 || up.size() == 2, "an MLP has one linear or two before its function");
         for (std::size_t i = 0; i < in.size(); i++) layer.in[i] = in[i].linear;
         for (std::size_t i = 0; i < up.size(); i++) layer.up[i] = up[i].linear;
         layer.out = out.linear, layer.down = down.linear;
         layer.fused_in = in.size() == 1, layer.gated = up.size() == 2;
-        layer.gain1 = pointer<float>(gain1), layer.gain2 = pointer<float>(gain2);
-        layer.function = static_cast<sqap::Function>(function);
+        layer.function = sqap::function_of(function);
         layer.heads = heads, layer.kv_heads = kv_heads, layer.head_dim = head_dim, layer.causal = causal;
+        sqap::check(layer);
+        const int64_t width = layer.in[0].weight.k;
+        layer.norm1 = norm1.of(width), layer.norm2 = norm2.of(width);
+        layer.gain1 = sqap::values_or_null<float>("a gain", gain1, {width});
+        layer.gain2 = sqap::values_or_null<float>("a gain", gain2, {width});
     }
 
-    void run(uintptr_t x, uintptr_t y, int64_t batch, int64_t tokens, uintptr_t cos, uintptr_t sin, uintptr_t rows,
-             uintptr_t received, uintptr_t keys, uintptr_t values) const {
-        nb::gil_scoped_release release;
-        path->layer(layer, {pointer<float>(x), pointer<float>(y), batch, tokens, pointer<float>(cos),
-                            pointer<float>(sin), pointer<uint8_t>(rows), pointer<float>(received),
-                            pointer<float>(keys), pointer<float>(values)});
+    void call(const Array& x, const Array& y, int64_t batch, int64_t tokens, const Array& cos, const Array& sin,
+              const Array& rows, const Array& received, const Array& keys, const Array& values) const {
+        sqap::require((cos.first == 0) == (sin.first == 0), "there are cosines without sines, or sines without cosines");
+        sqap::require((keys.first == 0) == (values.first == 0), "there is room for keys without values, or for values without keys");
+        const int64_t width = layer.in[0].weight.k, head_dim = layer.head_dim;
+        sqap::Tokens t{sqap::values_of<float>("inputs", x, {batch, tokens, width}),
+                       sqap::values_of<float>("outputs", y, {batch, tokens, width}), batch, tokens};
+        t.cos = sqap::values_or_null<float>("cosines", cos, {batch, tokens, head_dim});
+        t.sin = sqap::values_or_null<float>("sines", sin, {batch, tokens, head_dim});
+        t.rows = sqap::values_or_null<uint8_t>("rows", rows, {tokens});
+        if (t.rows != nullptr) t.received = sqap::values_of<float>("what rows attend to", received, {batch, tokens});
+        t.keys = sqap::values_or_null<float>("keys", keys, {batch, layer.kv_heads, tokens, head_dim});
+        t.values = sqap::values_or_null<float>("values", values, {batch, layer.kv_heads, tokens, head_dim});
+        if (batch > 0 && tokens > 0) run([&] { path->layer(layer, t); });
     }
 };
 
-void matmul(const std::string& path, uintptr_t q, int64_t m, int64_t k, uintptr_t weight, int weight_bits, int64_t n,
-            uintptr_t y) {
+void matmul(const std::string& path, const Array& q, int64_t m, int64_t k, const Array& weight, int weight_bits,
+            int64_t n, const Array& y) {
     const Path& chosen = find(path);
-    nb::gil_scoped_release release;
-    chosen.matmul(pointer<int8_t>(q), m, {pointer<uint8_t>(weight), n, k, weight_bits, nullptr, 1, false},
-                  pointer<int32_t>(y));
+    const sqap::Weight w = sqap::weight_of(weight, weight_bits, n, k);
+    auto* levels = sqap::values_of<int8_t>("levels", q, {m, k});
+    auto* sums = sqap::values_of<int32_t>("products", y, {m, n});
+    run([&] { chosen.matmul(levels, m, w, sums); });
 }
 
+// What callers that tell no sizes used, for as long as there are any.
+namespace unchecked {
+
+Array of(uintptr_t address) { return {address, sqap::UNKNOWN}; }
+
+void make_linear(BoundLinear* self, const std::string& path, uintptr_t weight, int weight_bits, int64_t n, int64_t k,
+                 uintptr_t scale, int64_t groups, bool shared, uintptr_t bias, int bits, bool symmetric, int64_t group,
+                 int64_t hadamard) {
+    new (self) BoundLinear(path, of(weight), weight_bits, n, k, of(scale), groups, shared, of(bias), bits, symmetric,
+                           group, hadamard);
+}
+
+void multiply(const BoundLinear& self, uintptr_t x, bool half, int64_t m, int function, uintptr_t times, uintptr_t y) {
+    self.multiply(of(x), half, m, function, of(times), of(y));
+}
+
+void quantize(const BoundLinear& self, uintptr_t x, bool half, int64_t m, int function, uintptr_t times, uintptr_t q,
+              uintptr_t scale, uintptr_t zero_point) {
+    self.quantize(of(x), half, m, function, of(times), of(q), of(scale), of(zero_point));
+}
+
+BoundNorm norm(bool rms, uintptr_t weight, uintptr_t bias, float eps) { return {rms, of(weight), of(bias), eps}; }
+
+void make_layer(BoundLayer* self, const std::vector<BoundLinear>& in, const BoundLinear& out,
+                const std::vector<BoundLinear>& up, const BoundLinear& down, const BoundNorm& norm1,
+                const BoundNorm& norm2, uintptr_t gain1, uintptr_t gain2, int function, int64_t heads,
+                int64_t kv_heads, int64_t head_dim, bool causal) {
+    new (self) BoundLayer(in, out, up, down, norm1, norm2, of(gain1), of(gain2), function, heads, kv_heads, head_dim,
+                          causal);
+}
+
+void call(const BoundLayer& self, uintptr_t x, uintptr_t y, int64_t batch, int64_t tokens, uintptr_t cos,
+          uintptr_t sin, uintptr_t rows, uintptr_t received, uintptr_t keys, uintptr_t values) {
+    self.call(of(x), of(y), batch, tokens, of(cos), of(sin), of(rows), of(received), of(keys), of(values));
+}
+
+void matmul(const std::string& path, uintptr_t q, int64_t m, int64_t k, uintptr_t weight, int weight_bits, int64_t n,
+            uintptr_t y) {
+    ::matmul(path, of(q), m, k, of(weight), weight_bits, n, of(y));
+}
+
+}  // namespace unchecked
 }  // namespace
 
 NB_MODULE(_native, module) {
     module.def("paths", paths, "Paths that run on this processor, the fastest first.");
     module.def("compiled", compiled, "Paths that were compiled.");
-    module.def("threads", sqap::threads, "How many threads a product uses: as many as PyTorch's.");
+    module.def("threads", threads, "How many threads a product uses: as many as PyTorch's.");
     module.def("matmul", matmul);
-    module.def("norm", norm);
-    nb::class_<sqap::Norm>(module, "Norm");
+    module.def("matmul", unchecked::matmul);
+    nb::class_<BoundNorm>(module, "Norm");
+    module.def("norm", [](bool rms, const Array& weight, const Array& bias, float eps) {
+        return BoundNorm{rms, weight, bias, eps};
+    });
+    module.def("norm", unchecked::norm);
     nb::class_<BoundLinear>(module, "Linear")
-        .def(nb::init<const std::string&, uintptr_t, int, int64_t, int64_t, uintptr_t, int64_t, bool, uintptr_t, int,
-                      bool, int64_t, int64_t>())
+        .def(nb::init<const std::string&, const Array&, int, int64_t, int64_t, const Array&, int64_t, bool,
+                      const Array&, int, bool, int64_t, int64_t>())
+        .def("__init__", unchecked::make_linear)
         .def("__call__", &BoundLinear::multiply)
-        .def("quantize", &BoundLinear::quantize);
+        .def("__call__", unchecked::multiply)
+        .def("quantize", &BoundLinear::quantize)
+        .def("quantize", unchecked::quantize);
     nb::class_<BoundLayer>(module, "Layer")
         .def(nb::init<const std::vector<BoundLinear>&, const BoundLinear&, const std::vector<BoundLinear>&,
-                      const BoundLinear&, const sqap::Norm&, const sqap::Norm&, uintptr_t, uintptr_t, int, int64_t,
+                      const BoundLinear&, const BoundNorm&, const BoundNorm&, const Array&, const Array&, int, int64_t,
                       int64_t, int64_t, bool>())
-        .def("__call__", &BoundLayer::run);
+        .def("__init__", unchecked::make_layer)
+        .def("__call__", &BoundLayer::call)
+        .def("__call__", unchecked::call);
 }

@@ -6,11 +6,16 @@
 #include "threads.h"
 
 #include <dlfcn.h>
+#if defined(__APPLE__)
+#include <mach-o/dyld.h>
+#else
 #include <link.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <exception>
 #include <string>
 
 namespace sqap {
@@ -22,22 +27,37 @@ struct Runtime {
     int (*in_parallel)() = nullptr;
 };
 
-int note_library(dl_phdr_info* info, size_t, void* found) {
-    const char* file = std::strrchr(info->dlpi_name, '/');
-    if (file == nullptr) return 0;
+void note_library(const char* library, std::string& path) {
+    const char* file = std::strrchr(library, '/');
+    if (file == nullptr) return;
     for (const char* name : {"/libgomp", "/libomp", "/libiomp"}) {
         if (std::strncmp(file, name, std::strlen(name)) == 0) {
-            auto* path = static_cast<std::string*>(found);
             // PyTorch's own, where another package has brought one too.
-            if (path->empty() || std::strstr(info->dlpi_name, "torch") != nullptr) *path = info->dlpi_name;
+            if (path.empty() || std::strstr(library, "torch") != nullptr) path = library;
         }
     }
-    return 0;
+}
+
+// The OpenMP runtime among the libraries that are loaded; empty if there is none.
+std::string runtime_path() {
+    std::string path;
+#if defined(__APPLE__)
+    for (uint32_t i = 0; i < _dyld_image_count(); i++) {
+        const char* library = _dyld_get_image_name(i);
+        if (library != nullptr) note_library(library, path);  // another thread may have closed it meanwhile
+    }
+#else
+    const auto note = [](dl_phdr_info* info, size_t, void* found) {
+        note_library(info->dlpi_name, *static_cast<std::string*>(found));
+        return 0;
+    };
+    dl_iterate_phdr(note, &path);
+#endif
+    return path;
 }
 
 Runtime find_runtime() {
-    std::string path;
-    dl_iterate_phdr(note_library, &path);
+    const std::string path = runtime_path();
     Runtime found;
     void* library = path.empty() ? nullptr : dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
     if (library == nullptr) return found;
@@ -59,12 +79,20 @@ struct Loop {
     void (*body)(void*, int64_t);
     void* context;
     std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+    std::exception_ptr failure = nullptr;  // the first one
 };
 
+// An exception must not leave the OpenMP runtime, which would end the process: it waits for the caller.
 void work(void* shared) {
     auto& loop = *static_cast<Loop*>(shared);
-    for (int64_t task; (task = loop.next.fetch_add(1, std::memory_order_relaxed)) < loop.tasks;) {
-        loop.body(loop.context, task);
+    try {
+        for (int64_t task; (task = loop.next.fetch_add(1, std::memory_order_relaxed)) < loop.tasks;) {
+            loop.body(loop.context, task);
+        }
+    } catch (...) {
+        loop.next.store(loop.tasks, std::memory_order_relaxed);  // the rest is not wanted any more
+        if (!loop.failed.exchange(true)) loop.failure = std::current_exception();
     }
 }
 
@@ -80,6 +108,7 @@ void parallel(int64_t tasks, void (*body)(void*, int64_t), void* context) {
     } else {
         runtime().parallel(work, &loop, static_cast<unsigned>(team), 0);
     }
+    if (loop.failure) std::rethrow_exception(loop.failure);
 }
 
 }  // namespace sqap

@@ -5,7 +5,8 @@
 
 namespace sqap {
 
-// Calls body(context, task) for every task below `tasks`, in no order, from several threads at a time.
+// Calls body(context, task) for every task below `tasks`, in no order, from several threads at a time. What one of the
+// calls throws, this throws when all threads are done; tasks that had not begun by then are left out.
 void parallel(int64_t tasks, void (*body)(void* context, int64_t task), void* context);
 
 // How many threads a loop uses.

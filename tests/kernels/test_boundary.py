@@ -1,0 +1,219 @@
+"""The native code at its edges: what it is told of arrays, what lies behind them, memory and threads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from sqap import kernels
+
+PATHS = [path for path in kernels.paths() if path != kernels.REFERENCE]
+every_path = pytest.mark.parametrize("path", PATHS)
+
+
+GUARDED = """
+import ctypes, mmap, sys
+import torch
+from sqap import kernels
+from sqap.kernels.layer import Layer, Norm
+
+libc = ctypes.CDLL(None, use_errno=True)
+page, kept = mmap.PAGESIZE, []
+
+def guarded(tensor):
+    # The tensor's bytes end where a page begins that cannot be read.
+    size = tensor.numel() * tensor.element_size()
+    whole = (size + page - 1) // page * page
+    area = mmap.mmap(-1, whole + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    assert libc.mprotect(ctypes.c_void_p(start + whole), page, 0) == 0
+    kept.append(area)
+    copy = torch.frombuffer(area, dtype=tensor.dtype, count=tensor.numel(), offset=whole - size)
+    return copy.view(tensor.shape).copy_(tensor)
+
+path = sys.argv[1]
+
+
+def check_layer(rms):
+    # Of a decoder, or of an encoder: every tensor ends before such a page.
+    def linear(inputs, outputs):
+        weight = guarded(torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8))
+        scale, bias = guarded(torch.ones(outputs, 1)), guarded(torch.ones(outputs))
+        return kernels.Linear(weight, scale, bias, weight_bits=8, activation_bits=8, symmetric=True,
+                              group_size=inputs, path=path)
+
+    batch, tokens, width, hidden, heads, kv_heads, dim = 2, 13, 24, 40, 3, 1, 8
+    keys = heads if not rms else kv_heads
+    sizes = [heads * dim, keys * dim, keys * dim] if rms else [3 * heads * dim]
+    one = guarded(torch.ones(width))
+    norm = Norm(one, None if rms else one, 1e-5, rms)
+    layer = Layer(inputs=[linear(width, size) for size in sizes], out=linear(heads * dim, width),
+                  up=[linear(width, hidden)] * (1 + rms), down=linear(hidden, width), norms=(norm, norm),
+                  gains=(None, None) if rms else (one, one), function="silu", heads=(heads, keys, dim),
+                  causal=rms)
+    rope = [guarded(torch.ones(batch, tokens, dim)) for _ in range(2)]
+    kept = [guarded(torch.ones(batch, keys, tokens, dim)) for _ in range(2)]
+    layer(guarded(torch.randn(batch, tokens, width)), rope, torch.tensor([0, tokens - 1]), kept)
+
+
+for rms in (False, True):
+    check_layer(rms)
+for bits in (4, 8):
+    for tokens, inputs, outputs in ((1, 34, 5), (3, 130, 16), (40, 98, 33), (15, 1026, 9)):
+        shape = outputs, inputs // (2 if bits == 4 else 1)
+        weight = guarded(torch.randint(0, 256, shape, dtype=torch.uint8))
+        x = guarded(torch.randn(tokens, inputs))
+        q = guarded(torch.randint(-127, 128, (tokens, inputs), dtype=torch.int8))
+        scale, bias = guarded(torch.ones(outputs, 1)), guarded(torch.ones(outputs))
+        kernels.matmul(q, weight, bits, path)
+        for symmetric in (True, False):
+            for size in (inputs, 2, 0):
+                linear = kernels.Linear(weight, scale, bias, weight_bits=bits, activation_bits=8,
+                                        symmetric=symmetric, group_size=size, hadamard_block=2, path=path)
+                linear(x)
+                linear(x, "silu", x)
+print("done")
+"""
+
+
+@every_path
+def test_nothing_is_read_beyond_an_array(path: str) -> None:
+    found = subprocess.run([sys.executable, "-c", GUARDED, path], capture_output=True, text=True)
+    assert found.stdout == "done\n", found.stderr
+
+
+ADDRESS, HALF = 4096, False  # nothing is read there: sizes are looked at first
+
+
+def native_linear(path: str, **changed: Any) -> Any:
+    """Four-bit weights of 64 to 3 channels in two groups, with these of its arguments changed."""
+    given: dict[str, Any] = {
+        "weight": (ADDRESS, 96), "weight_bits": 4, "n": 3, "k": 64, "scale": (ADDRESS, 24), "groups": 2,
+        "shared": False, "bias": (ADDRESS, 12), "bits": 8, "symmetric": False, "group": 64, "hadamard": 1,
+    }  # fmt: skip
+    assert changed.keys() <= given.keys()
+    return kernels._native.Linear(path, *{**given, **changed}.values())
+
+
+@every_path
+def test_the_native_code_believes_no_size(path: str) -> None:
+    for changed, sentence in (
+        ({"weight": (ADDRESS, 95)}, "a weight: 95 bytes where 96 are needed"),
+        ({"weight": (0, 0)}, "a weight: no bytes where 96 are needed"),
+        ({"scale": (ADDRESS, 20)}, "a weight's scales: 20 bytes where 24 are needed"),
+        ({"shared": True}, "a weight's scale: 24 bytes where 4 are needed"),
+        ({"bias": (ADDRESS, 16)}, "a bias: 16 bytes where 12 are needed"),
+        ({"weight_bits": 5}, "a weight has 4 or 8 bits"),
+        ({"k": 63}, "an even number of input channels"),
+        ({"k": 2**62, "n": 2**62}, "too large"),
+        ({"n": -3}, "negative"),
+        ({"groups": 3}, "do not divide its input channels"),
+        ({"group": 48}, "do not divide its channels"),
+        ({"bits": 2}, "an activation has 4 or 8 bits"),
+        ({"hadamard": 3}, "a power of two"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            native_linear(path, **changed)
+    linear = native_linear(path)
+    x, y, none = (ADDRESS, 512), (ADDRESS, 24), (0, 0)  # two tokens
+    for arguments, sentence in (
+        (((ADDRESS, 508), HALF, 2, 0, none, y), "inputs: 508 bytes where 512"),
+        ((x, HALF, 2, 0, (ADDRESS, 256), y), "factors: 256 bytes where 512"),
+        ((x, HALF, 2, 0, none, (ADDRESS, 12)), "outputs: 12 bytes where 24"),
+        ((x, HALF, 2, 4, none, y), "no such function"),
+        ((x, HALF, -2, 0, none, y), "negative"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            linear(*arguments)
+    first, q, grids = (x, HALF, 2, 0, none), (ADDRESS, 128), (ADDRESS, 8)
+    for rest, sentence in (
+        (((ADDRESS, 127), grids, grids), "levels: 127 bytes where 128"),
+        ((q, (ADDRESS, 4), grids), "scales: 4 bytes where 8"),
+        ((q, grids, none), "zero points: no bytes where 8"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            linear.quantize(*first, *rest)
+    with pytest.raises(ValueError, match="products: 8 bytes where 24"):
+        kernels._native.matmul(path, (ADDRESS, 128), 2, 64, (ADDRESS, 96), 4, 3, (ADDRESS, 8))
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+import torch
+from sqap import kernels
+
+torch.set_num_threads(2)
+channels = 1 << 22
+weight = torch.zeros(1, channels, dtype=torch.int8)
+linear = kernels.Linear(weight, torch.ones(1, 1), None, weight_bits=8, activation_bits=8, symmetric=True,
+                        group_size=channels, path=sys.argv[1])
+few = kernels.Linear(weight[:, :8].contiguous(), torch.ones(1, 1), None, weight_bits=8, activation_bits=8,
+                     symmetric=True, group_size=8, path=sys.argv[1])
+few(torch.ones(100, 8), "silu")  # the threads are there, and their stacks
+x, q, scale = torch.ones(2, channels), torch.empty(2, channels, dtype=torch.int8), torch.empty(2, 1)
+first = kernels.array(x), False, 2, kernels.FUNCTIONS.index("silu"), (0, 0)
+used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) << 10
+for limit in (used + (12 << 20), resource.RLIM_INFINITY):
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    try:
+        # Each of two threads wants 16 MiB for a token.
+        linear.native.quantize(*first, kernels.array(q), kernels.array(scale), (0, 0))
+        print("done")
+    except MemoryError:
+        print("MemoryError")
+print(int(q.sum()))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is limited as Linux does it")
+@every_path
+def test_a_thread_that_gets_no_memory_raises_where_it_was_called(path: str) -> None:
+    found = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY, path], capture_output=True, text=True)
+    assert found.stdout.split() == ["MemoryError", "done", str(2 * 127 << 22)], found.stderr
+
+
+def test_a_new_thread_uses_as_many_threads_as_pytorch_was_told() -> None:
+    before, found = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        thread = threading.Thread(target=lambda: found.append(kernels._native.threads()))
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert found == [3]
+
+
+GRID: Any = {"weight_bits": 4, "activation_bits": 8, "symmetric": True, "group_size": 64}
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    q, weight = torch.zeros(2, 64, dtype=torch.int8), torch.zeros(3, 32, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="do not fit a weight stored"):
+        kernels.matmul(q, weight, 8)
+    with pytest.raises(ValueError, match="contiguous bytes"):
+        kernels.matmul(q[:, :62], weight[:, :31], 4)
+    with pytest.raises(ValueError, match=r"scales \(3, 3\) do not fit a weight of 3 by 64 channels"):
+        kernels.Linear(weight, torch.ones(3, 3), None, **GRID)
+    with pytest.raises(ValueError, match="scales must be contiguous float32"):
+        kernels.Linear(weight, torch.ones(3, 1, dtype=torch.float64), None, **GRID)
+    with pytest.raises(ValueError, match=r"scales \(1, 2\) do not fit a weight of 3 by 64 channels"):
+        kernels.Linear(weight, torch.ones(1, 2), None, **GRID)
+    with pytest.raises(ValueError, match=r"a bias \(4,\) does not fit a weight of 3 by 64 channels"):
+        kernels.Linear(weight, torch.ones(3, 1), torch.ones(4), **GRID)
+    with pytest.raises(ValueError, match="64 channels cannot be cut into groups of 48"):
+        kernels.Linear(weight, torch.ones(3, 1), None, **{**GRID, "group_size": 48})
+    with pytest.raises(ValueError, match="a power of two that divides 64, got 3"):
+        kernels.Linear(weight, torch.ones(3, 1), None, **GRID, hadamard_block=3)
+    linear = kernels.Linear(weight, torch.ones(3, 1), None, **GRID)
+    with pytest.raises(ValueError, match=r"inputs \(2, 32\) do not fit a weight of 64 channels"):
+        linear(torch.ones(2, 32))
+    with pytest.raises(ValueError, match=r"factors \(2, 32\) do not fit inputs \(2, 64\)"):
+        linear(torch.ones(2, 64), "silu", torch.ones(2, 32))
+    with pytest.raises(ValueError, match=r"float32 or bfloat16 on the CPU, got torch\.float64"):
+        linear(torch.ones(2, 64, dtype=torch.float64))
