@@ -174,3 +174,14 @@ def test_bfloat16_keeps_the_schedule_exact(condition: Tensor, noise: Tensor) -> 
     assert rough.dtype == torch.bfloat16
     assert torch.equal(head.alpha_bar, schedule)
     assert (rough.float() - exact).norm() / exact.norm() < 0.2
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+@torch.no_grad()
+def test_every_chunk_has_its_own_condition(guidance: float, condition: Tensor, noise: Tensor) -> None:
+    """Half as many conditions as chunks once passed for a pass without guidance."""
+    head = build(guidance=guidance)
+    with pytest.raises(ValueError, match="1 conditions for noise of 2 chunks"):
+        head.sample(condition[:1], noise[:2])
+    with pytest.raises(ValueError, match="2 conditions for noise of 1 chunks"):
+        head.sample(condition[:2], noise[:1])

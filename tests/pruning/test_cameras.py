@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sqap.errors import InputError
 from sqap.models import VLA, ModelInputs
-from sqap.models.decoder import rope_angles
+from sqap.models.decoder import rope_angles, take_tokens
 from sqap.pruning import Selector, StepPruner
 from sqap.pruning.calibration import attention_scores
 from sqap.recipe import Pruning
-from tests.families import family_config, random_inputs, random_model
+from tests.families import FAMILIES, family_config, random_inputs, random_model
 
 CONFIG = family_config("regression")  # two cameras of 16 tokens, the robot's state, full attention
 
@@ -75,3 +76,28 @@ def test_kept_tokens_go_on_at_their_positions(model: VLA, inputs: ModelInputs) -
         if i == 0:
             x, positions = x[:, stays], positions[stays]
     torch.testing.assert_close(hidden, model.decoder.norm(x))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["sqap", "random"])
+def test_several_observations_are_refused_where_one_would_decide_for_all(family: str, method: str) -> None:
+    config = family_config(family)
+    model, inputs = random_model(config), random_inputs(config, 2)
+
+    def pruner(keep_ratio: float) -> StepPruner:
+        settings = Pruning(keep_ratio=keep_ratio, method=method, after_layer=1)  # type: ignore[arg-type]
+        selector = Selector(settings, config.grid)
+        return StepPruner(selector, model.length(5), config.visual, [None] * config.cameras)
+
+    with torch.inference_mode():
+        with pytest.raises(InputError, match="one observation, got a batch of 2: run them one at a time"):
+            model(inputs, pruner(0.5))
+        # Where nothing is pruned, nothing has to be decided.
+        assert torch.equal(model(inputs, pruner(1.0)), model(inputs))
+
+
+def test_tokens_are_kept_for_every_observation_of_a_batch() -> None:
+    x, kept = torch.arange(12.0).view(2, 3, 2), torch.tensor([[0, 2], [1, 2]])
+    assert torch.equal(take_tokens(x, kept), torch.stack([x[0, [0, 2]], x[1, [1, 2]]]))
+    with pytest.raises(ValueError, match="kept for a batch of 1, but there is one of 2"):
+        take_tokens(x, kept[:1])

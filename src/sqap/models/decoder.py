@@ -249,7 +249,13 @@ class Decoder(nn.Module):
 
 
 def take_tokens(x: Tensor, kept: Tensor) -> Tensor:
-    """Gather ``kept`` ``(batch, kept)`` from the second dimension of ``x`` ``(batch, tokens, width)``."""
+    """Gather ``kept`` ``(batch, kept)`` from the second dimension of ``x`` ``(batch, tokens, width)``.
+
+    Raises:
+        ValueError: the batches differ; a gather would leave out what one has more.
+    """
+    if len(kept) != len(x):
+        raise ValueError(f"tokens are kept for a batch of {len(kept)}, but there is one of {len(x)}")
     return x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
 
 

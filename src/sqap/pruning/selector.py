@@ -137,9 +137,10 @@ class Selector:
 
 
 class StepPruner:
-    """The decoder's `TokenPruner` for one forward pass over one observation (batch 1).
+    """The decoder's `TokenPruner` for one forward pass over one observation.
 
-    Every camera has a budget of its own, and the ring where its place and the end effector's are known.
+    A batch of several is refused: the first would decide which tokens of the others go on. Every camera has a
+    budget of its own, and the ring where its place and the end effector's are known.
 
     Args:
         selector: what to keep of each camera's tokens.
@@ -177,6 +178,16 @@ class StepPruner:
         return self._any_row if rows is None and layer == self._prunes_after else rows
 
     def keep(self, layer: int, received: Tensor) -> Tensor | None:
+        """As `TokenPruner.keep`.
+
+        Raises:
+            InputError: there is more than one observation.
+        """
+        if len(received) != 1:
+            raise InputError(
+                f"a pruner chooses tokens for one observation, got a batch of {len(received)}: "
+                "run them one at a time, each with a pruner of its own"
+            )
         self._watcher.keep(layer, received)
         if layer != self._prunes_after:
             return None

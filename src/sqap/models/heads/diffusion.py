@@ -102,7 +102,12 @@ class DiffusionHead(nn.Module):
 
         Both halves of the guidance (with and without the condition) run as one batch. What depends on the
         time alone, or on the condition alone, is computed once.
+
+        Raises:
+            ValueError: there is not one condition for each chunk.
         """
+        if len(condition) != len(noise):
+            raise ValueError(f"there are {len(condition)} conditions for noise of {len(noise)} chunks")
         both = self.conditions(condition)
         given = self.z_embedder(both)
         steps = ddim_steps(len(self.alpha_bar), self.config.sample_steps)
@@ -110,29 +115,33 @@ class DiffusionHead(nn.Module):
         spacing = len(self.alpha_bar) // self.config.sample_steps
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            repeated = x.repeat(len(both) // len(x), 1, 1)
-            return self.guide(self.denoise(repeated, times[t[:1] // spacing] + given), len(x))
+            repeated = x.repeat(self.halves, 1, 1)
+            return self.guide(self.denoise(repeated, times[t[:1] // spacing] + given))
 
         return ddim_sample(predict, noise, self.alpha_bar, self.config.sample_steps)
 
+    @property
+    def halves(self) -> int:
+        """How often each chunk is in a guided pass: with and without its condition, or only with it."""
+        return 2 if self.config.guidance > 1 else 1
+
     def conditions(self, condition: Tensor) -> Tensor:
         """``(batch, width)`` to what a guided pass is given: the condition's half, then the free one's."""
-        if self.config.guidance <= 1:
+        if self.halves == 1:
             return condition
         return torch.cat([condition, self.uncondition.expand_as(condition)])
 
     def batch(self, x: Tensor, t: Tensor, both: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The arguments of `predict_noise` for every half of the guidance."""
-        halves = len(both) // len(x)
-        return x.repeat(halves, 1, 1), t.repeat(halves), both
+        return x.repeat(self.halves, 1, 1), t.repeat(self.halves), both
 
     def guided_noise(self, x: Tensor, t: Tensor, both: Tensor) -> Tensor:
         """Noise in ``x`` ``(batch, horizon, action_dim)`` by classifier-free guidance."""
-        return self.guide(self.predict_noise(*self.batch(x, t, both)), len(x))
+        return self.guide(self.predict_noise(*self.batch(x, t, both)))
 
-    def guide(self, predicted: Tensor, batch: int) -> Tensor:
-        """The noise predicted for ``batch`` chunks, of both halves of the guidance if there are two."""
-        if len(predicted) == batch:
+    def guide(self, predicted: Tensor) -> Tensor:
+        """The noise predicted for a pass over all `halves`, as one prediction for each chunk."""
+        if self.halves == 1:
             return predicted
         given, free = predicted.chunk(2)
         return free + self.config.guidance * (given - free)
