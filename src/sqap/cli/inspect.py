@@ -28,7 +28,7 @@ from sqap.terminal import console, user_errors
 def inspect(
     source: Annotated[str | None, SOURCE] = None,
     linears: Annotated[bool, typer.Option(help="List every linear.")] = False,
-    cpu: Annotated[bool, typer.Option(help="Show which kernels run on this processor.")] = False,
+    cpu: Annotated[bool, typer.Option(help="Show and check which kernels run on this processor.")] = False,
     choices: Choices = NONE,
     json_path: JsonOption = None,
 ) -> None:

@@ -1,11 +1,13 @@
 """Native products of packed low-bit weights with activations that are quantized on the way.
 
-One extension holds a path for every kind of processor and picks the fastest that runs on this one. The
-environment variable SQAP_KERNELS names another, or "reference" for PyTorch's arithmetic alone.
+One extension holds a path for every kind of processor and picks the fastest that runs here and computes what
+plain C++ does (`check`). The environment variable SQAP_KERNELS names another, or "reference" for PyTorch's
+arithmetic alone.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from functools import lru_cache
@@ -23,9 +25,12 @@ try:
 except ImportError:  # a source tree that was not installed
     _native = None
 
+logger = logging.getLogger("sqap")
+
 Function = Literal["none", "silu", "gelu", "gelu_tanh"]  # in the native code's order
 FUNCTIONS: tuple[str, ...] = get_args(Function)
-REFERENCE = "reference"
+PORTABLE, REFERENCE = "portable", "reference"
+ONLY_ASKED_FOR = ("amx",)
 VARIABLE = "SQAP_KERNELS"
 NEEDS = {
     "avx512vnni": "AVX512-VNNI: Intel since Ice Lake, AMD since Zen 4",
@@ -46,27 +51,66 @@ def paths() -> tuple[str, ...]:
 
 @lru_cache(maxsize=1)
 def chosen() -> str:
-    """The path in use: the one that SQAP_KERNELS names, or the fastest.
+    """The path in use: the one that SQAP_KERNELS names, or the fastest that passes its check.
 
     Raises:
-        InputError: no such path runs here.
+        InputError: no such path runs here, or it computes something else than plain C++.
     """
-    wanted = os.environ.get(VARIABLE) or paths()[0]
+    wanted = os.environ.get(VARIABLE)
+    if not wanted:
+        return _fastest()
     if wanted not in paths():
         raise InputError(f"{VARIABLE} is {wanted!r}; on this processor it can be {', '.join(paths())}")
+    wrong = _difference(wanted)
+    if wrong is not None:
+        raise InputError(
+            f"{VARIABLE} is {wanted!r}, whose results on this processor are wrong (first of all {wrong}); "
+            f"without {VARIABLE}, the fastest path whose results are right is used"
+        )
     return wanted
 
 
+def _fastest() -> str:
+    """The first path that passes its check, of those that need not be asked for; others are warned about."""
+    wrong: list[str] = []
+    for path in paths():
+        if path in ONLY_ASKED_FOR:
+            continue
+        found = _difference(path)
+        if found is None:
+            break
+        wrong.append(f"{path!r} (first of all {found})")
+    if wrong:
+        logger.warning(
+            "on this processor, the results of the kernels %s are wrong: %r is used instead",
+            " and ".join(wrong),
+            path,
+        )
+    return path
+
+
 def describe() -> dict[str, Any]:
-    """The processor, how many threads share the work, and every path: whether it runs here and is in use."""
-    here, used = paths(), chosen()
-    names = [*(_native.compiled() if _native else ()), REFERENCE]
+    """The processor, how many threads share the work, and every path.
+
+    Of a path: whether it runs here, is in use and was checked against plain C++, and what differed, or None.
+    """
+    here, used, found = paths(), chosen(), []
+    for name in (*(_native.compiled() if _native else ()), REFERENCE):
+        checked = name in here and name not in (PORTABLE, REFERENCE)
+        path = {"name": name, "needs": NEEDS[name], "runs": name in here, "used": name == used}
+        found.append({**path, "checked": checked, "differs": _difference(name) if checked else None})
     return {
         "processor": _processor(),
         "threads": _native.threads() if _native else torch.get_num_threads(),
         "built": _native is not None,
-        "paths": [{"name": n, "needs": NEEDS[n], "runs": n in here, "used": n == used} for n in names],
+        "paths": found,
     }
+
+
+def _difference(path: str) -> str | None:
+    from sqap.kernels.check import difference  # which needs what is defined here
+
+    return difference(path)
 
 
 class Linear:
@@ -119,13 +163,13 @@ class Linear:
             raise ValueError(
                 f"a Hadamard block must be a power of two that divides {k}, got {hadamard_block}"
             )
-        self.in_features, self.out_features = k, n
+        self.in_features, self.out_features, self.path = k, n, path or chosen()
         self._grids = 1 if group_size == 0 else k // group_size
         self._symmetric = symmetric
         bias = None if bias is None else bias.float().contiguous()
         self._kept = weight, scale, bias  # the native code has their addresses
         self.native = _native.Linear(
-            path or chosen(), array(weight), weight_bits, n, k,
+            self.path, array(weight), weight_bits, n, k,
             array(scale), groups, scale.shape == (1, 1), array(bias),
             activation_bits, symmetric, group_size, hadamard_block,
         )  # fmt: skip

@@ -53,7 +53,7 @@ class Layer:
         for parameter in (*parameters, *gains):
             if parameter is not None:
                 _check("a norm's or branch's parameter", parameter, (out.out_features,))
-        self._width, self._heads = out.out_features, heads
+        self.path, self._width, self._heads = out.path, out.out_features, heads
         self._kept = inputs, out, up, down, norms, gains  # the native code has their addresses
         self._native = _native.Layer(
             [linear.native for linear in inputs],

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from sqap import kernels
 from sqap.quantization import LinearReport
 from sqap.sensitivity import Option
 
@@ -145,14 +146,16 @@ def _number(value: float | None, unit: str = "") -> str:
 
 
 def kernels_table(found: Mapping[str, Any]) -> Table:
-    """`sqap.kernels.describe` as a table: every path, what it needs, and whether it is in use."""
+    """`sqap.kernels.describe` as a table: every path, what it needs, whether it is in use, and its check."""
     state = {(True, True): "in use", (True, False): "runs here", (False, False): "not on this processor"}
     table = Table(title=f"{found['processor']}, {found['threads']} threads", title_justify="left")
-    for column in ("kernels", "need", ""):
+    for column in ("kernels", "need", "", "check"):
         table.add_column(column)
+    table.caption = f"Checked: that small products and layers are the same as those of {kernels.PORTABLE!r}."
     for path in found["paths"]:
-        style = "bold" if path["used"] else None
-        table.add_row(path["name"], path["needs"], state[path["runs"], path["used"]], style=style)
+        style = "bold" if path["used"] else "red" if path["differs"] else None
+        check = f"wrong: {path['differs']}" if path["differs"] else "right" if path["checked"] else ""
+        table.add_row(path["name"], path["needs"], state[path["runs"], path["used"]], check, style=style)
     if not found["built"]:
         table.caption = "The native kernels are not built: install sqap with pip, from its source or a wheel."
     return table
