@@ -112,6 +112,7 @@ def _cogact(
 ) -> tuple[PolicyConfig, Table, tuple[str, ...]]:
     """CogACT's policy, its head's tensors, and what it does not use."""
     head = _head(tensors, net)
+    _check_head(head, tensors.where / prismatic.CONFIG)
     # Upstream makes the seventh number, the gripper's, 0 or 1 whatever the dataset.
     binarize = (GRIPPER,) if head.action_dim > GRIPPER else ()
     actions = action_statistics(dataset, binarize=binarize)
@@ -225,6 +226,21 @@ def _head(tensors: TensorSet, net: str) -> DiffusionHeadConfig:
         depth=tensors.count(f"{net}blocks."),
         heads=DIT_HEADS.get(width, width // DIT_HEAD_DIM),
     )
+
+
+def _check_head(head: DiffusionHeadConfig, where: Path) -> None:
+    """Refuse a configuration that contradicts the action model's tensors, or has it look at past actions."""
+    config = prismatic.read_object(where)
+    implied = {
+        "action_dim": head.action_dim,
+        "future_action_window_size": head.horizon - 1,
+        "past_action_window_size": 0,
+    }
+    for key, value in implied.items():
+        if config.get(key) not in (None, value):
+            raise CheckpointError(
+                f"{where}: {key} is {config[key]!r}, and the action model's tensors make it {value}"
+            )
 
 
 def _head_table(head: DiffusionHeadConfig, net: str) -> Table:

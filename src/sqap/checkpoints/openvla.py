@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from sqap.checkpoints import prismatic
-from sqap.checkpoints.prismatic import VLM, Choices, Encoder, Names, Published, Triple
+from sqap.checkpoints.known_keys import OPENVLA, ROPE, TEXT
+from sqap.checkpoints.prismatic import VLM, Choices, Encoder, Names, Published
+from sqap.checkpoints.processor import check_pixels, normalisation, read_processor
 from sqap.checkpoints.statistics import Dataset, action_statistics, choose_dataset
 from sqap.checkpoints.tensors import open_safetensors
-from sqap.checkpoints.weights import Part, Source, TensorSet
+from sqap.checkpoints.weights import Part, Source, TensorSet, copied
 from sqap.errors import CheckpointError
 from sqap.models import DecoderConfig, TokenHeadConfig, VisionConfig
 from sqap.policy import PolicyConfig
@@ -20,7 +24,6 @@ MODEL_TYPE = "openvla"
 CAMERAS = ("image",)
 # What fine-tuning in OpenVLA-OFT's way leaves beside the model's own files.
 COMPONENTS = ("action_head", "proprio_projector", "vision_backbone", "noisy_action_projector")
-PROCESSOR = "preprocessor_config.json"
 LANGUAGE_MODELS = ("llama2-7b-pure", "llama2-13b-pure")
 NAMES = Names(
     fused=("vision_backbone.featurizer.", "vision_backbone.fused_featurizer."),
@@ -59,7 +62,7 @@ def open(directory: Path, choices: Choices) -> Published:
         prompt=prismatic.PROMPT,
         append_tokens=(prismatic.SPACE,),
     )
-    table = vlm.table | {"head.lm_head.weight": Source((f"{NAMES.llm}lm_head.weight",))}
+    table = vlm.table | {"head.lm_head.weight": _output_matrix(config, tensors, where)}
     return prismatic.publish(directory, choices, policy, tensors, table, vlm.unused)
 
 
@@ -92,6 +95,8 @@ def read_vlm(directory: Path, config: Mapping[str, Any], tensors: TensorSet) -> 
         CheckpointError: the configuration is malformed or of a kind that is not supported.
     """
     where = directory / prismatic.CONFIG
+    OPENVLA.check(config, str(where))
+    _check_parts(config, where)
     decoder = _decoder(config, tensors, where)
     return prismatic.describe_vlm(tensors, NAMES, _vision(directory, config, tensors), decoder)
 
@@ -116,8 +121,7 @@ def _decoder(config: Mapping[str, Any], tensors: TensorSet, where: Path) -> Deco
         raise CheckpointError(
             f"{where}: the language model is {backbone} ({kind}); supported are {', '.join(LANGUAGE_MODELS)}"
         )
-    if text.get("rope_scaling") is not None:
-        raise CheckpointError(f"{where}: text_config.rope_scaling is not supported")
+    TEXT.check(text, f"{where}: text_config")
     rows = tensors.shape(f"{NAMES.llm}model.embed_tokens.weight", 2)[0]
     width, heads = _number(text, "hidden_size", 4096, where), _number(text, "num_attention_heads", 32, where)
     return DecoderConfig(
@@ -128,25 +132,79 @@ def _decoder(config: Mapping[str, Any], tensors: TensorSet, where: Path) -> Deco
         kv_heads=_number(text, "num_key_value_heads", heads, where),
         head_dim=_number(text, "head_dim", width // heads, where),
         mlp_width=_number(text, "intermediate_size", 11008, where),
-        rope_theta=_number(text, "rope_theta", 10_000.0, where),
+        rope_theta=_rope_theta(text, where),
         norm_eps=_number(text, "rms_norm_eps", 1e-6, where),
     )
+
+
+def _rope_theta(text: Mapping[str, Any], where: Path) -> float:
+    """The base of rotary positions, which transformers 5 moved into an object that may also scale them.
+
+    Raises:
+        CheckpointError: they are scaled, or it is said twice, differently.
+    """
+    found = _number(text, "rope_theta", 0.0, where)
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = text.get(key)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict):
+            raise CheckpointError(f"{where}: text_config.{key} must be an object")
+        ROPE.check(rope, f"{where}: text_config.{key}")
+        theta = _number(rope, "rope_theta", found, where)
+        if found not in (0.0, theta):
+            raise CheckpointError(
+                f"{where}: text_config has the rope_theta {found:g} and {theta:g}; leave one"
+            )
+        found = theta
+    return found or 10_000.0
+
+
+def _output_matrix(config: Mapping[str, Any], tensors: TensorSet, where: Path) -> Source:
+    """The language model's, or the embedding table if that is said to be the same matrix.
+
+    Raises:
+        CheckpointError: it is said to be the same, and is not.
+    """
+    own, table = f"{NAMES.llm}lm_head.weight", f"{NAMES.llm}model.embed_tokens.weight"
+    if config.get("text_config", {}).get("tie_word_embeddings") is not True:
+        return Source((own,))
+    if own not in tensors.tensors:
+        return Source((table,), copied)
+    if not torch.equal(*tensors.read([own, table]).values()):
+        raise CheckpointError(
+            f"{where}: text_config.tie_word_embeddings makes one matrix of {own} and {table}, but the "
+            "weights have two that differ; set it to false if these are right"
+        )
+    return Source((own,))
 
 
 def _vision(directory: Path, config: Mapping[str, Any], tensors: TensorSet) -> list[VisionConfig]:
     where = directory / prismatic.CONFIG
     encoders, sizes = _encoders(config, where)
-    processor = prismatic.read_object(directory / PROCESSOR)
+    processor = read_processor(directory)
     # The class's default, which transformers leaves out of the file.
-    strategy = config.get("image_resize_strategy", "letterbox")
-    prismatic.check_resize(processor.get("image_resize_strategy", strategy), where)
-    normalise = _normalisation(processor, encoders, directory / PROCESSOR)
+    check_pixels(processor, sizes, config.get("image_resize_strategy", "letterbox"))
+    normalise = normalisation(processor, [(encoder.mean, encoder.std) for encoder in encoders])
     return [
         prismatic.vision_config(tensors, prefix, encoder, size, how)
         for prefix, encoder, size, how in zip(
             NAMES.vision(len(encoders)), encoders, sizes, normalise, strict=True
         )
     ]
+
+
+def _check_parts(config: Mapping[str, Any], where: Path) -> None:
+    """Refuse a projector or vision encoders that compute something else than their names tell."""
+    projector, functions = config.get("arch_specifier"), config.get("timm_override_act_layers")
+    if projector is not None and not str(projector).endswith("gelu-mlp"):
+        raise CheckpointError(
+            f"{where}: arch_specifier is {projector!r}; supported are projectors that end with 'gelu-mlp'"
+        )
+    if functions is not None and not (isinstance(functions, list) and all(f is None for f in functions)):
+        raise CheckpointError(
+            f"{where}: timm_override_act_layers is {functions}; supported are the encoders' own"
+        )
 
 
 def _encoders(config: Mapping[str, Any], where: Path) -> tuple[list[Encoder], list[int]]:
@@ -165,31 +223,13 @@ def _encoders(config: Mapping[str, Any], where: Path) -> tuple[list[Encoder], li
         or not all(type(s) is int and s > 0 for s in sizes)
     ):
         raise CheckpointError(f"{where}: image_sizes must be {len(ids)} positive numbers, got {sizes}")
-    count = 1 if config.get("use_fused_vision_backbone") is False else len(ids)
-    return [prismatic.ENCODERS[i] for i in ids[:count]], sizes[:count]
-
-
-def _normalisation(
-    processor: Mapping[str, Any], encoders: list[Encoder], where: Path
-) -> list[tuple[Triple, Triple]]:
-    """Mean and deviation of each encoder's pixels.
-
-    The published processors hold ImageNet's rounded to bfloat16, and that is what the models were tuned on.
-    """
-    found = processor.get("tvf_normalize_params")
-    if found is None:
-        return [(encoder.mean, encoder.std) for encoder in encoders]
-    try:
-        return [(_triple(found[i]["mean"]), _triple(found[i]["std"])) for i in range(len(encoders))]
-    except (TypeError, LookupError, ValueError) as problem:
+    fused = config.get("use_fused_vision_backbone")
+    if fused not in (None, False, len(ids) > 1):
         raise CheckpointError(
-            f"{where}: tvf_normalize_params must have a mean and a std of three numbers for every encoder"
-        ) from problem
-
-
-def _triple(values: Any) -> Triple:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
+            f"{where}: use_fused_vision_backbone is {fused!r} with {len(ids)} vision encoder"
+        )
+    count = 1 if fused is False else len(ids)
+    return [prismatic.ENCODERS[i] for i in ids[:count]], sizes[:count]
 
 
 def _number(config: Mapping[str, Any], name: str, default: T, where: Path) -> T:

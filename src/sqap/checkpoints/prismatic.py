@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from tokenizers import Tokenizer
 
 from sqap.checkpoints import adapters
+from sqap.checkpoints.processor import Triple
 from sqap.checkpoints.tokenizer import read_tokenizer
 from sqap.checkpoints.weights import Source, Table, TensorSet, Weights, without_batch
 from sqap.errors import CheckpointError
@@ -23,10 +24,8 @@ BOS, EOS, SPACE = 1, 2, 29871
 TOKENIZER = "Llama 2"
 # Rows that Prismatic adds to Llama's embedding table, for a padding token and for alignment.
 PADDING_ROWS = 64
-RESIZE = "resize-naive"
 CONFIG, STATISTICS = "config.json", "dataset_statistics.json"
 
-Triple = tuple[float, float, float]
 Bounds = Literal["q99", "minmax"]
 
 
@@ -332,13 +331,3 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} must hold an object")
     return data
-
-
-def check_resize(strategy: object, where: Path) -> None:
-    """Refuse pictures that are prepared in another way than by stretching.
-
-    Raises:
-        CheckpointError: the strategy is not supported.
-    """
-    if strategy != RESIZE:
-        raise CheckpointError(f"{where}: images are resized by {strategy!r}; supported is {RESIZE!r}")

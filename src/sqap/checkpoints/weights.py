@@ -29,6 +29,11 @@ def without_batch(tensor: Tensor) -> Tensor:
     return tensor.squeeze(0)
 
 
+def copied(tensor: Tensor) -> Tensor:
+    """A tensor of its own, where another parameter is made of the same one."""
+    return tensor.clone()
+
+
 @dataclass(frozen=True)
 class Source:
     """Which tensors on disk one of ours is made of, and how.
