@@ -9,7 +9,10 @@ export MUJOCO_GL ?= osmesa
 endif
 
 BIN := .venv/bin
-INSTALLED := .venv/.installed
+# An editable install finds the modules that were there when it was made, so a new list of them needs a new one.
+MODULES := $(shell find src/sqap -name '*.py' | LC_ALL=C sort | cksum | cut -d ' ' -f 1)
+INSTALLED := .venv/.installed-$(MODULES)
+OSMESA := $(filter osmesa,$(MUJOCO_GL))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint clean
@@ -22,16 +25,14 @@ help:
 	@echo "make clean  remove .venv and the tools' caches"
 
 setup: $(INSTALLED)
-ifeq ($(MUJOCO_GL),osmesa)
-	@$(BIN)/python -c 'import ctypes.util, sys; ctypes.util.find_library("OSMesa") or sys.exit( \
-	"MuJoCo has nothing to draw with: apt-get install libosmesa6, or set MUJOCO_GL=egl if you have EGL.")'
-endif
+	@PYTHON=$(BIN)/python scripts/system-packages $(OSMESA)
 
+# Whatever the system lacks comes first, before anything is downloaded.
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/sqap/kernels/csrc/*)
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit( \
-	"sqap runs on Python 3.10 to 3.13, but $(PYTHON) is %d.%d; name another: make setup PYTHON=python3.12." % v)'
+	@PYTHON='$(PYTHON)' scripts/system-packages python compiler $(OSMESA)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e ".[sim,dev]"
+	@rm -f .venv/.installed*
 	@touch $@
 
 demo: setup
