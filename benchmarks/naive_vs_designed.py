@@ -31,11 +31,12 @@ MAIN = (
     "w4a8",
     "w4a4",
     "method-w4a8-0.6",
+    "method-w4a8-0.4",
+    "w4a8-random-0.4",
     "method-w4a8-0.4-layer3",
     "w4a8-random-0.4-layer3",
     "paper",
 )
-CLOSE = ("method-w4a8-0.4", "w4a8-random-0.4")  # so close that they need twice the episodes
 
 
 def recipes() -> dict[str, Recipe]:
@@ -112,7 +113,7 @@ def main() -> None:
     console = Console()
     chosen = recipes()
     episodes = dict.fromkeys(chosen, args.few)
-    episodes |= dict.fromkeys(MAIN, args.episodes) | dict.fromkeys(CLOSE, 2 * args.episodes)
+    episodes |= dict.fromkeys(MAIN, args.episodes)
     runs = run_variants(
         args.policy, chosen, episodes=episodes, seed=SEED, out=args.out, workers=args.workers, console=console
     )
