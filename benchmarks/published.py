@@ -29,7 +29,7 @@ STEP = 150_000
 
 @dataclass(frozen=True)
 class Platform:
-    """A robot that OpenVLA-OFT was published for, and what it fixes."""
+    """A robot that OpenVLA-OFT was tuned for, and what it fixes."""
 
     key: str
     action_dim: int
@@ -88,7 +88,7 @@ def write_openvla_oft(
     directory: Path,
     sizes: Sizes = TINY,
     seed: int = 0,
-    platform: str = "libero",
+    platform: str | Platform = "libero",
     *,
     film: bool = False,
     proprio: bool = True,
@@ -96,9 +96,10 @@ def write_openvla_oft(
 ) -> None:
     """OpenVLA-OFT: OpenVLA's directory and the parts trained beside it, as its training leaves them.
 
-    The backbone with FiLM differs from the one in the safetensors, which upstream replaces with it.
+    ``platform`` is a published robot's name, or another robot. The backbone with FiLM differs from the one in
+    the safetensors, which upstream replaces with it.
     """
-    robot = PLATFORMS[platform]
+    robot = platform if isinstance(platform, Platform) else PLATFORMS[platform]
     write_openvla(directory, sizes, seed, shards)
     mask = None if robot.mask is None else list(robot.mask)
     statistics = text.dataset_statistics(robot.action_dim, robot.proprio_dim, mask, 0.3)

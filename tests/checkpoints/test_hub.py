@@ -23,6 +23,7 @@ FILES = {
     "model.safetensors": b"weights",
     "checkpoints/latest.pt": b"pickle",
     "modeling_openvla.py": b"raise SystemExit",
+    "modeling_prismatic.py": b"from prismatic.vla.constants import NUM_ACTIONS_CHUNK",
     "lora_adapter/adapter_model.safetensors": b"adapter",
     "README.md": b"words",
 }
@@ -117,7 +118,8 @@ def test_what_is_needed_arrives_and_is_pinned_to_its_commit(runs, name):
     directory, commit = runs[0][name]
     assert commit == COMMIT
     files = {str(path.relative_to(directory)) for path in Path(directory).rglob("*") if path.is_file()}
-    assert files == {"config.json", "model.safetensors", "checkpoints/latest.pt"}
+    weights = {"model.safetensors", "checkpoints/latest.pt"}
+    assert files == {"config.json", "modeling_prismatic.py"} | weights
     assert (Path(directory) / "model.safetensors").read_bytes() == b"weights"
 
 

@@ -164,7 +164,9 @@ def test_an_action_head_is_needed_and_one_only(publish):
         openvla_oft.open(directory, Choices())
     head.unlink()
     other.unlink()
-    with pytest.raises(CheckpointError, match=r"incomplete: it has no action_head--\*_checkpoint\.pt"):
+    with pytest.raises(
+        CheckpointError, match=r"incomplete: it has no action_head--\*_checkpoint\.pt, which the L1"
+    ):
         openvla_oft.open(directory, Choices())
 
 
@@ -214,8 +216,8 @@ def test_statistics_must_be_those_of_the_robot(publish):
 def test_without_a_file_of_statistics_the_configurations_are_used(publish):
     directory = publish("oft-bridge")
     (directory / "dataset_statistics.json").unlink()
-    config = openvla_oft.open(directory, Choices(unnorm_key="fractal20220817_data")).config
-    assert config.model.head.horizon == 8  # as upstream does for anything it has no constants for
+    with pytest.raises(CheckpointError, match="'fractal20220817_data' with 7 action dimensions is none of"):
+        openvla_oft.open(directory, Choices(unnorm_key="fractal20220817_data"))
     assert openvla_oft.open(directory, Choices(unnorm_key="bridge_orig")).config.model.head.horizon == 5
 
 

@@ -81,6 +81,7 @@ def load(
     chunk: int | None = None,
     bounds: Bounds | None = None,
     ema: bool = False,
+    film: bool | None = None,
 ) -> Policy:
     """Load a policy: sqap's own directories, and CogACT, OpenVLA and OpenVLA-OFT as they are published.
 
@@ -95,17 +96,19 @@ def load(
         tokenizer: ``tokenizer.json``, or the directory it is in, where it is not beside the weights.
         crop: share of an image's area to look at, from its centre; policies tuned on random crops of 90 % are
             shown that much (OpenVLA on LIBERO), which their files do not say. The family's own if None.
-        chunk: actions of one step, for an OpenVLA-OFT of another robot than its authors'.
+        chunk: actions of one step, for an OpenVLA-OFT of another robot than its authors'; 1 for what may be
+            one with the discrete head, and is OpenVLA.
         bounds: what normalised actions and states were scaled by, for the same: ``"q99"``, the 1st and 99th
             percentiles, or ``"minmax"``.
         ema: take a CogACT's averaged action model (``ema_diffusion``) in place of the raw one.
+        film: whether an OpenVLA-OFT was tuned with FiLM; by its files if None.
 
     Raises:
         CheckpointError: the directory is missing, foreign, incomplete or altered, or a choice does not fit.
     """
     directory = locate(source)
     path = None if tokenizer is None else Path(tokenizer)
-    choices = Choices(unnorm_key, cameras, path, crop, chunk, bounds, ema)
+    choices = Choices(unnorm_key, cameras, path, crop, chunk, bounds, ema, film)
     with readable():
         if native.is_policy(directory):
             if choices != Choices():

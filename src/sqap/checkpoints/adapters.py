@@ -36,6 +36,16 @@ def find(directory: Path) -> list[Path]:
     return sorted({path.parent for pattern in patterns for path in directory.glob(pattern)})
 
 
+def names(directory: Path) -> list[str]:
+    """The names of all tensors of a directory's adapters.
+
+    Raises:
+        CheckpointError: one of them cannot be read.
+    """
+    files = [_open(folder) for folder in find(directory)]
+    return [name for file in files if file is not None for name in file.tensors]
+
+
 def refuse_unmerged(directory: Path, tensors: TensorSet) -> None:
     """Refuse a directory whose weights lack the adapter beside them.
 

@@ -77,16 +77,18 @@ def open(directory: Path, choices: Choices) -> Published:
         CheckpointError: something is missing, damaged, does not fit or is not supported.
     """
     names = prismatic.choose_cameras(choices.cameras, CAMERAS, (1,), FAMILY)
-    choices.refuse(FAMILY, "chunk", "bounds")
+    choices.refuse(FAMILY, "bounds", "film")
     backbone = _backbone(directory)
     where = directory / prismatic.STATISTICS
     dataset = choose_dataset(prismatic.read_object(where), choices.unnorm_key, where)
     tensors = TensorSet(directory, [Part(torch_file(_find_checkpoint(directory)))])
     vlm = prismatic.describe_vlm(tensors, NAMES, _vision(tensors, backbone), _decoder(tensors))
     if any(name.startswith(ACTION_MODEL) for name in tensors.tensors):
+        choices.refuse(FAMILY, "chunk")
         policy, table, unused = _cogact(vlm, tensors, dataset, names, _action_model(tensors, choices.ema))
     else:
         choices.refuse("OpenVLA", "ema")
+        prismatic.check_one_action(choices)
         policy, table, unused = _openvla(vlm, tensors, dataset, names)
     return prismatic.publish(
         directory, choices, policy, tensors, vlm.table | table, (*vlm.unused, *UNUSED, *unused)

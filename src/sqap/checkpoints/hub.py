@@ -11,7 +11,8 @@ from sqap.errors import CheckpointError
 
 _NAME = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 # Configuration, statistics, tokenizer and weights; not the code beside them, nor what training went on from.
-NEEDED = ["*.json", "*.safetensors", "*.pt"]
+# One file of code is searched for a word that tells OpenVLA-OFT from OpenVLA, and never run.
+NEEDED = ["*.json", "*.safetensors", "*.pt", "modeling_prismatic.py"]
 UNNEEDED = ["lora_adapter/*", "runs/*", "*optimizer*"]
 logger = logging.getLogger("sqap")
 

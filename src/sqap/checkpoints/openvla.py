@@ -12,6 +12,7 @@ from sqap.checkpoints import prismatic
 from sqap.checkpoints.known_keys import OPENVLA, ROPE, TEXT
 from sqap.checkpoints.prismatic import VLM, Choices, Encoder, Names, Published
 from sqap.checkpoints.processor import check_pixels, normalisation, read_processor
+from sqap.checkpoints.robots import refuse_discrete
 from sqap.checkpoints.statistics import Dataset, action_statistics, choose_dataset
 from sqap.checkpoints.tensors import open_safetensors
 from sqap.checkpoints.weights import Part, Source, TensorSet, copied
@@ -48,7 +49,10 @@ def open(directory: Path, choices: Choices) -> Published:
     """
     config = prismatic.read_object(directory / prismatic.CONFIG)
     names = prismatic.choose_cameras(choices.cameras, CAMERAS, (1,), FAMILY)
-    choices.refuse(FAMILY, "chunk", "bounds", "ema")
+    choices.refuse(FAMILY, "bounds", "ema", "film")
+    if choices.chunk is None:
+        refuse_discrete(directory, config)
+    prismatic.check_one_action(choices)
     where = directory / prismatic.CONFIG
     dataset = read_dataset(directory, config, choices.unnorm_key)
     actions = action_statistics(dataset)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -10,9 +10,8 @@ from torch import Tensor
 from sqap.checkpoints import openvla, prismatic
 from sqap.checkpoints.openvla import NAMES, components
 from sqap.checkpoints.prismatic import VLM, Choices, Published
+from sqap.checkpoints.robots import Platform, check_film, check_proprio, choose_platform
 from sqap.checkpoints.statistics import (
-    EXTREMES,
-    PERCENTILES,
     Dataset,
     action_statistics,
     check_length,
@@ -33,19 +32,6 @@ CROP = 0.9
 LORA_ALPHA = 16
 
 
-@dataclass(frozen=True)
-class Platform:
-    """What upstream's constants say of a robot; no file of a checkpoint does."""
-
-    horizon: int
-    bounds: tuple[str, str]
-    cameras: tuple[str, ...]
-
-
-ALOHA = Platform(25, EXTREMES, ("image", "left_wrist_image", "right_wrist_image"))
-BRIDGE = Platform(5, PERCENTILES, ("image",))
-LIBERO = Platform(8, PERCENTILES, ("image", "wrist_image"))
-ALOHA_ACTIONS = 14
 CAMERA_COUNTS = (1, 2, 3)
 
 
@@ -66,10 +52,12 @@ def open(directory: Path, choices: Choices) -> Published:
     tensors = _open_tensors(directory)
     vlm = _adapt(openvla.read_vlm(directory, config, tensors), tensors)
     action_dim = tensors.shape(f"{HEAD}model.fc2.weight", 2)[0]
-    platform = _platform(action_dim, dataset.key)
+    platform = choose_platform(directory, dataset.key, action_dim, choices)
+    check_film(directory, config, platform, choices.film, found=vlm.vision[0].film)
     names = _cameras(choices.cameras, platform, len(vlm.vision))
     head = _head(tensors, action_dim, platform)
     proprio = _proprio(tensors, dataset, platform)
+    check_proprio(directory, found=proprio is not None)
     policy = PolicyConfig(
         family="openvla-oft",
         model=prismatic.make_model(vlm, head, names, len(proprio.low) if proprio else None),
@@ -121,7 +109,10 @@ def _find_component(directory: Path, name: str, *, needed: bool) -> Path | None:
         names = shorten([path.name for path in found])
         raise CheckpointError(f"{directory} has several of {name}; leave one of them there: {names}")
     if not found and needed:
-        raise CheckpointError(f"{directory} is incomplete: it has no {name}--*_checkpoint.pt")
+        raise CheckpointError(
+            f"{directory} is incomplete: it has no {name}--*_checkpoint.pt, which the L1 head is in (the "
+            "discrete head, which needs none, is not supported)"
+        )
     return found[0] if found else None
 
 
@@ -163,12 +154,6 @@ def _merged(source: Source, tensors: TensorSet) -> Source:
     if kind == "bias":
         return Source((base,))
     return Source((base, f"{module}.lora_A.default.weight", f"{module}.lora_B.default.weight"), merge_lora)
-
-
-def _platform(action_dim: int, key: str) -> Platform:
-    if action_dim == ALOHA_ACTIONS:
-        return ALOHA
-    return BRIDGE if key.startswith("bridge") else LIBERO
 
 
 def _cameras(given: tuple[str, ...] | None, platform: Platform, encoders: int) -> tuple[str, ...]:

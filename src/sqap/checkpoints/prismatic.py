@@ -124,6 +124,7 @@ class Choices:
         bounds: what -1 and 1 stand for, the 1st and 99th percentiles or the extremes; the family's or the
             robot's own if None.
         ema: whether averaged weights are taken in place of the raw ones, where the files have both.
+        film: whether the instruction modulates vision, as in OpenVLA-OFT+; what the files tell if None.
 
     Raises:
         CheckpointError: the crop is no share, the chunk no number of actions, or the bounds are unknown.
@@ -136,6 +137,7 @@ class Choices:
     chunk: int | None = None
     bounds: Bounds | None = None
     ema: bool = False
+    film: bool | None = None
 
     def __post_init__(self) -> None:
         if self.crop is not None and not 0 < self.crop <= 1:
@@ -274,6 +276,16 @@ def choose_cameras(
             f"got {len(cameras)}: {', '.join(cameras)}"
         )
     return cameras
+
+
+def check_one_action(choices: Choices) -> None:
+    """Refuse another chunk than OpenVLA's.
+
+    Raises:
+        CheckpointError: it was chosen.
+    """
+    if choices.chunk not in (None, 1):
+        raise CheckpointError(f"a step of OpenVLA is one action, and cannot be a chunk of {choices.chunk}")
 
 
 def publish(

@@ -66,6 +66,9 @@ CHOICES: dict[str, Any] = {
     "ema": Annotated[
         bool, typer.Option("--ema", help="Take CogACT's averaged action model in place of the raw one.")
     ],
+    "film": Annotated[
+        bool | None, typer.Option("--film/--no-film", help="Whether an OpenVLA-OFT was tuned with FiLM.")
+    ],
 }
 
 
