@@ -26,7 +26,9 @@ def test_the_demo_prints_a_table_and_leaves_a_report_and_a_video(tmp_path, monke
     ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert "drawer-close" in result.output
+    assert "drawer-close" in result.stdout
+    for work in ("calibration frames: 2 of 2", "quantizing: 100 %", "episodes: 2 of 2", "video: 1 of 1"):
+        assert work in result.stderr
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert report == json.loads((tmp_path / "r.json").read_text())
     assert report["visual_tokens"] == 154

@@ -31,7 +31,7 @@ SEED = 1_000_000
 FRAMES = 48
 PICTURE_SECONDS = 0.6  # into the first episode
 
-ProgressBar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+ProgressBar = Callable[..., AbstractContextManager[Callable[[int, int], None]]]
 
 
 def run_demo(out: Path, episodes: int, console: Console, progress: ProgressBar) -> dict[str, Any]:
@@ -43,7 +43,8 @@ def run_demo(out: Path, episodes: int, console: Console, progress: ProgressBar) 
     recipe = Recipe.w4a8(keep=0.6)
     with progress("calibration frames") as advance:
         frames = collect_frames(original, ENV, TASKS, FRAMES, advance)
-    small = sqap.compress(original, recipe, frames)
+    with progress("quantizing", percent=True) as advance:
+        small = sqap.compress(original, recipe, frames, progress=advance)
     small_dir = out / "policy"
     small.save(small_dir)
 
