@@ -1,12 +1,17 @@
 """The public face: an observation in, a chunk of actions in robot units out."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from sqap import Observation, Policy
+from sqap import Camera, Observation, Policy
 from sqap.errors import InputError
 from sqap.processing import ActionStatistics, pixel_values, unnormalize
+from sqap.recipe import Pruning, Recipe
+
+CAMERA = "corner2"
 
 
 def test_act_gives_a_chunk_in_robot_units(policy, observe):
@@ -45,6 +50,33 @@ def test_a_missing_camera_is_named(policy, observe):
 
 def test_an_uncompressed_policy_keeps_every_token(policy, observe):
     assert policy.step(observe(), seed=0).selection is None
+
+
+@pytest.mark.parametrize("crop", [1.0, 0.9, 0.5])
+@pytest.mark.parametrize("shape", [(256, 256), (180, 320)])
+@pytest.mark.parametrize("place", [(0.55, 0.3), (0.7, 0.65)])
+def test_the_ring_is_where_the_gripper_is_in_what_the_policy_looks_at(policy, observe, crop, shape, place):
+    """A white dot on a black image, in the pixels that the model is given."""
+    (height, width), (u, v) = shape, place
+    rows, columns = (np.arange(n) + 0.5 for n in shape)
+    dot = np.hypot((rows / height - v)[:, None], columns / width - u) < 0.06
+    image = np.repeat(dot[..., None] * np.uint8(255), 3, axis=2)
+    camera = Camera(np.array([[width, 0, u * width], [0, height, v * height], [0, 0, 1]]), np.eye(4))
+    observation = dataclasses.replace(
+        observe(), images={CAMERA: image}, cameras={CAMERA: camera}, end_effector=np.array([0, 0, 1.0])
+    )
+    config = dataclasses.replace(policy.config, crop=crop)
+    pruned = Policy(
+        policy.model, config, policy.tokenizer, Recipe(pruning=Pruning(keep_ratio=0.5, after_layer=1))
+    )
+
+    target = pruned.step(observation, seed=0).selection.target
+
+    seen = pruned.pixels(observation)[0][0].mean(0)
+    seen = (seen - seen.min()).numpy()
+    places = (np.arange(len(seen)) + 0.5) / len(seen)
+    shown = [(seen.sum(axis) * places).sum() / seen.sum() for axis in (0, 1)]
+    assert target == pytest.approx(shown, abs=0.25 / len(seen))
 
 
 def test_unnormalize_follows_cogact():

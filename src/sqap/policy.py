@@ -24,7 +24,7 @@ from sqap.processing import (
     prompt_ids,
     unnormalize,
 )
-from sqap.pruning.geometry import project
+from sqap.pruning.geometry import into_crop, project
 from sqap.pruning.selector import Selection, Selector, StepPruner
 from sqap.recipe import Recipe
 
@@ -212,11 +212,12 @@ class Policy:
         return StepPruner(self.selector, length, visual, targets, generator)
 
     def _target(self, observation: Observation, camera: str) -> tuple[float, float] | None:
-        """Where the end effector is in a camera's image, if the observation tells."""
+        """Where the end effector is in what is looked at of a camera's image, if the observation tells."""
         if camera not in observation.cameras or observation.end_effector is None:
             return None
         shape = observation.images[camera].shape[:2]
-        return project(observation.cameras[camera], observation.end_effector, shape)
+        place = project(observation.cameras[camera], observation.end_effector, shape)
+        return None if place is None else into_crop(place, self.config.crop)
 
 
 def hash_frames(frames: Sequence[Observation]) -> str:

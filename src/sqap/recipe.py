@@ -161,7 +161,8 @@ class Pruning:
         top_share: largest share of the budget the attention ranking may take; calibration may lower it.
         overlap: the ranking is trusted up to the largest k at which quantized and full-precision top k
             overlap at least this much on the calibration frames.
-        ring: inner and outer radius around the projected end effector, as shares of the image's side.
+        ring: inner and outer radius around the projected end effector, as shares of the side of the crop that
+            is looked at.
         ring_share: largest share of the budget the ring may take.
     """
 

@@ -116,6 +116,20 @@ class TestAnnotate:
         between = shown[int((target[1] + 0.14) * SIZE), int((target[0] + 0.14) * SIZE)]
         assert between.max() <= 5
 
+    def test_a_crop_is_drawn_where_it_is(self):
+        """A quarter of the area: patches and ring at half their size, and nothing but darkness around."""
+        gray, target, half = np.full((8, 8, 3), 128, np.uint8), (0.4, 0.6), SIZE // 2
+        shown = annotate(gray, selection(target), GRID, SIZE, RING, crop=0.25)
+        whole = annotate(gray, selection(target), GRID, half, RING)
+        inside = shown[half // 2 : -half // 2, half // 2 : -half // 2].astype(int)
+        # Strokes have widths of their own; what lies between them is the same.
+        assert (np.abs(inside - whole).max(-1) <= 2).mean() > 0.9
+        assert (shown[2 : half // 2 - 2].max(-1) < PRUNED_BRIGHTNESS * 128).all()
+        assert (shown[:, : half // 2 - 2].max(-1) < PRUNED_BRIGHTNESS * 128).all()
+        row, column = int(SIZE * 0.55), int(SIZE * (0.45 + RING[1] / 2))  # where the outer circle is
+        near = shown[row - 2 : row + 3, column - 2 : column + 3].reshape(-1, 3).astype(int)
+        assert np.abs(near - AROUND).sum(1).min() < 120
+
     @pytest.mark.parametrize(("target", "ring"), [(None, RING), ((0.5, 0.5), None)])
     def test_no_ring_without_a_target_or_radii(self, target, ring):
         picture = annotate(self.image, selection(target), GRID, SIZE, ring)
@@ -157,6 +171,18 @@ class TestRecord:
         def step(self, observation, *, seed=None):
             self.selections.append(selection())
             return SimpleNamespace(chunk=np.zeros((3, 1)), selection=self.selections[-1])
+
+    def test_shows_the_camera_and_the_crop_of_the_policy(self):
+        images = {name: np.full((4, 4, 3), value, np.uint8) for name, value in (("left", 10), ("wrist", 200))}
+        frames = (Frame(Observation(images, "walk"), selection(), 0),)
+        episode = Episode("walk", 0, True, 0, 0.0, ())
+        pictures = [
+            compose([Clip("x", None, 40.0, frames, episode, camera, crop)], 0, PANE)
+            for camera, crop in ((None, 1.0), ("wrist", 1.0), ("wrist", 0.25))
+        ]
+        bright = [int((picture.min(-1) == 200).sum()) for picture in pictures]
+        assert bright[0] == 0
+        assert bright[1] > 3 * bright[2] > 0
 
     def record(self, hz):
         policy = self.Looks()

@@ -25,7 +25,8 @@ class Selection:
         top: kept for the attention they receive.
         ring: kept for being around the end effector.
         sampled: kept to cover the rest of the scene, or by a baseline that looks at neither.
-        target: the end effector in image coordinates (u, v), if it is known.
+        target: the end effector in image coordinates (u, v), if it is known. The image is what the policy
+            looks at: a crop's corners are at (0, 0) and (1, 1).
     """
 
     top: Tensor

@@ -40,8 +40,17 @@ def record_comparison(
         for column, policy in zip(columns, policies, strict=True):
             pruning = policy.recipe.pruning
             ring = pruning.ring if pruning is not None and pruning.method == "sqap" else None
-            units = environments.action_units(env)
-            column.append(record_episode(policy, world, seed, label=label(policy), ring=ring, units=units))
+            clip = record_episode(
+                policy,
+                world,
+                seed,
+                label=label(policy),
+                ring=ring,
+                units=environments.action_units(env),
+                camera=policy.config.cameras[0],
+                crop=policy.config.crop,
+            )
+            column.append(clip)
         world.close()
         if progress is not None:
             progress(done, len(tasks))

@@ -1,7 +1,8 @@
 """What the pruner did, drawn over the camera image.
 
 Pruned patches are dark. Kept ones are left as they are, and an outline says by which criterion: orange
-for the attention they receive, blue for being near the gripper, white for sampled.
+for the attention they receive, blue for being near the gripper, white for sampled. What lies around a
+crop is darker still, behind a thin gray frame.
 """
 
 from __future__ import annotations
@@ -9,15 +10,18 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from sqap.pruning.geometry import out_of_crop
 from sqap.pruning.selector import Selection
 
 # From Okabe and Ito's palette, whose colors color-blind people tell apart.
 ATTENDED, AROUND, SAMPLED = (230, 159, 0), (86, 180, 233), (245, 245, 245)
-RIM = (19, 22, 27)
-_COLORS = np.array((RIM, ATTENDED, AROUND, SAMPLED), dtype=np.float32)
+RIM, FRAME = (19, 22, 27), (160, 168, 180)
+UNSEEN = -1  # as the reason of a pixel outside the crop
+_COLORS = np.array((RIM, ATTENDED, AROUND, SAMPLED, FRAME), dtype=np.float32)  # by reason, the frame's last
 
 PRUNED_BRIGHTNESS = 0.28
 PRUNED_SATURATION = 0.3
+UNSEEN_BRIGHTNESS = 0.4  # of a pruned pixel's
 OUTLINE_OPACITY = 0.7
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
@@ -28,6 +32,7 @@ def annotate(
     grid: int,
     size: int,
     ring: tuple[float, float] | None,
+    crop: float = 1.0,
 ) -> np.ndarray:
     """The camera image, enlarged, with what was pruned in the dark.
 
@@ -36,8 +41,9 @@ def annotate(
         selection: of ``grid * grid`` visual tokens; None leaves the image as it is.
         grid: patches along a side.
         size: pixels along a side of the result.
-        ring: inner and outer radius as shares of the image's side, drawn around the selection's target if
+        ring: inner and outer radius as shares of the crop's side, drawn around the selection's target if
             that is known.
+        crop: share of the image's area that the policy looks at, from its centre; the grid covers it.
 
     Returns:
         ``(size, size, 3)`` uint8.
@@ -46,23 +52,31 @@ def annotate(
     if selection is None:
         return np.array(enlarged)
     pixels = np.array(enlarged, dtype=np.float32)
-    reason = _reasons(selection, grid, size)
+    reason = _reasons(selection, grid, size, crop)
     gray = (pixels @ _LUMA)[..., None]
     dark = PRUNED_BRIGHTNESS * (gray + PRUNED_SATURATION * (pixels - gray))
-    pixels = np.where((reason == 0)[..., None], dark, pixels)
-    outline = _outline(reason, width=max(1, size // 256)) & (reason > 0)
+    dark = np.where((reason == UNSEEN)[..., None], UNSEEN_BRIGHTNESS * dark, dark)
+    pixels = np.where((reason <= 0)[..., None], dark, pixels)
+    outline = _outline(reason, width=max(1, size // 256)) & (reason != 0)
     pixels = _blend(pixels, _COLORS[reason], OUTLINE_OPACITY * outline)
     if ring is not None and selection.target is not None:
-        pixels = _draw_ring(pixels, selection.target, ring)
+        inner, outer = (radius * crop**0.5 for radius in ring)
+        pixels = _draw_ring(pixels, out_of_crop(selection.target, crop), (inner, outer))
     return pixels.round().astype(np.uint8)
 
 
-def _reasons(selection: Selection, grid: int, size: int) -> np.ndarray:
-    """``(size, size)`` int: why each pixel's patch was kept (1 attention, 2 ring, 3 sampled), 0 if not."""
+def _reasons(selection: Selection, grid: int, size: int, crop: float) -> np.ndarray:
+    """``(size, size)`` int: why each pixel's patch was kept (1 attention, 2 ring, 3 sampled), 0 if not.
+
+    `UNSEEN` where there is no patch.
+    """
     masks = (selection.top, selection.ring, selection.sampled)
     patches = sum(code * mask.numpy().astype(np.int64) for code, mask in enumerate(masks, start=1))
-    patch_of = np.arange(size) * grid // size
-    reasons: np.ndarray = np.reshape(patches, (grid, grid))[patch_of[:, None], patch_of]
+    # Centres of pixels as shares of the crop's side.
+    along = 0.5 + ((np.arange(size) + 0.5) / size - 0.5) / crop**0.5
+    patch_of = np.clip(np.floor(along * grid).astype(np.int64), -1, grid) + 1
+    padded = np.pad(np.reshape(patches, (grid, grid)), 1, constant_values=UNSEEN)
+    reasons: np.ndarray = padded[patch_of[:, None], patch_of]
     return reasons
 
 

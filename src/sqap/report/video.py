@@ -54,10 +54,12 @@ class Clip:
 
     Args:
         label: what to call the policy.
-        ring: inner and outer radius of its protected ring, as shares of the image's side; None draws none.
+        ring: inner and outer radius of its protected ring, as shares of the crop's side; None draws none.
         hz: control steps per simulated second.
         frames: ascending in time, from the first moment to the last.
         episode: how it went.
+        camera: whose images are shown, those that the selections are of; None for the observation's first.
+        crop: share of an image's area that the policy looks at, from its centre.
     """
 
     label: str
@@ -65,6 +67,8 @@ class Clip:
     hz: float
     frames: tuple[Frame, ...]
     episode: Episode
+    camera: str | None = None
+    crop: float = 1.0
 
     @property
     def seconds(self) -> float:
@@ -86,16 +90,20 @@ def record_episode(
     label: str,
     ring: tuple[float, float] | None,
     units: ActionUnits,
+    camera: str | None = None,
+    crop: float = 1.0,
 ) -> Clip:
     """Run one episode as `evaluation.run_episode` does, and keep `FPS` frames a simulated second.
 
     Args:
         policy: what acts.
-        env: left open; its first camera's images are shown.
+        env: left open.
         seed: of the episode.
         label: what to call the policy in the picture.
-        ring: radii of the policy's protected ring, as shares of the image's side; None if it has none.
+        ring: radii of the policy's protected ring, as shares of the crop's side; None if it has none.
         units: of the environment's actions; tells how long a control step is.
+        camera: whose images are shown, the policy's first; None for the environment's first.
+        crop: share of an image's area that the policy looks at.
 
     Raises:
         InputError: as `run_episode`.
@@ -109,7 +117,7 @@ def record_episode(
         frames.append(Frame(observation, selection, step))
 
     episode = run_episode(policy, env, seed, units=units, watch=watch)
-    return Clip(label, ring, units.hz, tuple(frames), episode)
+    return Clip(label, ring, units.hz, tuple(frames), episode, camera, crop)
 
 
 def compose(clips: Sequence[Clip], seconds: float, pane: int = PANE) -> np.ndarray:
@@ -189,10 +197,12 @@ def _draw_pane(clip: Clip, seconds: float, size: int) -> Image.Image:
     """One clip's camera image between a header and a legend."""
     frame = clip.at(seconds)
     header, footer = size * 84 // 512, size * 48 // 512
-    image = next(iter(frame.observation.images.values()))
+    images = frame.observation.images
+    image = next(iter(images.values())) if clip.camera is None else images[clip.camera]
     grid = 1 if frame.selection is None else round(frame.selection.mask.numel() ** 0.5)
     canvas = Image.new("RGB", (size, header + size + footer), BACKGROUND)
-    canvas.paste(Image.fromarray(annotate(image, frame.selection, grid, size, clip.ring)), (0, header))
+    shown = annotate(image, frame.selection, grid, size, clip.ring, clip.crop)
+    canvas.paste(Image.fromarray(shown), (0, header))
     draw = ImageDraw.Draw(canvas)
     _draw_header(draw, clip, frame, size, header)
     _draw_legend(draw, frame.selection, header + size + footer / 2, _font(size * 18 / 512))
