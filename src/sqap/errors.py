@@ -1,4 +1,4 @@
-"""The one exception a user's mistake raises: its message is a sentence that says what would be right."""
+"""What a user's mistake raises: the message is a sentence that says what would be right."""
 
 
 class SqapError(ValueError):
@@ -11,3 +11,7 @@ class InputError(SqapError):
 
 class CheckpointError(SqapError):
     """A directory on disk cannot be loaded or written as asked."""
+
+
+class ActionError(SqapError):
+    """A policy computes what no robot may be given."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,9 +13,11 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from sqap.errors import InputError
+from sqap.defaults import defaults
+from sqap.errors import ActionError, InputError
 from sqap.models import VLA, DiffusionHeadConfig, FlowHeadConfig, ModelConfig, ModelInputs
-from sqap.models.storage import Weights, fill
+from sqap.models.stages import stages
+from sqap.models.storage import Rounded, Weights, fill, unify, widen
 from sqap.observation import Observation
 from sqap.processing import (
     ActionStatistics,
@@ -27,6 +31,11 @@ from sqap.processing import (
 from sqap.pruning.geometry import into_crop, project
 from sqap.pruning.selector import Selection, Selector, StepPruner
 from sqap.recipe import Recipe
+
+# Weights read, and weights in all.
+Progress = Callable[[int, int], None]
+# Of all policies: one of its own could be neither copied nor sent to another process.
+_loading = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -98,8 +107,9 @@ class Policy:
         calibration: what compression measured, if it needed frames.
         source: fingerprint of the policy this one was compressed from.
         fingerprint: identifies the directory it was loaded from; None if it was not.
-        weights: where to read what the model has on the meta device. Acting reads all of it, once;
-            compressing reads it stage by stage, so that it never is in memory as a whole.
+        weights: where to read what the model has on the meta device. `load_weights` reads all of it, once,
+            and acting calls it. Compressing reads it stage by stage, whether it is in memory or not: a change
+            made to ``model`` counts only where ``weights`` is None.
 
     Attributes:
         selector: chooses visual tokens, as the recipe says; None if nothing is pruned.
@@ -113,6 +123,7 @@ class Policy:
     source: str | None = None
     fingerprint: str | None = None
     weights: Weights | None = field(default=None, repr=False)
+    _loaded: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
@@ -131,30 +142,38 @@ class Policy:
     def act(self, observation: Observation, *, seed: int | None = None) -> np.ndarray:
         """The next actions ``(horizon, action_dim)`` float32 in robot units.
 
-        The same seed gives the same diffusion noise, so that policies can be compared in pairs.
+        The same seed gives the same diffusion noise, so that policies can be compared in pairs. The first
+        call reads weights that are still on disk: call `load_weights` first where a step must not wait.
 
         Raises:
             InputError: the observation lacks an image the policy reads.
+            ActionError: the actions would not be finite.
+            CheckpointError: weights cannot be read, or hold values that are not finite.
         """
         return self.step(observation, seed=seed).chunk
 
+    @defaults()
     @torch.inference_mode()
     def step(self, observation: Observation, *, seed: int | None = None) -> Step:
         """Like `act`, and tells which visual tokens the decoder kept."""
-        self.fill()
-        generator = torch.Generator()
+        self.load_weights()
+        generator = torch.Generator(device="cpu")
         if seed is None:
             generator.seed()
         else:
             generator.manual_seed(seed)
         inputs = self.inputs(observation, generator)
         pruner = self._pruner(observation, inputs.token_ids.shape[1], generator)
-        actions = self.model(inputs, pruner)
-        chunk = unnormalize(actions[0].float().numpy(), self.config.actions)
+        normalised = self.model(inputs, pruner)[0].float().numpy()
+        chunk = unnormalize(normalised, self.config.actions)
+        for actions in (normalised, chunk):  # what is clipped or turned into 0 and 1 hides what it was
+            _check_actions(actions)
         return Step(chunk, pruner.selections if pruner is not None else ())
 
     def inputs(self, observation: Observation, generator: torch.Generator) -> ModelInputs:
         """What the model is given for an observation, with noise where it starts from noise.
+
+        Floats are float32 whatever the model computes in.
 
         Raises:
             InputError: the observation lacks an image or the state that the policy reads.
@@ -163,7 +182,8 @@ class Policy:
         ids = prompt_ids(observation.instruction, config.prompt, self.tokenizer, config.append_tokens)
         noise = None
         if isinstance(head, DiffusionHeadConfig | FlowHeadConfig):
-            noise = torch.randn(1, head.horizon, head.action_dim, generator=generator)
+            shape = 1, head.horizon, head.action_dim
+            noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
         return ModelInputs(self.pixels(observation), ids, noise, self.proprio(observation))
 
     def pixels(self, observation: Observation) -> list[torch.Tensor]:
@@ -175,7 +195,7 @@ class Policy:
             )
         crop, images = self.config.crop, [observation.images[camera] for camera in self.config.cameras]
         return [
-            torch.cat([pixel_values(image, vision, crop) for image in images]).to(self.model.dtype)
+            torch.cat([pixel_values(image, vision, crop) for image in images])
             for vision in self.config.model.vision
         ]
 
@@ -185,16 +205,40 @@ class Policy:
             return None
         if observation.state is None:
             raise InputError("the policy reads the robot's state; the observation has none")
-        state = normalize_proprio(observation.state, self.config.proprio)
-        return state.to(self.model.dtype)
+        return normalize_proprio(observation.state, self.config.proprio)
 
-    def fill(self) -> None:
-        """Read into memory what of the model is not there yet."""
-        if self.weights is not None and self.model.decoder.norm.weight.is_meta:
+    @defaults()
+    def load_weights(self, progress: Progress | None = None) -> None:
+        """Read into memory what of the model is still on disk; the first `act` does, if nobody did before.
+
+        An original then computes in the type that most of its weights are stored in, its head in the finest
+        type that the head has. What `compress` returns computes in float32. Several threads may call this.
+
+        Args:
+            progress: gets (weights read, weights in all) part by part.
+
+        Raises:
+            CheckpointError: weights cannot be read, or hold values that are not finite.
+        """
+        if self._loaded or self.weights is None:
+            return
+        with _loading:
+            if self._loaded:
+                return
+            total, done = sum(parameter.numel() for parameter in self.model.parameters()), 0
+            for name, stage in stages(self.model):
+                fill(stage, self.weights, prefix=f"{name}.")
+                done += sum(parameter.numel() for parameter in stage.parameters())
+                if progress is not None:
+                    progress(done, total)
             fill(self.model, self.weights)
-            for part in (self.model.vision, self.model.projector, self.model.proprio):
-                if part is not None:  # a head keeps the type it came in, often a finer one
-                    part.to(self.model.dtype)
+            if isinstance(self.weights, Rounded):
+                widen(self.model)
+            else:
+                unify(self.model, self.model.head)
+            if progress is not None:
+                progress(total, total)
+            self._loaded = True
 
     def save(self, directory: str | Path) -> None:
         """Write the policy, whole or not at all; see `sqap.checkpoints.native`."""
@@ -220,15 +264,30 @@ class Policy:
         return None if place is None else into_crop(place, self.config.crop)
 
 
+def _check_actions(actions: np.ndarray) -> None:
+    """Make sure that a chunk ``(horizon, action_dim)`` is finite."""
+    for step, dimension in np.argwhere(~np.isfinite(actions)):
+        raise ActionError(
+            f"dimension {dimension} of action {step} would be {actions[step, dimension]}, which no robot may "
+            "be given: the policy's weights and this observation lead out of the range of its numbers"
+        )
+
+
 def hash_frames(frames: Sequence[Observation]) -> str:
-    """SHA-256 over the pixels, instructions and states of observations, in order."""
+    """SHA-256 over what calibration reads of observations: images, their shapes, instructions and states.
+
+    Not over camera matrices and the end effector's position: calibration looks at neither.
+    """
     digest = hashlib.sha256()
+
+    def add(kind: str, shape: tuple[int, ...], content: bytes) -> None:
+        # How long everything is comes first, so that no two sequences of parts run together.
+        digest.update(json.dumps([kind, shape, len(content)]).encode() + content)
+
     for frame in frames:
-        digest.update(frame.instruction.encode())
+        add("instruction", (), frame.instruction.encode())
         for name in sorted(frame.images):
-            digest.update(name.encode())
-            digest.update(frame.images[name].tobytes())
+            add(f"image {name}", frame.images[name].shape, frame.images[name].tobytes())
         if frame.state is not None:
-            digest.update(b"state")
-            digest.update(frame.state.tobytes())
+            add("state", frame.state.shape, frame.state.tobytes())
     return digest.hexdigest()

@@ -90,8 +90,8 @@ def pixel_values(image: np.ndarray, config: VisionConfig, crop: float = 1.0) -> 
     if crop < 1:
         image = center_crop(image, crop)
     pixels = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1).div_(255)
-    mean, std = torch.tensor(config.mean), torch.tensor(config.std)
-    return pixels.sub_(mean[:, None, None]).div_(std[:, None, None])[None]
+    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (config.mean, config.std))
+    return pixels.sub_(mean).div_(std)[None]
 
 
 def center_crop(image: np.ndarray, area: float) -> np.ndarray:
@@ -122,4 +122,4 @@ def prompt_ids(instruction: str, prompt: str, tokenizer: Tokenizer, append: Sequ
     """
     ids: list[int] = tokenizer.encode(prompt.format(instruction=instruction.lower())).ids
     repeated = next(n for n in range(len(append), -1, -1) if n == 0 or ids[-n:] == list(append[:n]))
-    return torch.tensor([[*ids, *append[repeated:]]])
+    return torch.tensor([[*ids, *append[repeated:]]], dtype=torch.int64, device="cpu")

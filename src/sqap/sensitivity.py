@@ -124,7 +124,7 @@ class Replay:
         if self.pruning is None or self.pruning.method not in ("sqap", "attention"):
             return None
         inputs = [model_inputs(self.policy, frame, seed) for seed, frame in enumerate(self.frames)]
-        return ranking_scores(policy.model, self.pruning, inputs)
+        return ranking_scores(policy.model, self.pruning, inputs, policy.weights)
 
 
 def compare_options(

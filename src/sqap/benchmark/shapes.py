@@ -85,7 +85,7 @@ def random_policy(model: ModelConfig, recipe: Recipe) -> Policy:
     small = empty_model(model)
     if recipe.quantization is not None:
         prepare_quantized(small, recipe.quantization)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
     for module in small.modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             drawn = _draw(module, name, tensor, generator)
@@ -109,14 +109,15 @@ def _draw(module: torch.nn.Module, name: str, like: torch.Tensor, generator: tor
     if isinstance(module, QuantizedLinear) and name == "weight":
         low = 0 if like.dtype == torch.uint8 else -127
         high = 256 if like.dtype == torch.uint8 else 128
-        return torch.randint(low, high, like.shape, dtype=like.dtype, generator=generator)
+        return torch.randint(low, high, like.shape, dtype=like.dtype, device="cpu", generator=generator)
     if isinstance(module, QuantizedLinear) and name == "scale":
         spread = 4.6 if module.weight_bits == 4 else 73.3  # of levels drawn evenly
-        return torch.full(like.shape, module.in_features**-0.5 / spread)
+        return torch.full(like.shape, module.in_features**-0.5 / spread, dtype=torch.float32, device="cpu")
     if like.dim() < 2:
-        return torch.ones(like.shape) if name in ("weight", "scale_factor") else torch.zeros(like.shape)
+        value = float(name in ("weight", "scale_factor"))
+        return torch.full(like.shape, value, dtype=torch.float32, device="cpu")
     table = isinstance(module, torch.nn.Embedding)
-    drawn = torch.empty(like.shape, dtype=torch.bfloat16 if table else torch.float32)
+    drawn = torch.empty(like.shape, dtype=torch.bfloat16 if table else torch.float32, device="cpu")
     return drawn.normal_(0, 1 if table else like[0].numel() ** -0.5, generator=generator)
 
 

@@ -42,7 +42,7 @@ class VlaCpp(Elsewhere):
     def _images(self, pixels: Tensor) -> Tensor:
         """What its own statistics normalise: ``(cameras, size, size, 3)`` from 0 to 1."""
         vision = self._config.vision[0]
-        mean, std = (torch.tensor(values)[:, None, None] for values in (vision.mean, vision.std))
+        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (vision.mean, vision.std))
         return (pixels * std + mean).permute(0, 2, 3, 1)
 
 

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 
 from sqap.errors import CheckpointError
 from sqap.models import VLA, empty_model
-from sqap.models.storage import stored_tensors
+from sqap.models.storage import check_finite, stored_tensors
 from sqap.policy import Calibration, Policy, PolicyConfig
 from sqap.quantization import check_coverage, list_linears, prepare_quantized
 from sqap.recipe import Recipe
@@ -43,13 +43,12 @@ def save_policy(policy: Policy, directory: Path) -> None:
         CheckpointError: the place cannot be written, holds something else, or a linear that the recipe
             wants quantized is not really packed. Whatever was there before is intact.
     """
-    policy.fill()
     if policy.recipe.quantization is not None:
         check_coverage(policy.model, policy.recipe.quantization)
     if _is_foreign(directory):
         raise CheckpointError(f"{directory} exists and is not an sqap policy; choose another place")
     with _replacing(directory) as temporary:
-        save_file(stored_tensors(policy.model), temporary / WEIGHTS)
+        save_file(stored_tensors(policy.model, policy.weights), temporary / WEIGHTS)
         policy.tokenizer.save(str(temporary / TOKENIZER))
         manifest = {
             "format": "sqap",
@@ -142,6 +141,7 @@ def _fill(model: VLA, path: Path) -> None:
     wide = {name for name, _ in model.named_parameters()} - {table}
     state = {name: t.float() if name in wide else t for name, t in tensors.items()}
     model.load_state_dict(state, assign=True)
+    check_finite(model, CheckpointError, f"{path}: ")
 
 
 def _is_foreign(directory: Path) -> bool:

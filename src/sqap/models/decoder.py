@@ -154,7 +154,7 @@ def attention_received(q: Tensor, k: Tensor, rows: Tensor, *, causal: bool = Tru
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores: Tensor = q[:, :, rows].float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
     if causal:
-        future = torch.arange(k.shape[2], device=k.device) > (rows + past)[:, None]
+        future = torch.arange(k.shape[2], dtype=torch.int64, device=k.device) > (rows + past)[:, None]
         scores = scores.masked_fill(future, -torch.inf)
     return scores.softmax(-1).mean((1, 2))
 
@@ -233,7 +233,8 @@ class Decoder(nn.Module):
         start = cache.next_position if cache is not None else 0
         if cache is not None:
             cache.next_position += x.shape[1]
-        positions = torch.arange(start, start + x.shape[1], device=x.device).expand(x.shape[0], -1)
+        ends = start, start + x.shape[1]
+        positions = torch.arange(*ends, dtype=torch.int64, device=x.device).expand(x.shape[0], -1)
         rope = rope_angles(positions, self.config, x.dtype)
         for i, layer in enumerate(self.layers):
             rows = pruner.score_rows(i) if pruner is not None else None

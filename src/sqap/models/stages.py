@@ -6,7 +6,7 @@ the projector, the head. Together they hold every linear but those of the robot'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sqap.models.decoder import Decoder, rope_angles
-from sqap.models.storage import STORAGE_DTYPE, Weights, fill
+from sqap.models.storage import STORAGE_DTYPE, Weights, fill, widen
 from sqap.models.vision import VisionEncoder
 from sqap.models.vla import VLA, ModelInputs, pixel_shuffle
 
@@ -49,45 +49,56 @@ def run_layer(
     decoder: Decoder, layer: nn.Module, x: Tensor, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """One of the decoder's layers on a whole sequence ``(batch, tokens, width)``, and what ``rows`` see."""
-    positions = torch.arange(x.shape[1], device=x.device)[None]
+    positions = torch.arange(x.shape[1], dtype=torch.int64, device=x.device)[None]
     out: tuple[Tensor, Tensor | None] = layer(x, rope_angles(positions, decoder.config, x.dtype), rows=rows)
     return out
 
 
 def fill_around(model: VLA, weights: Weights) -> None:
     """Read what belongs to no stage: in 32 bits, but for the embedding table."""
-    staged = {f"{name}.{key}" for name, stage in stages(model) for key, _ in stage.named_parameters()}
     fill(model.decoder.embed_tokens, weights, prefix="decoder.embed_tokens.", dtype=STORAGE_DTYPE)
+    staged = {f"{name}.{key}" for name, stage in stages(model) for key, _ in stage.named_parameters()}
     fill(model, weights, skip=staged, dtype=torch.float32)
 
 
-def streamed(weights: Weights | None) -> Through:
-    """Runs stages as they are, each in memory only while it runs if its weights have to be read."""
+def widen_around(model: nn.Module, staged: Iterable[nn.Module]) -> None:
+    """Compute in 32 bits between the stages; they themselves get there one by one."""
+    widen(model, {id(parameter) for stage in staged for parameter in stage.parameters()})
+
+
+def streamed(weights: Weights | None, dtype: torch.dtype) -> Through:
+    """Runs stages in ``dtype``, each in memory only while it runs if its weights have to be read or cast."""
 
     def through(name: str, stage: nn.Module, states: Sequence[Any], call: Callable[..., Any]) -> list[Any]:
-        with loaded(name, stage, weights):
+        with loaded(name, stage, weights, dtype):
             return [call(stage, state) for state in states]
 
     return through
 
 
 @contextmanager
-def loaded(name: str, stage: nn.Module, weights: Weights | None) -> Iterator[None]:
-    """A stage with its weights in memory: read in 32 bits if it is on the meta device, then dropped."""
+def loaded(name: str, stage: nn.Module, weights: Weights | None, dtype: torch.dtype) -> Iterator[None]:
+    """A stage in ``dtype``: read if it is on the meta device, else cast; afterwards it is as it was."""
     missing = [key for key, parameter in stage.named_parameters() if parameter.is_meta]
+    there = [(parameter, parameter.data) for parameter in stage.parameters() if not parameter.is_meta]
     if missing and weights is not None:
-        fill(stage, weights, prefix=f"{name}.", dtype=torch.float32)
-    yield
-    empty = {key: stage.get_parameter(key).to("meta") for key in missing}
-    stage.load_state_dict(empty, assign=True, strict=False)
+        fill(stage, weights, prefix=f"{name}.", dtype=dtype)
+    for parameter, data in there:
+        parameter.data = data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, data in there:
+            parameter.data = data
+        empty = {key: stage.get_parameter(key).to("meta") for key in missing}
+        stage.load_state_dict(empty, assign=True, strict=False)
 
 
 def _see(
     model: VLA, i: int, inputs: Sequence[ModelInputs], language: Sequence[Tensor | None], through: Through
 ) -> list[Tensor]:
     encoder = cast(VisionEncoder, model.vision[i])
-    dtype = encoder.pos_embed.dtype
-    states = [encoder.embed(given.pixels[i].to(dtype)) for given in inputs]
+    states = [encoder.embed(given.pixels[i]) for given in inputs]
     for j, block in enumerate(encoder.blocks):
         pairs = list(zip(states, language, strict=True))
         states = through(f"vision.{i}.blocks.{j}", block, pairs, lambda stage, pair: stage(*pair))

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from sqap.errors import CheckpointError, SqapError
+
 STORAGE_DTYPE = torch.bfloat16
+COMPUTED = torch.float32, torch.bfloat16, torch.float16
 
 
 class Weights(Protocol):
@@ -21,6 +27,23 @@ class Weights(Protocol):
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors of their own by the model's parameter names, in the type they are stored in."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Weights with the values that they have once they are stored by us: `STORAGE_DTYPE`."""
+
+    weights: Weights
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights that are rounded."""
+        return self.weights.fingerprint
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors of their own, in `STORAGE_DTYPE`."""
+        found = self.weights.read(names)
+        return {name: found.pop(name).to(STORAGE_DTYPE) for name in [*found]}
 
 
 @torch.inference_mode(False)  # or the weights could never be changed outside of it
@@ -40,6 +63,9 @@ def fill(
         prefix: the module's name in its model, with a dot behind.
         skip: parameters to be left on the meta device.
         dtype: what they become; None leaves them in the types they are stored in.
+
+    Raises:
+        CheckpointError: one holds a value that is not finite.
     """
     missing = [n for n, parameter in module.named_parameters() if parameter.is_meta and n not in skip]
     found = weights.read(prefix + name for name in missing)
@@ -47,16 +73,75 @@ def fill(
     for name in missing:  # one by one, so that not all are there in both types
         tensor = found.pop(prefix + name)
         named[name] = tensor.to(dtype or tensor.dtype)
+        _check_finite(prefix + name, named[name], CheckpointError)
     module.load_state_dict(named, assign=True, strict=False)
     module.requires_grad_(False)
 
 
-def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The module's state as it is written: parameters in `STORAGE_DTYPE`, buffers untouched."""
-    parameters = {name for name, _ in module.named_parameters()}
+def widen(module: nn.Module, skip: Collection[int] = ()) -> None:
+    """Compute in float32, but for the parameters whose ids are in ``skip``; packed integers stay packed.
+
+    Embedding tables, of which a step reads a few rows, stay as they are.
+    """
+    _cast([p for p in _without_tables(module) if id(p) not in skip], torch.float32)
+
+
+def unify(model: nn.Module, head: nn.Module) -> None:
+    """One type for all that was filled with the types of a file: the one that most values are stored in.
+
+    A ``head`` of the model is computed in the finest type that it has; embedding tables stay in their own.
+    Types other than `COMPUTED` become float32.
+    """
+    inside = {id(parameter) for parameter in head.parameters()}
+    rest = [parameter for parameter in _without_tables(model) if id(parameter) not in inside]
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in rest:
+        counts[parameter.dtype] += parameter.numel()
+    _cast(rest, counts.most_common(1)[0][0])
+    _cast([*head.parameters()], reduce(torch.promote_types, (p.dtype for p in head.parameters())))
+
+
+def _without_tables(module: nn.Module) -> list[nn.Parameter]:
+    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    return [parameter for parameter in module.parameters() if id(parameter) not in tables]
+
+
+def _cast(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+    for parameter in parameters:
+        parameter.data = parameter.data.to(dtype if dtype in COMPUTED else torch.float32)
+
+
+def check_finite(module: nn.Module, error: type[SqapError], prefix: str = "") -> None:
+    """Refuse weights that are not finite; those on the meta device are checked when they are read.
+
+    Raises:
+        SqapError: of the given kind, with the name of the first tensor that holds NaN or infinity.
+    """
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not tensor.is_meta:
+            _check_finite(prefix + name, tensor, error)
+
+
+def _check_finite(name: str, tensor: Tensor, error: type[SqapError]) -> None:
+    # The extremes are NaN if any value is; one pass, a thirtieth of the time of isfinite() in bfloat16.
+    if tensor.numel() and not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):
+        raise error(f"{name} holds values that are not finite; such a policy cannot act")
+
+
+def stored_tensors(module: nn.Module, weights: Weights | None = None) -> dict[str, Tensor]:
+    """The module's state as it is written: parameters in `STORAGE_DTYPE`, buffers untouched.
+
+    What is on the meta device is read from ``weights``, in that type at most.
+    """
+    parameters = dict(module.named_parameters())
+    missing = [name for name, parameter in parameters.items() if parameter.is_meta]
+    read = Rounded(weights).read(missing) if weights is not None and missing else {}
+    state = {name: read.get(name, tensor) for name, tensor in module.state_dict().items()}
+    for name, tensor in read.items():
+        _check_finite(name, tensor, CheckpointError)
     return {
         name: (tensor.to(STORAGE_DTYPE) if name in parameters else tensor).contiguous()
-        for name, tensor in module.state_dict().items()
+        for name, tensor in state.items()
     }
 
 
@@ -72,13 +157,12 @@ def stored_bytes(module: nn.Module) -> int:
 def round_to_storage(module: nn.Module) -> None:
     """Give parameters the values they will have on disk, so that saving and loading change nothing.
 
-    Embedding tables, of which a step reads a few rows, stay in that type in memory too.
+    They are float32 in memory, as a loaded policy's; embedding tables, of which a step reads a few rows, stay
+    in that type in memory too.
     """
     for parameter in module.parameters():
-        parameter.data = parameter.data.to(STORAGE_DTYPE).to(parameter.dtype)
-    for table in module.modules():
-        if isinstance(table, nn.Embedding):
-            table.to(STORAGE_DTYPE)
+        parameter.data = parameter.data.to(STORAGE_DTYPE, copy=True)
+    widen(module)
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:

@@ -91,7 +91,8 @@ class VisionEncoder(nn.Module):
         return self.features(x)
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """Pixels to what the blocks are given: ``(batch, prefix + grid * grid, width)``."""
+        """Pixels of any type to what the blocks are given: ``(batch, prefix + grid * grid, width)``."""
+        pixels = pixels.to(self.pos_embed.dtype)
         patches: Tensor = self.patch_embed(pixels).flatten(2).transpose(1, 2) + self.pos_embed
         prefix = [token for token in (self.cls_token, self.reg_token) if token is not None]
         return torch.cat([*(token.expand(len(patches), -1, -1) for token in prefix), patches], dim=1)

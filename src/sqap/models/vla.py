@@ -27,6 +27,8 @@ class ModelInputs:
         token_ids: ``(batch, text tokens)``.
         noise: ``(batch, horizon, action_dim)``, of policies that sample their actions.
         proprio: normalised ``(batch, proprio_dim)``, of policies that know the robot's state.
+
+    Their floats may be of any type: the model computes in its own.
     """
 
     pixels: Sequence[Tensor]
@@ -86,7 +88,7 @@ class VLA(nn.Module):
         state = []
         if self.proprio is not None:
             assert inputs.proprio is not None, "the model reads the robot's state"
-            state = [self.proprio(inputs.proprio)[:, None].to(text)]
+            state = [self.proprio(inputs.proprio.to(self.dtype))[:, None].to(text)]
         if self.config.image_first:
             return torch.cat([visual, text, *state], dim=1)
         room = text.new_zeros(len(text), self.head.placeholders, text.shape[-1])

@@ -21,7 +21,7 @@ def score_layers(settings: Pruning) -> tuple[int, ...]:
 def query_rows(queries: ScoreQueries, visual: slice, length: int) -> Tensor:
     """Positions ``(rows,)`` whose attention counts, in ``length`` of which those in ``visual`` are visual."""
     first = visual.stop if queries == "text" else length - 1
-    return torch.arange(first, length)
+    return torch.arange(first, length, dtype=torch.int64, device="cpu")
 
 
 class AttentionWatcher:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from sqap.defaults import defaults
 from sqap.models.stages import embed_through, loaded, run_layer, streamed
 from sqap.models.storage import Weights
 from sqap.models.vla import VLA, ModelInputs
@@ -26,7 +27,8 @@ def overlap_curve(full: Tensor, quantized: Tensor) -> Tensor:
     # A token is in both top k from the k on at which the worse of its two ranks gets in.
     joins = torch.maximum(_ranks(full), _ranks(quantized))
     both = torch.bincount(joins.flatten(), minlength=tokens).cumsum(0)
-    return both / (frames * torch.arange(1, tokens + 1))
+    counts = torch.arange(1, tokens + 1, dtype=torch.int64, device=both.device)
+    return both.float() / (frames * counts)
 
 
 def choose_k(curve: Tensor, threshold: float) -> int:
@@ -40,7 +42,7 @@ def choose_k(curve: Tensor, threshold: float) -> int:
     return int(trusted[-1]) + 1 if len(trusted) else 0
 
 
-@torch.inference_mode()
+@defaults()
 def attention_scores(
     model: VLA,
     inputs: Sequence[ModelInputs],
@@ -51,19 +53,19 @@ def attention_scores(
     """The scores a pruner would see: ``(frames * cameras, tokens of one)``, each row's sum one.
 
     Args:
-        model: full-precision or quantized; nothing of it is pruned.
+        model: full-precision or quantized; nothing of it is pruned. It computes in `VLA.dtype` throughout.
         inputs: of one frame each.
         layers: decoder layers, counted from 0, whose attention is averaged; at least one.
         queries: whose attention counts.
         weights: where to read stages that ``model`` has on the meta device, one at a time.
     """
     cameras, visual = model.config.cameras, model.config.visual
-    hidden = [model.prefix(x) for x in embed_through(model, inputs, streamed(weights))]
+    hidden = [model.prefix(x) for x in embed_through(model, inputs, streamed(weights, model.dtype))]
     watchers = [
         AttentionWatcher(layers, query_rows(queries, visual, x.shape[1]), visual, cameras) for x in hidden
     ]
     for i, layer in enumerate(model.decoder.layers[: max(layers) + 1]):
-        with loaded(f"decoder.layers.{i}", layer, weights):
+        with loaded(f"decoder.layers.{i}", layer, weights, model.dtype):
             for frame, watcher in enumerate(watchers):
                 rows = watcher.score_rows(i)
                 hidden[frame], received = run_layer(model.decoder, layer, hidden[frame], rows)

@@ -59,19 +59,19 @@ def farthest_points(grid: int, kept: Tensor, count: int, generator: torch.Genera
     if generator is None:
         rank, first = np.arange(tokens)[::-1], (grid - 1) // 2 * (grid + 1)
     else:
-        rank = torch.randperm(tokens, generator=generator).numpy()
+        rank = _permutation(tokens, generator).numpy()
         first = int(rank.argmax())
     picked = [] if seeds else [first]
     nearest = between[seeds + picked].min(axis=0)
     while len(picked) < count:
         picked.append(int((nearest * tokens + rank).argmax()))
         np.minimum(nearest, between[picked[-1]], out=nearest)
-    return torch.tensor(picked[:count], dtype=torch.long)
+    return torch.tensor(picked[:count], dtype=torch.int64, device="cpu")
 
 
 def random_tokens(tokens: int, count: int, generator: torch.Generator | None = None) -> Tensor:
     """``count`` of ``tokens`` indices, every subset equally likely."""
-    return torch.randperm(tokens, generator=generator)[:count]
+    return _permutation(tokens, generator)[:count]
 
 
 def uniform_grid(grid: int, count: int) -> Tensor:
@@ -89,6 +89,10 @@ def uniform_grid(grid: int, count: int) -> Tensor:
         columns = (np.arange(in_row[row]) + shift) * grid / in_row[row]
         indices.append(row * grid + columns.astype(np.int64))
     return torch.from_numpy(np.concatenate(indices))
+
+
+def _permutation(tokens: int, generator: torch.Generator | None) -> Tensor:
+    return torch.randperm(tokens, generator=generator, dtype=torch.int64, device="cpu")
 
 
 @lru_cache

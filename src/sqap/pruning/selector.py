@@ -88,7 +88,7 @@ class Selector:
         Raises:
             InputError: the method ranks by attention and there are no scores.
         """
-        none = torch.zeros(self.tokens, dtype=torch.bool)
+        none = torch.zeros(self.tokens, dtype=torch.bool, device="cpu")
         method = self.settings.method
         if method == "random":
             sampled = self._mask(criteria.random_tokens(self.tokens, self.budget, generator))
@@ -132,7 +132,7 @@ class Selector:
             )
 
     def _mask(self, indices: Tensor) -> Tensor:
-        mask = torch.zeros(self.tokens, dtype=torch.bool)
+        mask = torch.zeros(self.tokens, dtype=torch.bool, device="cpu")
         mask[indices] = True
         return mask
 
@@ -197,6 +197,6 @@ class StepPruner:
             self._selector.select(None if scores is None else scores[i], target, self._generator)
             for i, target in enumerate(self._targets)
         )
-        kept = torch.ones(self._length, dtype=torch.bool)
+        kept = torch.ones(self._length, dtype=torch.bool, device="cpu")
         kept[self._visual] = torch.cat([s.mask for s in self.selections])
         return kept.nonzero().T

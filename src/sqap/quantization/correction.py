@@ -20,7 +20,7 @@ class Correction:
 
     def __init__(self, linear: nn.Linear) -> None:
         self._weight = linear.weight.detach()
-        self._sum = torch.zeros(self._weight.T.shape, device=self._weight.device)
+        self._sum = torch.zeros(self._weight.T.shape, dtype=torch.float32, device=self._weight.device)
 
     def add(self, x: Tensor, exact: Tensor) -> None:
         """Add inputs ``(..., in)`` as they are and as they should be."""

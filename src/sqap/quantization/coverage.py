@@ -104,7 +104,8 @@ def _check_linear(name: str, linear: nn.Linear | QuantizedLinear, quantization: 
         found, expected = getattr(linear, setting), getattr(scheme, setting)
         if found != expected:
             raise CheckpointError(f"{name} has {setting} = {found}, the recipe says {expected}")
-    rotates = quantization.rotate and name.endswith("down_proj")
+    # Of the decoder's alone: an action expert's MLP may be called the same.
+    rotates = quantization.rotate and name.startswith("decoder.") and name.endswith("down_proj")
     block = largest_block(linear.in_features) if rotates else 0
     if linear.hadamard_block != block:
         raise CheckpointError(

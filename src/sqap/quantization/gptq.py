@@ -82,7 +82,7 @@ class Hessian:
         self.order, self.name = order, name
         size = len(order)
         self._panels = [
-            torch.zeros(size - start, min(PANEL, size - start), device=order.device)
+            torch.zeros(size - start, min(PANEL, size - start), dtype=torch.float32, device=order.device)
             for start in range(0, size, PANEL)
         ]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ RADIX = 16
 WHOLE = 64
 # A core costs its order in multiplications per value; the largest that a known decoder has is 148 (18944).
 LARGEST_CORE = 150
+# Where matrices are made before they are rounded to the type they are used in.
+EXACT: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 
 
 def largest_block(width: int) -> int:
@@ -114,7 +117,7 @@ def random_signs(width: int, seed: int) -> Tensor:
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # a matrix made inside inference mode could never be used outside it
 def _sylvester(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    matrix = torch.ones(1, 1, dtype=torch.float64)
+    matrix = torch.ones(1, 1, **EXACT)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return (matrix / math.sqrt(size)).to(device, dtype)
@@ -138,23 +141,23 @@ def _paley_first(q: int) -> Tensor:
     """Order q + 1, for a prime q with remainder 3 modulo 4."""
     matrix = _residues(q)
     matrix[1:, 0] = -1
-    return matrix + torch.eye(q + 1, dtype=torch.float64)
+    return matrix + torch.eye(q + 1, **EXACT)
 
 
 def _paley_second(q: int) -> Tensor:
     """Order 2 (q + 1), for a prime q with remainder 1 modulo 4."""
-    off = torch.tensor([[1, 1], [1, -1]], dtype=torch.float64)
-    diagonal = torch.tensor([[1, -1], [-1, -1]], dtype=torch.float64)
-    return torch.kron(_residues(q), off) + torch.kron(torch.eye(q + 1, dtype=torch.float64), diagonal)
+    off = torch.tensor([[1, 1], [1, -1]], **EXACT)
+    diagonal = torch.tensor([[1, -1], [-1, -1]], **EXACT)
+    return torch.kron(_residues(q), off) + torch.kron(torch.eye(q + 1, **EXACT), diagonal)
 
 
 def _residues(q: int) -> Tensor:
     """+1 where i - j is a square modulo q, -1 where not, 0 where zero; bordered with ones and a 0."""
-    character = torch.full((q,), -1, dtype=torch.float64)
-    character[torch.arange(q).square() % q] = 1
+    index = torch.arange(q, dtype=torch.int64, device="cpu")
+    character = torch.full((q,), -1, **EXACT)
+    character[index.square() % q] = 1
     character[0] = 0
-    index = torch.arange(q)
-    matrix = torch.ones(q + 1, q + 1, dtype=torch.float64)
+    matrix = torch.ones(q + 1, q + 1, **EXACT)
     matrix[0, 0] = 0
     matrix[1:, 1:] = character[(index[:, None] - index) % q]
     return matrix

@@ -76,7 +76,7 @@ class QuantizedLinear(nn.Module):
         stored, scales = stored_shapes(in_features, out_features, scheme)
         dtype = torch.uint8 if self.weight_bits == 4 else torch.int8
         self.register_buffer("weight", torch.zeros(stored, dtype=dtype, device=device))
-        self.register_buffer("scale", torch.zeros(scales, device=device))
+        self.register_buffer("scale", torch.zeros(scales, dtype=torch.float32, device=device))
         self.register_buffer("bias", bias)
 
     @classmethod

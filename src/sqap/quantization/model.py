@@ -9,14 +9,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from sqap.defaults import defaults
 from sqap.errors import InputError
 from sqap.models.config import DecoderConfig
 from sqap.models.decoder import Decoder
 from sqap.models.heads import DiffusionHead, FlowHead, RegressionHead, TokenHead
 from sqap.models.heads.ddim import ddim_sample
 from sqap.models.heads.flow import KeysValues
-from sqap.models.stages import embed_through, fill_around, run_layer, stages
-from sqap.models.storage import STORAGE_DTYPE, Weights, fill
+from sqap.models.stages import embed_through, fill_around, run_layer, stages, widen_around
+from sqap.models.storage import STORAGE_DTYPE, Weights, fill, widen
 from sqap.models.vla import VLA, ModelInputs
 from sqap.quantization.fused import fuse
 from sqap.quantization.kv import set_kv_bits
@@ -36,7 +37,7 @@ from sqap.recipe import Quantization
 Progress = Callable[[int, int], None]
 
 
-@torch.inference_mode()
+@defaults()
 def quantize_model(
     model: VLA,
     quantization: Quantization,
@@ -47,6 +48,8 @@ def quantize_model(
     partial: Partial | None = None,
 ) -> VLA:
     """A rotated and quantized copy of ``model``, which is left as it is. One stage is in 32 bits at a time.
+
+    Whatever the types of ``model``, the copy computes in float32. Its embedding table may be narrower.
 
     Args:
         model: a float model, neither rotated nor quantized.
@@ -62,11 +65,10 @@ def quantize_model(
             input is not finite.
     """
     _check(dict(stages(model)), quantization)
-    dtype = model.dtype
     model = share(model)
     if weights is not None:
         fill_around(model, weights)
-    _float_around(model, [stage for _, stage in stages(model)])
+    widen_around(model, [stage for _, stage in stages(model)])
     walk = Sequential(quantization, partial=partial, weights=weights)
     if progress is not None:
         walk.done = _counter(progress, [stage for _, stage in stages(model)])
@@ -85,12 +87,13 @@ def quantize_model(
     set_kv_bits(model.decoder, quantization.kv_bits)
     if weights is not None:
         fill(model.head, weights, prefix="head.", dtype=torch.float32)
+    widen(model.head)
     walk.through("head", model.head, *_head_states(model, sequences, hidden, inputs))
     fuse(model)
-    return model.to(dtype)
+    return model
 
 
-@torch.inference_mode()
+@defaults()
 def quantize_decoder(
     decoder: Decoder,
     quantization: Quantization,
@@ -116,7 +119,7 @@ def quantize_decoder(
     _check({f"decoder.layers.{i}": layer for i, layer in enumerate(decoder.layers)}, quantization)
     dtype = decoder.embed_tokens.weight.dtype
     decoder = share(decoder)
-    _float_around(decoder, decoder.layers)
+    widen_around(decoder, decoder.layers)
     walk = Sequential(quantization, partial=partial)
     if progress is not None:
         walk.done = _counter(progress, decoder.layers)
@@ -159,14 +162,6 @@ def prepare_quantized(model: VLA, quantization: Quantization) -> None:
         prepare(name, stage, quantization)
     set_kv_bits(model.decoder, quantization.kv_bits)
     fuse(model)
-
-
-def _float_around(model: nn.Module, inner: Iterable[nn.Module]) -> None:
-    """Compute in 32 bits between the stages too; they themselves get there one by one."""
-    staged = {id(parameter) for stage in inner for parameter in stage.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in staged:
-            parameter.data = parameter.data.float()
 
 
 def _head_states(

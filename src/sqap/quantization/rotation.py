@@ -44,7 +44,7 @@ class Turn:
     @classmethod
     def none(cls, width: int) -> Turn:
         """The one that changes nothing."""
-        return cls(Hadamard(1), torch.ones(width, dtype=torch.int8))
+        return cls(Hadamard(1), torch.ones(width, dtype=torch.int8, device="cpu"))
 
     def apply(self, x: Tensor) -> Tensor:
         """Rows ``(..., width)`` in the new basis, in the type of ``x``."""
@@ -71,7 +71,8 @@ class Rotation:
     def of(cls, config: DecoderConfig, seed: int | None = None) -> Rotation:
         """The rotation of a decoder of these sizes; with a seed, every H has random signs before it."""
         widths = [config.width, config.head_dim, config.mlp_width]
-        signs = torch.ones(sum(widths), dtype=torch.int8) if seed is None else random_signs(sum(widths), seed)
+        even = torch.ones(sum(widths), dtype=torch.int8, device="cpu")
+        signs = even if seed is None else random_signs(sum(widths), seed)
         residual, head, inner = torch.split(signs, widths)
         per_head = Hadamard.of(config.head_dim)
         return cls(

@@ -48,7 +48,8 @@ def ddim_sample(
     for i in reversed(range(len(steps))):
         a = float(alpha_bar[steps[i]])
         a_next = float(alpha_bar[steps[i - 1]]) if i else 1.0
-        eps = predict_noise(x, torch.full((len(x),), steps[i], device=x.device))
+        t = torch.full((len(x),), steps[i], dtype=torch.int64, device=x.device)
+        eps = predict_noise(x, t)
         clean = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
         x = math.sqrt(a_next) * clean + math.sqrt(1 - a_next) * eps
     return x

@@ -83,8 +83,9 @@ class DiffusionHead(nn.Module):
     def loss(self, actions: Tensor, condition: Tensor) -> Tensor:
         """Mean squared error of the predicted noise on normalised ``(batch, horizon, action_dim)``."""
         noise = torch.randn_like(actions)
-        t = torch.randint(0, self.config.train_steps, (len(actions),), device=actions.device)
-        drop = torch.rand(len(actions), 1, device=actions.device) < CONDITION_DROPOUT
+        batch, device = len(actions), actions.device
+        t = torch.randint(0, self.config.train_steps, (batch,), dtype=torch.int64, device=device)
+        drop = torch.rand(batch, 1, dtype=torch.float32, device=device) < CONDITION_DROPOUT
         condition = torch.where(drop, self.uncondition.to(condition.dtype), condition)
         noisy = add_noise(actions, noise, t, self.alpha_bar)
         return (self.predict_noise(noisy, t, condition) - noise).square().mean()
@@ -111,7 +112,7 @@ class DiffusionHead(nn.Module):
         both = self.conditions(condition)
         given = self.z_embedder(both)
         steps = ddim_steps(len(self.alpha_bar), self.config.sample_steps)
-        times = self.embed_time(torch.tensor(steps, device=noise.device))
+        times = self.embed_time(torch.tensor(steps, dtype=torch.int64, device=noise.device))
         spacing = len(self.alpha_bar) // self.config.sample_steps
 
         def predict(x: Tensor, t: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ class FlowHead(nn.Module):
         when = time_embedding(time, self.config).to(action).expand_as(action)
         h = self.action_time_mlp_in(torch.cat([action, when], dim=-1))
         h = self.action_time_mlp_out(F.silu(h))
-        alone = torch.arange(x.shape[1], device=x.device)[None]
+        alone = torch.arange(x.shape[1], dtype=torch.int64, device=x.device)[None]
         ropes = [rope_angles(p, self.decoder_config, x.dtype) for p in (alone + tokens, alone)]
         for layer, kv in zip(self.experts, past, strict=True):
             h = layer(h, kv, ropes[int(layer.self_attn.cross)])
@@ -158,7 +158,7 @@ class FlowHead(nn.Module):
 
 def time_embedding(time: float, config: FlowHeadConfig) -> Tensor:
     """``(width,)``: sines, then cosines, of periods that grow geometrically."""
-    fraction = torch.linspace(0, 1, config.width // 2, dtype=torch.float64)
+    fraction = torch.linspace(0, 1, config.width // 2, dtype=torch.float64, device="cpu")
     period = config.min_period * (config.max_period / config.min_period) ** fraction
     angles = 2 * math.pi * time / period
     return torch.cat([angles.sin(), angles.cos()]).float()

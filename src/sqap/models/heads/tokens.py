@@ -30,17 +30,29 @@ class TokenHead(nn.Module):
         return self.actions(self.generate(decoder, sequence, pruner))[:, None]
 
     def generate(self, decoder: Decoder, sequence: Tensor, pruner: TokenPruner | None = None) -> Tensor:
-        """The most likely token ids ``(batch, action_dim)``."""
+        """The most likely token ids ``(batch, action_dim)``; -1 where what is asked of them is not finite."""
         cache = KVCache(len(decoder.layers))
         hidden = decoder(sequence, cache=cache, pruner=pruner)
-        ids = [self.lm_head(hidden[:, -1:]).argmax(-1)]
+        ids = [self._choose(hidden[:, -1:])]
         while len(ids) < self.config.action_dim:
-            hidden = decoder(decoder.embed(ids[-1]), cache=cache)
-            ids.append(self.lm_head(hidden).argmax(-1))
+            hidden = decoder(decoder.embed(ids[-1].clamp_min(0)), cache=cache)
+            ids.append(self._choose(hidden))
         return torch.cat(ids, dim=1)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``(batch, tokens, width)`` to ``(batch, tokens, vocabulary)``, in the output matrix's own type."""
+        weight = self.lm_head.weight
+        out: Tensor = self.lm_head(hidden.to(weight.dtype) if weight.is_floating_point() else hidden)
+        return out
+
     def actions(self, ids: Tensor) -> Tensor:
-        """Token ids ``(...)`` to the centres of their bins; other ids count as the nearest action's."""
+        """Token ids ``(...)`` to the centres of their bins, and -1 to NaN; others count as the nearest."""
         edges = torch.linspace(-1, 1, self.config.bins, dtype=torch.float64, device=ids.device)
         centres = ((edges[1:] + edges[:-1]) / 2).float()
-        return centres[(self.config.last_token - ids - 1).clamp(0, self.config.bins - 2)]
+        found = centres[(self.config.last_token - ids - 1).clamp(0, self.config.bins - 2)]
+        return found.masked_fill(ids < 0, torch.nan)
+
+    def _choose(self, hidden: Tensor) -> Tensor:
+        logits = self.logits(hidden)
+        # The largest of logits that are not numbers would be a token like any other.
+        return logits.argmax(-1).masked_fill(~logits.isfinite().all(-1), -1)
