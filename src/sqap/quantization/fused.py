@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from operator import eq, is_
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from sqap import kernels
 from sqap.kernels.layer import Layer, Norm
-from sqap.models.decoder import Attention, DecoderLayer, FloatKV, RMSNorm
+from sqap.models.decoder import DecoderLayer, FloatKV, RMSNorm
 from sqap.models.heads.diffusion import DiTBlock
 from sqap.models.vision import Block, LayerScale
 from sqap.quantization.linear import QuantizedLinear
@@ -19,8 +21,12 @@ from sqap.quantization.linear import QuantizedLinear
 FUSED = DecoderLayer, Block, DiTBlock
 LANES = 8  # heads are multiples of this many channels wide
 
+# Of a module, what is read when its layer is bound; "forward" where an instance has one of its own.
+ATTRIBUTES = "eps", "causal", "heads", "kv_heads", "head_dim", "width", "activation", "kv_format", "forward"
+HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+
 # Where a module keeps something, under which name, and what it was when the layer was bound.
-Place = tuple[Mapping[str, object], str, object]
+Place = tuple[dict[str, Any], str, object]
 
 
 @dataclass(frozen=True)
@@ -28,23 +34,42 @@ class _Bound:
     """A layer that is bound to its tensors, and how to see that it still has them.
 
     It is looked at before every call, and a diffusion head's layers are called forty times in a step: the
-    modules' own dictionaries are asked, which takes a microsecond where attributes of modules take fifty.
+    modules' own dictionaries are asked, by loops that Python runs in C. That takes a few microseconds, where
+    attributes of modules take fifty.
+
+    Args:
+        native: the layer.
+        path: of its products.
+        places: all that the layer and the modules in it hold and are.
+        tensors: of these, those that are tensors.
+        addresses: where the tensors' values are.
+        hooks: dictionaries that are empty as long as nobody wants to see what the modules in the layer do.
+        modules: dictionaries of modules, to which none may be added.
     """
 
     native: Layer
     path: str
-    places: tuple[Place, ...]
-    addresses: tuple[tuple[Tensor, int], ...]
+    places: tuple[tuple[dict[str, Any], ...], tuple[str, ...], tuple[object, ...]]
+    tensors: tuple[Tensor, ...]
+    addresses: tuple[int, ...]
+    hooks: tuple[Mapping[int, object], ...]
+    modules: tuple[tuple[Mapping[str, object], ...], tuple[int, ...]]
 
     def holds(self) -> bool:
-        """Whether nothing has been replaced."""
-        if self.path != kernels.chosen():
+        """Whether nothing has been replaced, and nobody has hooked into the layer."""
+        if self.path != kernels.chosen() or any(self.hooks):
             return False
-        for owner, name, kept in self.places:
-            if owner.get(name) is not kept:
-                return False
+        owners, names, values = self.places
+        if not all(map(is_, map(dict.get, owners, names), values)):
+            return False
+        if not all(map(eq, map(len, self.modules[0]), self.modules[1])):
+            return False
         # A tensor may stay, and what is in it be elsewhere.
-        return all(tensor.data_ptr() == address for tensor, address in self.addresses)
+        return all(map(eq, map(Tensor.data_ptr, self.tensors), self.addresses))
+
+    def trains(self) -> bool:
+        """Whether one of its parameters is to be given a gradient."""
+        return any(tensor.requires_grad for tensor in self.tensors)
 
 
 _layers: WeakKeyDictionary[nn.Module, _Bound] = WeakKeyDictionary()
@@ -67,9 +92,9 @@ def run_fused(
     """What the layer makes of ``x`` ``(batch, tokens, width)``, and what ``rows`` attend to.
 
     ``kept`` is filled with keys and values. None where it takes PyTorch: another device or type than float32,
-    a linear that is not quantized.
+    a linear that is not quantized, hooks on modules in the layer, gradients.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or x.requires_grad:
+    if x.device.type != "cpu" or x.dtype != torch.float32:
         return None
     found = _layers.get(layer)
     if found is None or not found.holds():
@@ -77,29 +102,55 @@ def run_fused(
         if found is None:
             return None
         _layers[layer] = found
+    if torch.is_grad_enabled() and (x.requires_grad or found.trains()):
+        return None
     return found.native(x, rope, rows, kept)
 
 
 def _bind(layer: nn.Module) -> _Bound | None:
     """The layer as it is now; None if the native one would not do."""
-    if kernels.chosen() == kernels.REFERENCE or not _fits(layer):
+    hooks = tuple(_hooks(layer))
+    if kernels.chosen() == kernels.REFERENCE or any(hooks) or not _fits(layer):
+        return None
+    if any("forward" in vars(module) for module in layer.modules() if module is not layer):
         return None
     linears, others = _parts(layer)
     bound = [linear.bound() for linear in linears if isinstance(linear, QuantizedLinear)]
     if len(bound) < len(linears) or any(p is not None and p.dtype != torch.float32 for p in others):
         return None
-    places = tuple(_places(layer))
-    addresses = tuple((kept, kept.data_ptr()) for _, _, kept in places if isinstance(kept, Tensor))
-    return _Bound(_native(layer, bound), kernels.chosen(), places, addresses)
+    owners, names, values = zip(*_places(layer), strict=True)
+    tensors = tuple(kept for kept in values if isinstance(kept, Tensor))
+    modules = tuple(module._modules for module in layer.modules())
+    return _Bound(
+        native=_native(layer, bound),
+        path=kernels.chosen(),
+        places=(owners, names, values),
+        tensors=tensors,
+        addresses=tuple(tensor.data_ptr() for tensor in tensors),
+        hooks=hooks,
+        modules=(modules, tuple(map(len, modules))),
+    )
 
 
 def _places(layer: nn.Module) -> Iterator[Place]:
-    """All that the layer and the modules in it hold."""
+    """All that the layer and the modules in it hold, and what else the native layer is told of them."""
     for module in layer.modules():
         for kept in (module._modules, module._buffers, module._parameters):
             yield from ((kept, name, value) for name, value in kept.items())
-        if isinstance(module, Attention):
-            yield vars(module), "kv_format", module.kv_format
+        present = vars(module)
+        yield from ((present, name, present.get(name)) for name in ATTRIBUTES if _may_have(module, name))
+
+
+def _may_have(module: nn.Module, name: str) -> bool:
+    return name == "forward" or name in vars(module)
+
+
+def _hooks(layer: nn.Module) -> Iterator[Mapping[int, object]]:
+    """The dictionaries of hooks that would be called in the layer; the layer's own are called in any case."""
+    for module in layer.modules():
+        if module is not layer:
+            yield from (vars(module)[name] for name in HOOKS)
+    yield from (getattr(nn.modules.module, f"_global{name}") for name in HOOKS)
 
 
 def _fits(layer: nn.Module) -> bool:

@@ -126,7 +126,16 @@ class QuantizedLinear(nn.Module):
         return dequantize_weight(self.levels(), self.scale)
 
     def forward(self, x: Tensor, function: kernels.Function = "none", times: Tensor | None = None) -> Tensor:
-        """``function(x) * times`` ``(..., in)`` to ``(..., out)`` in the type of ``x``."""
+        """``function(x) * times`` ``(..., in)`` to ``(..., out)`` in the type of ``x``.
+
+        Raises:
+            InputError: the result would need a gradient.
+        """
+        if torch.is_grad_enabled() and (x.requires_grad or (times is not None and times.requires_grad)):
+            raise InputError(
+                "a quantized linear has no gradient, and its input needs one: run the model under "
+                "torch.no_grad(), or on inputs and parameters that need none"
+            )
         if x.device.type != "cpu" or kernels.chosen() == kernels.REFERENCE:
             return self._reference(x, function, times).to(x.dtype)
         if x.dtype not in (torch.float32, torch.bfloat16):
