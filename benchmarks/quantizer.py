@@ -18,11 +18,12 @@ from variants import ENV, FRAMES, compare, decoder_alone, describe, run_variants
 
 import sqap
 from sqap import environments
+from sqap.budget import fit
 from sqap.files import write_json
 from sqap.frames import collect_frames
 from sqap.models.storage import stored_bytes
 from sqap.recipe import Quantization, Recipe
-from sqap.sensitivity import Replay, fit
+from sqap.sensitivity import Replay
 
 SEED = 1_000_000
 POLICIES = ("reference", "reference-smollm")

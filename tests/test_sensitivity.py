@@ -4,14 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sqap.errors import InputError
 from sqap.models.storage import stored_bytes
 from sqap.processing import ActionUnits
 from sqap.recipe import Override, Pruning, Quantization, Recipe, Scheme
-from sqap.sensitivity import Replay, _last, action_error, block_sensitivity, blocks, compare_options, fit
+from sqap.sensitivity import Replay, action_error, block_sensitivity, blocks, compare_options
 
 UNITS = ActionUnits(translation=(0, 1, 2), millimetres=10.0, gripper=3)
 COARSE = Quantization(4, 4, vision=Scheme(4, 8), projector=Scheme(4, 8), head=Scheme(4, 8), rotate=False)
@@ -63,42 +61,19 @@ def test_options_lead_from_plain_rounding_to_the_recipe(replay):
     assert replay.measure("", recipe).error == options[-2].error
 
 
-def test_a_budget_of_bytes_is_spent_and_kept(replay):
-    least = replay.measure("", COARSE)
-    budget = least.weight_bytes + 3000
-    fitted = fit(replay, COARSE, target_bytes=budget)
-    found = replay.measure("", fitted)
-    assert fitted.overrides
-    assert least.weight_bytes < found.weight_bytes <= budget
-    assert found.error.millimetres < least.error.millimetres
-    with pytest.raises(InputError, match=f"no choice fits 1000 bytes: .* {least.weight_bytes}"):
-        fit(replay, COARSE, target_bytes=1000)
-
-
-def test_a_target_error_spares_no_more_blocks_than_it_takes(replay):
-    start = replay.measure("", COARSE).error.millimetres
-    fitted = fit(replay, COARSE, target_error=0.7 * start)
-    assert fitted.overrides
-    assert replay.measure("", fitted).error.millimetres <= 0.7 * start
-    assert fit(replay, COARSE, target_error=2 * start) == COARSE
-    fixed = dataclasses.replace(COARSE, overrides=(Override("head.*", Scheme(4, 4)),))
-    with pytest.raises(InputError, match="no choice of blocks brings the error below"):
-        fit(replay, fixed, target_error=1e-9)
-
-
-def test_exactly_one_target_is_wanted(replay):
-    for targets in ({}, {"target_bytes": 1, "target_error": 1.0}):
-        with pytest.raises(InputError, match="one of the two"):
-            fit(replay, COARSE, **targets)
+@pytest.mark.parametrize(
+    "pattern", ["decoder.layers.*.mlp.down_proj", "*.down_proj|head.final_layer", "*_proj"]
+)
+def test_a_block_alone_keeps_the_overrides_that_name_its_linears(replay, pattern):
+    """A wildcard is an override of every block in which it matches."""
+    recipe = dataclasses.replace(COARSE, overrides=(Override(pattern, Scheme(8, 8)),))
+    full = stored_bytes(replay.policy.model)
+    options = block_sensitivity(replay, recipe)
+    assert [option.name for option in options] == blocks(replay.policy, recipe)
+    saved = sum(full - option.weight_bytes for option in options)
+    assert saved == full - replay.measure("all", recipe).weight_bytes
 
 
 def test_nothing_to_replay_is_refused(policy):
     with pytest.raises(InputError, match="at least one frame"):
         Replay(policy, [])
-
-
-@given(st.integers(0, 20), st.integers(-1, 20))
-@settings(deadline=None)
-def test_the_last_that_holds_is_found(size, last):
-    found = _last(lambda n: n <= last, size)
-    assert found == (None if last < 0 else min(last, size))

@@ -1,4 +1,4 @@
-"""What quantizing costs in robot units, block by block, and how to spend a budget of bytes on it.
+"""What quantizing costs in robot units, block by block.
 
 The same observations are replayed with the same diffusion noise through the original and through a
 candidate, and their action chunks are compared. Nothing moves: this ranks settings in seconds; whether the
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from sqap.compress import compress, model_inputs, ranking_scores
 from sqap.errors import InputError
@@ -160,7 +160,7 @@ def block_sensitivity(
     names = blocks(replay.policy, quantization)
     options = []
     for name in names:
-        options.append(_alone(replay, quantization, name, quantization.scheme(f"{name}.anything")))
+        options.append(alone(replay, quantization, name, grid(quantization, name)))
         if progress is not None:
             progress(len(options), len(names))
     return options
@@ -171,125 +171,28 @@ def blocks(policy: Policy, quantization: Quantization) -> list[str]:
     return [name for name, stage in stages(policy.model) if wanted(name, stage, quantization)]
 
 
-def fit(
-    replay: Replay,
-    quantization: Quantization,
-    *,
-    target_bytes: int | None = None,
-    target_error: float | None = None,
-    progress: Progress | None = None,
-) -> Quantization:
-    """The recipe with its worst offenders at 8-bit weights, then in bfloat16, as far as a target allows.
-
-    Blocks are raised in the order of error saved per byte, measured one block at a time. With
-    ``target_bytes`` as many are raised as fit; with ``target_error`` as few as bring the whole policy's
-    measured error, millimetres per control step (relative error where the units are unknown), below it.
-
-    Raises:
-        InputError: the target cannot be met; the message says what can.
-    """
-    if (target_bytes is None) == (target_error is None):
-        raise InputError("give a target in bytes or a target error, one of the two")
-    steps = _steps(replay, dataclasses.replace(quantization, rounding="nearest"), progress)
-
-    def raised(chosen: Sequence[_Step]) -> Quantization:
-        latest = {step.block: step.override for step in chosen}
-        return dataclasses.replace(quantization, overrides=(*quantization.overrides, *latest.values()))
-
-    if target_bytes is not None:
-        least = replay.measure("", dataclasses.replace(quantization, rounding="nearest")).weight_bytes
-        if least > target_bytes:
-            raise InputError(f"no choice fits {target_bytes} bytes: the recipe's smallest takes {least}")
-        return raised(_affordable(steps, target_bytes - least))
-
-    def misses(count: int) -> bool:
-        assert target_error is not None
-        return _scalar(replay.measure("", raised(steps[:count])).error) > target_error
-
-    failing = _last(misses, len(steps))
-    if failing == len(steps):
-        raise InputError(
-            f"no choice of blocks brings the error below {target_error}: with every block in bfloat16 it is "
-            f"{_scalar(replay.measure('', raised(steps)).error):.3g}"
-        )
-    return raised(steps[: 0 if failing is None else failing + 1])
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One block raised by one step: the override that does it, what it costs in bytes and what it saves."""
-
-    block: str
-    override: Override
-    cost: int
-    saved: float
-
-    @property
-    def worth(self) -> float:
-        return self.saved / max(self.cost, 1)
-
-
-def _steps(replay: Replay, quantization: Quantization, progress: Progress | None) -> list[_Step]:
-    """All steps of all blocks, by what they save per byte; those of one block in their order."""
-    waiting: dict[str, list[_Step]] = {}
-    names = blocks(replay.policy, quantization)
-    for done, name in enumerate(names):
-        scheme = quantization.scheme(f"{name}.anything")
-        ladder = [scheme, None]
-        if scheme is not None and scheme.weight_bits == 4:
-            ladder.insert(1, dataclasses.replace(scheme, weight_bits=8, activation_bits=8))
-        options = [_alone(replay, quantization, name, s) for s in ladder]
-        waiting[name] = [
-            _Step(
-                name,
-                Override(f"{name}.*", better),
-                after.weight_bytes - before.weight_bytes,
-                _scalar(before.error) - _scalar(after.error),
-            )
-            for before, after, better in zip(options, options[1:], ladder[1:], strict=False)
-        ]
-        if progress is not None:
-            progress(done + 1, len(names))
-    order = []
-    while any(waiting.values()):
-        best = max((name for name in names if waiting[name]), key=lambda name: waiting[name][0].worth)
-        order.append(waiting[best].pop(0))
-    return order
-
-
-def _affordable(steps: Sequence[_Step], room: int) -> list[_Step]:
-    """Steps that fit into ``room`` bytes together: each in its turn, or none more of its block."""
-    chosen: list[_Step] = []
-    closed = set()
-    for step in steps:
-        if step.block in closed or step.cost > room or step.saved <= 0:
-            closed.add(step.block)
-        else:
-            chosen.append(step)
-            room -= step.cost
-    return chosen
-
-
-def _alone(replay: Replay, quantization: Quantization, name: str, scheme: Scheme | None) -> Option:
-    overrides = (*_exceptions(name, quantization), Override(f"{name}.*", scheme), Override("*", None))
+def alone(replay: Replay, quantization: Quantization, name: str, scheme: Scheme | None) -> Option:
+    """One block on grids of ``scheme``, but for linears that the recipe's overrides name."""
+    overrides = (
+        *_exceptions(linears(replay.policy, name), quantization),
+        Override(f"{name}.*", scheme),
+        Override("*", None),
+    )
     return replay.measure(name, dataclasses.replace(quantization, overrides=overrides))
 
 
-def _exceptions(name: str, quantization: Quantization) -> list[Override]:
-    return [o for o in quantization.overrides if o.pattern.startswith(f"{name}.")]
+def _exceptions(linears: Sequence[str], quantization: Quantization) -> list[Override]:
+    """The recipe's overrides, in their order, as far as they are about ``linears``."""
+    matched = [(override, [n for n in linears if override.matches(n)]) for override in quantization.overrides]
+    return [Override("|".join(names), override.scheme) for override, names in matched if names]
 
 
-def _last(holds: Callable[[int], bool], size: int) -> int | None:
-    """The largest count up to ``size`` for which ``holds``, if it holds below it; None if not even for 0."""
-    low, high = -1, size
-    while low < high:
-        middle = (low + high + 1) // 2
-        if holds(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low if low >= 0 else None
+def linears(policy: Policy, block: str) -> list[str]:
+    """Names of a block's linears."""
+    modules = dict(stages(policy.model))[block].named_modules()
+    return [f"{block}.{key}" for key, module in modules if isinstance(module, nn.Linear)]
 
 
-def _scalar(error: ActionError) -> float:
-    return error.relative if error.millimetres is None else error.millimetres
+def grid(quantization: Quantization, block: str) -> Scheme | None:
+    """The grids of the part that a block belongs to, which its overrides make exceptions from."""
+    return dataclasses.replace(quantization, overrides=()).scheme(block)

@@ -98,7 +98,8 @@ def _fitted(
     target_bytes: int | None,
     target_error: float | None,
 ) -> Recipe:
-    from sqap.sensitivity import Replay, fit
+    from sqap.budget import fit
+    from sqap.sensitivity import Replay
 
     if recipe.quantization is None:
         raise InputError("a target needs a recipe that quantizes")
