@@ -127,6 +127,7 @@ def test_the_native_code_believes_no_size(path: str) -> None:
         ((x, HALF, 2, 0, none, (ADDRESS, 12)), "outputs: 12 bytes where 24"),
         ((x, HALF, 2, 4, none, y), "no such function"),
         ((x, HALF, -2, 0, none, y), "negative"),
+        (((ADDRESS, 0), HALF, 2**56, 0, none, y), "too large"),  # 2**64 bytes, which 64 bits count as none
     ):
         with pytest.raises(ValueError, match=sentence):
             linear(*arguments)

@@ -21,10 +21,11 @@ inline void require(bool holds, const std::string& otherwise) {
     if (!holds) throw std::invalid_argument(otherwise);
 }
 
-inline int64_t product(std::initializer_list<int64_t> sizes) {
-    int64_t all = 1;
-    for (const int64_t size : sizes) {
-        require(size >= 0 && !__builtin_mul_overflow(all, size, &all), "a size is negative or too large");
+// Bytes of an array of so many values of `size` bytes each.
+inline int64_t bytes_of(int64_t size, std::initializer_list<int64_t> sizes) {
+    int64_t all = size;
+    for (const int64_t count : sizes) {
+        require(count >= 0 && !__builtin_mul_overflow(all, count, &all), "a size is negative or too large");
     }
     return all;
 }
@@ -32,7 +33,7 @@ inline int64_t product(std::initializer_list<int64_t> sizes) {
 // The array's values, of which there must be as many as the sizes say.
 template <class T>
 T* values_of(const char* name, const Array& array, std::initializer_list<int64_t> sizes) {
-    const int64_t needed = product(sizes) * static_cast<int64_t>(sizeof(T));
+    const int64_t needed = bytes_of(sizeof(T), sizes);
     const bool there = array.first != 0 || needed == 0;
     if (!there || (array.second != needed && array.second != UNKNOWN)) {
         const std::string has = there ? std::to_string(array.second) + " bytes" : "no bytes";
