@@ -231,9 +231,29 @@ def test_encoders_are_known_by_the_backbone_where_nothing_else_names_them(publis
         ({"llm_backbone_id": "vicuna-v15-7b"}, r"vicuna-v15-7b \(llama\); supported are llama2-7b-pure"),
         ({"text_config": {"rope_scaling": {"factor": 2}}}, "rope_scaling: factor is not supported"),
         ({"text_config": [4096]}, "text_config must be an object"),
-        ({"text_config": {"hidden_size": "4096"}}, "hidden_size must be a positive int, got '4096'"),
-        ({"text_config": {"num_attention_heads": 0}}, "num_attention_heads must be a positive int, got 0"),
+        ({"text_config": {"hidden_size": "4096"}}, "hidden_size must be a positive int up to .*, got '4096'"),
+        (
+            {"text_config": {"num_attention_heads": 0}},
+            "num_attention_heads must be a positive int up to .*, got 0",
+        ),
+        (
+            {"text_config": {"num_hidden_layers": 10**30}},
+            "num_hidden_layers must be a positive int up to 1024",
+        ),
+        ({"text_config": {"rope_theta": float("nan")}}, "rope_theta must be a positive float"),
+        ({"text_config": {"hidden_size": 10**30}}, "hidden_size must be a positive int"),
+        ({"timm_model_ids": [["x"]]}, "the vision encoders are"),
         ({"text_config": {"rms_norm_eps": -1e-6}}, "rms_norm_eps must be a positive float"),
+        (
+            {"text_config": {"num_attention_heads": 128, "head_dim": 1}},
+            "128 attention heads of 1 channels cannot",
+        ),
+        (
+            {"text_config": {"num_key_value_heads": 5}},
+            "32 attention heads of 128 channels cannot share 5 of keys",
+        ),
+        ({"n_action_bins": 1}, "1 n_action_bins do not go into the 32000 tokens before the padding"),
+        ({"pad_to_multiple_of": 32_000}, "256 n_action_bins do not go into the 64 tokens"),
         ({"n_action_bins": 256.5}, "n_action_bins must be a positive int"),
     ],
 )

@@ -34,6 +34,8 @@ NAMES = Names(
     layer_scale="scale_factor",
 )
 T = TypeVar("T", int, float)
+# No model has more layers, wider ones or larger images; what a file says is not built before it is checked.
+MOST_LAYERS, MOST = 1 << 10, 1 << 24
 
 
 def recognise(directory: Path) -> bool:
@@ -107,12 +109,13 @@ def read_vlm(directory: Path, config: Mapping[str, Any], tensors: TensorSet) -> 
 
 def _head(config: Mapping[str, Any], decoder: DecoderConfig, actions: int, where: Path) -> TokenHeadConfig:
     padding = _number(config, "pad_to_multiple_of", prismatic.PADDING_ROWS, where)
-    return TokenHeadConfig(
-        action_dim=actions,
-        vocabulary=decoder.vocabulary,
-        bins=_number(config, "n_action_bins", 256, where),
-        last_token=decoder.vocabulary - padding,
-    )
+    bins, last = _number(config, "n_action_bins", 256, where), decoder.vocabulary - padding
+    if not 2 <= bins <= last:
+        raise CheckpointError(
+            f"{where}: {bins} n_action_bins do not go into the {last} tokens before the padding, or are "
+            "less than 2"
+        )
+    return TokenHeadConfig(actions, decoder.vocabulary, bins, last)
 
 
 def _decoder(config: Mapping[str, Any], tensors: TensorSet, where: Path) -> DecoderConfig:
@@ -128,13 +131,20 @@ def _decoder(config: Mapping[str, Any], tensors: TensorSet, where: Path) -> Deco
     TEXT.check(text, f"{where}: text_config")
     rows = tensors.shape(f"{NAMES.llm}model.embed_tokens.weight", 2)[0]
     width, heads = _number(text, "hidden_size", 4096, where), _number(text, "num_attention_heads", 32, where)
+    kv_heads = _number(text, "num_key_value_heads", heads, where)
+    head_dim = _number(text, "head_dim", max(1, width // heads), where)
+    if heads % kv_heads or head_dim % 2:
+        raise CheckpointError(
+            f"{where}: {heads} attention heads of {head_dim} channels cannot share {kv_heads} of keys "
+            "and values: the channels must be even, and the heads a multiple"
+        )
     return DecoderConfig(
         vocabulary=_number(text, "vocab_size", rows, where),
         width=width,
-        depth=_number(text, "num_hidden_layers", 32, where),
+        depth=_number(text, "num_hidden_layers", 32, where, MOST_LAYERS),
         heads=heads,
-        kv_heads=_number(text, "num_key_value_heads", heads, where),
-        head_dim=_number(text, "head_dim", width // heads, where),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         mlp_width=_number(text, "intermediate_size", 11008, where),
         rope_theta=_rope_theta(text, where),
         norm_eps=_number(text, "rms_norm_eps", 1e-6, where),
@@ -216,7 +226,11 @@ def _encoders(config: Mapping[str, Any], where: Path) -> tuple[list[Encoder], li
     backbone = prismatic.BACKBONES.get(str(config.get("vision_backbone_id")))
     ids = config.get("timm_model_ids", backbone and list(backbone.encoders))
     sizes = config.get("image_sizes", backbone and [backbone.image_size] * len(backbone.encoders))
-    if not isinstance(ids, list) or len(ids) not in (1, 2) or not all(i in prismatic.ENCODERS for i in ids):
+    if (
+        not isinstance(ids, list)
+        or len(ids) not in (1, 2)
+        or not all(isinstance(i, str) and i in prismatic.ENCODERS for i in ids)
+    ):
         raise CheckpointError(
             f"{where}: the vision encoders are {ids or config.get('vision_backbone_id')}; "
             f"supported are one or two of {', '.join(prismatic.ENCODERS)}"
@@ -224,7 +238,7 @@ def _encoders(config: Mapping[str, Any], where: Path) -> tuple[list[Encoder], li
     if (
         not isinstance(sizes, list)
         or len(sizes) != len(ids)
-        or not all(type(s) is int and s > 0 for s in sizes)
+        or not all(type(s) is int and 0 < s <= MOST for s in sizes)
     ):
         raise CheckpointError(f"{where}: image_sizes must be {len(ids)} positive numbers, got {sizes}")
     fused = config.get("use_fused_vision_backbone")
@@ -236,11 +250,13 @@ def _encoders(config: Mapping[str, Any], where: Path) -> tuple[list[Encoder], li
     return [prismatic.ENCODERS[i] for i in ids[:count]], sizes[:count]
 
 
-def _number(config: Mapping[str, Any], name: str, default: T, where: Path) -> T:
+def _number(config: Mapping[str, Any], name: str, default: T, where: Path, most: int = MOST) -> T:
     """A positive number of the configuration, or what it is where that is silent."""
     value = config.get(name)
     if value is None:
         return default
-    if type(value) not in (int, type(default)) or value <= 0:
-        raise CheckpointError(f"{where}: {name} must be a positive {type(default).__name__}, got {value!r}")
+    if type(value) not in (int, type(default)) or not 0 < value <= most:
+        raise CheckpointError(
+            f"{where}: {name} must be a positive {type(default).__name__} up to {most}, got {value!r}"
+        )
     return type(default)(value)
