@@ -118,7 +118,7 @@ def test_one_matrix_for_both_ends_of_the_language_model(publish: Publish, load: 
     config(directory)
     rewrite(directory, {name: tensor for name, tensor in tensors.items() if name != own})
     policy = sqap.load(directory, unnorm_key=KEY)
-    policy.fill()
+    policy.load_weights()
     weight = policy.model.head.lm_head.weight
     assert torch.equal(weight, tensors[table])
     assert weight.data_ptr() != policy.model.decoder.embed_tokens.weight.data_ptr()

@@ -219,3 +219,16 @@ def test_what_is_chosen_is_part_of_the_compressed_policy(robot: Robot, tmp_path:
     loaded = sqap.load(tmp_path / "small")
     assert loaded.config == policy.config
     assert np.array_equal(loaded.act(observation(loaded)), small.act(observation(loaded)))
+
+
+def test_film_and_averaged_weights_are_options_too(publish: Publish) -> None:
+    directory = publish("oft-aloha")
+    component(directory, "vision_backbone").unlink()
+    assert CliRunner().invoke(app, ["inspect", str(directory)]).exit_code == 1
+    assert CliRunner().invoke(app, ["inspect", str(directory), "--no-film"]).exit_code == 0
+    result = CliRunner().invoke(app, ["inspect", str(directory), "--film"])
+    assert (result.exit_code, "by the choice of film" in result.output) == (1, True)
+    result = CliRunner().invoke(
+        app, ["inspect", str(publish("cogact")), "--unnorm-key", "bridge_orig", "--ema"]
+    )
+    assert (result.exit_code, "has no averaged action model" in result.output) == (1, True)
