@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer
 import sqap
 from sqap import Recipe
 from sqap.build import build_id
-from sqap.errors import InputError
+from sqap.errors import CheckpointError, InputError
 from sqap.models.stages import stages
 from sqap.processing import ActionUnits
 from sqap.quantization import Partial, list_linears
@@ -318,3 +319,56 @@ def test_pruning_after_the_last_layer_is_refused(policy, frames):
     recipe = dataclasses.replace(Recipe.w4a8(), pruning=Pruning(after_layer=3))
     with pytest.raises(InputError, match="the decoder has 3 layers"):
         sqap.compress(policy, recipe, frames)
+
+
+TENSORS = (
+    "decoder.embed_tokens.weight",
+    "decoder.norm.weight",
+    "vision.0.pos_embed",
+    "vision.0.patch_embed.weight",
+    "projector.layers.0.bias",
+    "head.x_embedder.weight",
+    "head.positional_embedding",
+)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_weights_that_are_not_finite_are_named(policy, frames, observe, name, tmp_path):
+    """Those that no grid would refuse, too: in memory, on disk, and in a policy of our own."""
+    policy.model.state_dict()[name].view(-1)[3] = float("nan")
+    with pytest.raises(InputError, match=rf"{name} holds values that are not finite"):
+        sqap.compress(policy, Recipe.paper(), frames)
+    for use in (
+        lambda lazy: lazy.act(observe(), seed=0),
+        lambda lazy: sqap.compress(lazy, Recipe.paper(), frames),
+        lambda lazy: lazy.save(tmp_path / "lazy"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{name} holds values that are not finite"):
+            use(on_disk(policy))
+    policy.save(tmp_path / "policy")
+    with pytest.raises(CheckpointError, match=rf"model.safetensors: {name} holds values that are not finite"):
+        sqap.load(tmp_path / "policy")
+
+
+def test_weights_too_large_for_what_they_are_stored_in_are_named(policy, frames):
+    policy.model.decoder.norm.weight.data[0] = torch.finfo(torch.float32).max
+    with pytest.raises(InputError, match=r"not finite"):
+        sqap.compress(policy, Recipe(pruning=Pruning(method="uniform")), frames)
+
+
+def test_threads_that_act_first_wait_for_all_weights(policy, observe):
+    lazy = on_disk(policy)
+    with ThreadPoolExecutor(4) as pool:
+        chunks = list(pool.map(lambda _: lazy.act(observe(), seed=0), range(4)))
+    assert all(np.array_equal(chunk, policy.act(observe(), seed=0)) for chunk in chunks)
+    read = [name for names in lazy.weights.reads for name in names]
+    assert sorted(read) == sorted(lazy.weights.tensors)
+
+
+def test_loading_weights_tells_how_far_it_is(policy):
+    lazy, seen = on_disk(policy), []
+    lazy.load_weights(lambda done, total: seen.append((done, total)))
+    total = sum(parameter.numel() for parameter in policy.model.parameters())
+    assert seen == sorted(seen)
+    assert seen[-1] == (total, total)
+    assert len(seen) > 3

@@ -110,3 +110,17 @@ def test_wrong_types_are_one_sentence(changes: dict[str, object], sentence: str)
     given = {"images": {"front": np.zeros((4, 4, 3), np.uint8)}, "instruction": "go"} | changes
     with pytest.raises(InputError, match=sentence):
         Observation(**given)
+
+
+def test_a_buffer_that_is_written_to_again_changes_nothing() -> None:
+    image, state, place, matrix = np.zeros((4, 4, 3), np.uint8), np.zeros(3), np.zeros(3), np.eye(3)
+    camera = Camera(matrix, np.eye(4))
+    seen = Observation({"front": image}, "open the drawer", state, {"front": camera}, place)
+    for buffer in (image, state, place, matrix):
+        buffer[:] = 7
+    assert seen.state is not None
+    assert seen.end_effector is not None
+    assert not seen.images["front"].any()
+    assert not seen.state.any()
+    assert not seen.end_effector.any()
+    assert np.array_equal(seen.cameras["front"].intrinsics, np.eye(3))

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from sqap import Camera, Observation, Policy
-from sqap.errors import InputError
+from sqap.errors import InputError, NonFiniteActionError
+from sqap.policy import hash_frames
 from sqap.processing import ActionStatistics, pixel_values, unnormalize
 from sqap.recipe import Pruning, Recipe
 
@@ -99,3 +100,36 @@ def test_pixels_are_normalized_per_channel(policy: Policy):
 def test_other_image_sizes_are_resized(policy: Policy, observe):
     big = np.kron(observe().images["corner2"], np.ones((3, 3, 1), np.uint8))
     assert pixel_values(big, policy.config.model.vision[0]).shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("binarize", [(), (3,)])
+def test_actions_that_are_not_finite_are_never_returned(policy, observe, value, binarize):
+    """Clipping would make full scale of an infinity, and a binarized NaN would be 0."""
+    policy.config = dataclasses.replace(
+        policy.config, actions=dataclasses.replace(policy.config.actions, binarize=binarize)
+    )
+    policy.model.head.final_layer.bias.data[3] = value
+    with pytest.raises(NonFiniteActionError, match=r"dimension . of action 0 would be nan, which no robot"):
+        policy.act(observe(), seed=0)
+
+
+def test_statistics_that_are_not_finite_lead_nowhere(policy, observe):
+    actions = dataclasses.replace(policy.config.actions, high=(np.nan, 1.0, 2.0, 1.0))
+    policy.config = dataclasses.replace(policy.config, actions=actions)
+    with pytest.raises(NonFiniteActionError, match="dimension 0"):
+        policy.act(observe(), seed=0)
+
+
+def test_frames_are_told_apart_by_shapes_and_where_texts_end(observe):
+    image = np.zeros((128, 128, 3), np.uint8)
+    frames = [
+        [Observation({"a": image}, "go")],
+        [Observation({"a": image.reshape(64, 256, 3)}, "go")],
+        [Observation({"aa": image}, "g" + "o")],
+        [Observation({"a": image}, "goa")],
+        [Observation({"a": image}, "go", np.zeros(2))],
+        [Observation({"a": image}, "go", np.zeros(4))],
+        [Observation({"a": image}, "go"), Observation({"a": image}, "go")],
+    ]
+    assert len({hash_frames(each) for each in frames}) == len(frames)

@@ -13,5 +13,5 @@ class CheckpointError(SqapError):
     """A directory on disk cannot be loaded or written as asked."""
 
 
-class ActionError(SqapError):
+class NonFiniteActionError(SqapError):
     """A policy computes what no robot may be given."""

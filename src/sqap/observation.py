@@ -37,7 +37,7 @@ class Camera:
 
 @dataclass(frozen=True)
 class Observation:
-    """One moment as the robot sees it.
+    """One moment as the robot sees it. Arrays are copied: a camera's buffer may be written to again.
 
     Args:
         images: camera name -> uint8 array ``(height, width, 3)``, RGB.
@@ -65,6 +65,7 @@ class Observation:
             raise InputError("an observation needs at least one image, got none")
         for name, image in self.images.items():
             _check_image(name, image)
+        object.__setattr__(self, "images", {name: image.copy() for name, image in self.images.items()})
         if not isinstance(self.instruction, str) or not self.instruction.strip():
             raise InputError("the instruction is empty; say in words what the robot should do")
         for name, camera in self.cameras.items():
@@ -74,6 +75,7 @@ class Observation:
                 raise InputError(
                     f"a camera matrix is given for {name!r}, but the images are {sorted(self.images)}"
                 )
+        object.__setattr__(self, "cameras", dict(self.cameras))
         if self.state is not None:
             object.__setattr__(self, "state", _finite_vector("state", self.state, None))
         if self.end_effector is not None:
@@ -90,7 +92,7 @@ def _check_image(name: str, image: object) -> None:
 
 def _numbers(name: str, value: object) -> np.ndarray:
     try:
-        return np.asarray(value, dtype=np.float64)
+        return np.array(value, dtype=np.float64)
     except (TypeError, ValueError) as problem:
         raise InputError(f"{name} must be an array of numbers: {problem}") from problem
 

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 
 from sqap.defaults import defaults
-from sqap.errors import ActionError, InputError
+from sqap.errors import InputError, NonFiniteActionError
 from sqap.models import VLA, DiffusionHeadConfig, FlowHeadConfig, ModelConfig, ModelInputs
 from sqap.models.stages import stages
 from sqap.models.storage import Rounded, Weights, fill, unify, widen
@@ -147,7 +147,7 @@ class Policy:
 
         Raises:
             InputError: the observation lacks an image the policy reads.
-            ActionError: the actions would not be finite.
+            NonFiniteActionError: the actions would not be finite.
             CheckpointError: weights cannot be read, or hold values that are not finite.
         """
         return self.step(observation, seed=seed).chunk
@@ -267,7 +267,7 @@ class Policy:
 def _check_actions(actions: np.ndarray) -> None:
     """Make sure that a chunk ``(horizon, action_dim)`` is finite."""
     for step, dimension in np.argwhere(~np.isfinite(actions)):
-        raise ActionError(
+        raise NonFiniteActionError(
             f"dimension {dimension} of action {step} would be {actions[step, dimension]}, which no robot may "
             "be given: the policy's weights and this observation lead out of the range of its numbers"
         )

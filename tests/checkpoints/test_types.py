@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from fnmatch import fnmatch
@@ -17,13 +18,19 @@ from published import TINY, write_cogact, write_openvla, write_openvla_oft
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from typer.testing import CliRunner
 
 import sqap
-from sqap import Observation, Policy, Recipe
+from sqap import Observation, Policy
+from sqap.cli import app
+from sqap.errors import NonFiniteActionError
+from sqap.models.storage import stored_bytes
 from sqap.policy import PolicyConfig
 from sqap.processing import ActionStatistics, ProprioStatistics
-from sqap.recipe import Pruning
+from sqap.recipe import ACTIONS, Override, Pruning, Quantization, Recipe, Scheme
 from tests.families import family_config, random_model
+
+from .test_compress_published import write_frames
 
 SIZES = dataclasses.replace(TINY, siglip_width=96, dino_depth=2, siglip_depth=2)
 Write = Callable[[Path], None]
@@ -251,3 +258,39 @@ def test_a_compressed_policy_can_be_changed_and_reloaded(directory: Callable[[st
     assert np.array_equal(small.act(frames[0], seed=0), before)
     for parameter in policy.model.parameters():
         assert not parameter.is_inference()
+
+
+@pytest.mark.parametrize("command", ["sensitivity", "--target-bytes", "--target-error"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_commands_take_every_family_in_every_type(
+    directory: Callable[[str], Path], tmp_path: Path, name: str, command: str
+) -> None:
+    """The original acts in its own types, its candidates in float32."""
+    policy = load(directory(name))
+    spared = Override(ACTIONS), Override("decoder.layers.[12].*")  # so that it is quick
+    quantization = Quantization(4, 8, head=Scheme(4, 8), overrides=spared, rotate=False)
+    (tmp_path / "recipe.json").write_text(json.dumps(Recipe(quantization).to_json()))
+    proprio = policy.config.proprio
+    write_frames(tmp_path / "frames", policy.config.cameras, None if proprio is None else len(proprio.low))
+    if command == "sensitivity":
+        arguments = ["sensitivity", str(directory(name))]
+    else:
+        value = str(stored_bytes(policy.model)) if command == "--target-bytes" else "1000"
+        arguments = ["compress", str(directory(name)), command, value, "--out", str(tmp_path / "small")]
+    arguments += ["--recipe", str(tmp_path / "recipe.json"), "--frames-from", str(tmp_path / "frames")]
+    arguments += ["--frames", "2", "--json", str(tmp_path / "numbers.json")]
+    arguments += [] if "oft" in name else ["--unnorm-key", "bridge_orig"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "numbers.json").read_text())
+    if command != "sensitivity":
+        sqap.load(tmp_path / "small").act(observe(policy), seed=0)
+
+
+def test_an_action_token_of_logits_that_are_not_finite_is_none(directory: Callable[[str], Path]) -> None:
+    """The largest of NaNs is a token like any other, and would be an action like any other."""
+    policy = load(directory("openvla-bf16"))
+    policy.load_weights()
+    policy.model.state_dict()["head.lm_head.weight"].fill_(torch.finfo(torch.bfloat16).max)
+    with pytest.raises(NonFiniteActionError, match="dimension 0 of action 0 would be nan"):
+        policy.act(observe(policy))

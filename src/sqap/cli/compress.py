@@ -22,6 +22,7 @@ from sqap.cli.options import (
     StateOption,
     calibration_frames,
     load_policy,
+    load_weights,
     read_recipe,
     with_choices,
     write_numbers,
@@ -103,6 +104,7 @@ def _fitted(
 
     if recipe.quantization is None:
         raise InputError("a target needs a recipe that quantizes")
+    load_weights(policy)
     with progress_bar("sensitivity of blocks") as advance:
         quantization = fit(
             Replay(policy, frames),

@@ -106,6 +106,13 @@ def load_policy(source: str, choices: Choices) -> Policy:
     return policy
 
 
+def load_weights(policy: Policy) -> None:
+    """Read a published policy into memory, before it acts as a whole."""
+    if policy.weights is not None:
+        with progress_bar("reading weights", percent=True) as advance:
+            policy.load_weights(advance)
+
+
 def read_recipe(name: str, keep: float | None) -> Recipe:
     """A preset's or a file's recipe, with ``--keep`` in it."""
     if name in PRESETS:

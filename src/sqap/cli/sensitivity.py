@@ -17,6 +17,7 @@ from sqap.cli.options import (
     StateOption,
     calibration_frames,
     load_policy,
+    load_weights,
     read_recipe,
     with_choices,
     write_numbers,
@@ -48,6 +49,7 @@ def sensitivity(
             raise InputError(f"recipe {recipe} quantizes nothing, so there is nothing to measure")
         policy = load_policy(source, choices)
         observations = calibration_frames(policy, frames_from, frames, camera, state)
+        load_weights(policy)
         replay = Replay(policy, observations, settings.pruning)
         with progress_bar("options") as advance:
             options = compare_options(replay, settings.quantization, advance)
