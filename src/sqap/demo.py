@@ -11,6 +11,7 @@ from rich.console import Console
 
 import sqap
 from sqap.checkpoints import fingerprint, locate
+from sqap.checkpoints.place import check_place
 from sqap.evaluation.executors import evaluate
 from sqap.evaluation.summary import summarize
 from sqap.files import write_json
@@ -39,13 +40,14 @@ def run_demo(out: Path, episodes: int, console: Console, progress: ProgressBar) 
 
     An interrupted demo goes on where it was; a finished one starts afresh.
     """
+    small_dir = out / "policy"
+    check_place(small_dir)
     original = sqap.load(SOURCE)
     recipe = Recipe.w4a8(keep=0.6)
     with progress("calibration frames") as advance:
         frames = collect_frames(original, ENV, TASKS, FRAMES, advance)
     with progress("quantizing", percent=True) as advance:
         small = sqap.compress(original, recipe, frames, progress=advance)
-    small_dir = out / "policy"
     small.save(small_dir)
 
     policies = (str(small_dir), SOURCE)

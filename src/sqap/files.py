@@ -99,6 +99,8 @@ def reason(problem: Exception) -> str:
     """Why something could not be written, in a few words."""
     if getattr(problem, "errno", None) == errno.ENOSPC or "No space left" in str(problem):
         return "the disk is full"
+    if isinstance(problem, FileExistsError):  # where a directory was to be made
+        return f"{problem.filename} is not a directory"
     return getattr(problem, "strerror", None) or str(problem).partition("\n")[0]
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -39,7 +41,10 @@ def from_json(cls: type, data: Any, where: str, error: type[SqapError]) -> Any:
         if required and name not in data:
             raise error(f"{where} lacks {name!r}")
     values = {name: _convert(hints[name], value, f"{where}.{name}", error) for name, value in data.items()}
-    return cls(**values)
+    try:
+        return cls(**values)
+    except SqapError as problem:
+        raise error(f"{where}: {problem}") from problem
 
 
 def _convert(hint: Any, value: Any, where: str, error: type[SqapError]) -> Any:
@@ -56,11 +61,18 @@ def _convert(hint: Any, value: Any, where: str, error: type[SqapError]) -> Any:
         return _tuple(arguments, value, where, error)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_json(hint, value, where, error)
-    if hint is float and type(value) is int:
-        return float(value)
+    if hint is float and type(value) in (int, float):
+        return _finite(value, where, error)
     if type(value) is not hint:
         raise error(f"{where} must be {hint.__name__}, got {value!r}")
     return value
+
+
+def _finite(value: float, where: str, error: type[SqapError]) -> float:
+    with suppress(OverflowError):  # JSON's whole numbers have no end
+        if math.isfinite(value):
+            return float(value)
+    raise error(f"{where} must be a finite number, got {value}")
 
 
 def _variant(arguments: tuple[Any, ...], value: Any, where: str, error: type[SqapError]) -> Any:

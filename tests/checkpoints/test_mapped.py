@@ -73,15 +73,42 @@ def test_a_loaded_policy_can_be_saved_where_it_came_from(small, observe):
     assert np.array_equal(loaded.act(observe(), seed=0), sqap.load(small).act(observe(), seed=0))
 
 
-def test_a_policy_that_is_replaced_while_it_is_read_is_refused(small, policy, observe, monkeypatch):
+@pytest.fixture
+def replaced(small, monkeypatch):
+    """``replaced(*others)``: the policy on disk is replaced by these, one after another, while it is read."""
+
+    def start(*others):
+        waiting = list(others)
+
+        def replace(config):
+            if waiting:
+                waiting.pop(0).save(small)
+            return empty_model(config)
+
+        empty_model = native.empty_model
+        monkeypatch.setattr(native, "empty_model", replace)
+
+    return start
+
+
+def zeroed(small, name):
+    """A policy that fits the same shapes: only the bytes can tell."""
     other = sqap.load(small)
-    other.model.decoder.embed_tokens.weight.zero_()  # fits the same shapes: only the bytes can tell
+    other.model.get_parameter(name).zero_()
+    return other
 
-    def replace(config):
-        other.save(small)
-        return empty_model(config)
 
-    empty_model = native.empty_model
-    monkeypatch.setattr(native, "empty_model", replace)
+def test_a_policy_that_is_replaced_while_it_is_read_is_read_again(small, replaced):
+    other = zeroed(small, "decoder.embed_tokens.weight")
+    replaced(other)
+    found = sqap.load(small)
+    assert found.fingerprint == native.fingerprint(small)
+    for name, tensor in other.model.state_dict().items():
+        assert torch.equal(found.model.state_dict()[name], tensor), name
+
+
+def test_a_policy_that_is_replaced_again_and_again_is_refused(small, replaced):
+    others = [zeroed(small, f"decoder.{name}.weight") for name in ("embed_tokens", "norm")]
+    replaced(*(others * native.ATTEMPTS))
     with pytest.raises(CheckpointError, match="was replaced while it was being read; load it again"):
         sqap.load(small)

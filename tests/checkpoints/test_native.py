@@ -1,10 +1,13 @@
 """sqap's own directory: bit-identical after a round trip, and suspicious of everything else."""
 
+import dataclasses
 import errno
 import json
 import os
 import resource
+import shutil
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +15,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import sqap
-from sqap import Recipe
-from sqap.checkpoints import native
+from sqap import Recipe, files
+from sqap.checkpoints import native, place
 from sqap.errors import CheckpointError
 from sqap.recipe import Pruning, Quantization
 
@@ -142,6 +145,81 @@ def test_saving_replaces_a_policy_and_leaves_nothing_behind(policy, observe, sav
     sqap.compress(policy, Recipe.w4a8(), [observe()]).save(saved)
     assert sqap.load(saved).recipe == Recipe.w4a8()
     assert os.listdir(saved.parent) == ["policy"]
+
+
+def test_saving_through_a_link_replaces_what_it_points_at(policy, observe, saved):
+    (saved.parent / "latest").symlink_to(saved.name)
+    sqap.compress(policy, Recipe.w4a8(), [observe()]).save(saved.parent / "latest")
+    assert sqap.load(saved).recipe == Recipe.w4a8()
+    assert sorted(os.listdir(saved.parent)) == ["latest", "policy"]
+    assert (saved.parent / "latest").is_symlink()
+
+
+def test_a_policy_is_on_disk_before_it_takes_its_place(policy, saved, monkeypatch):
+    done = []
+
+    def sync(descriptor):
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    def exchange(new, old):
+        done.append("exchange")
+        files.exchange(new, old)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(place, "exchange", exchange)
+    policy.save(saved)
+    *written, temporary, exchanged, parent = done
+    assert sorted(written) == ["model.safetensors", "policy.json", "tokenizer.json"]
+    assert temporary.startswith(".policy.")
+    assert (exchanged, parent) == ("exchange", saved.parent.name)
+
+
+def test_what_a_killed_save_has_left_is_deleted_by_the_next(policy, saved):
+    left = saved.with_name(f".policy.abc{place.SAVING}")
+    shutil.copytree(saved, left)
+    shutil.copytree(saved, saved.with_name(f"{left.name}.old"))
+    others = [".policy.mine", f".other.abc{place.SAVING}"]
+    for name in others:
+        shutil.copytree(saved, saved.with_name(name))
+    policy.save(saved)
+    assert sorted(os.listdir(saved.parent)) == sorted([*others, "policy"])
+
+
+def test_what_another_process_is_saving_is_left_alone(policy, saved):
+    being_written = saved.with_name(f".policy.abc{place.SAVING}")
+    shutil.copytree(saved, being_written)
+    with place._locked(being_written):
+        policy.save(saved)
+    assert sqap.load(being_written).recipe == Recipe()
+
+
+def test_the_only_policy_there_is_is_not_deleted_as_a_leftover(policy, saved):
+    aside = saved.with_name(f".policy.abc{place.SAVING}.old")
+    os.rename(saved, aside)
+    policy.save(saved)
+    assert sqap.load(aside).recipe == sqap.load(saved).recipe == Recipe()
+
+
+def test_a_policy_can_be_loaded_at_every_instant_of_its_being_replaced(policy, saved):
+    """A thread that loads meanwhile sees one policy or the other, and nothing else."""
+    stop, seen, problems = threading.Event(), set(), []
+
+    def load():
+        while not (stop.is_set() and seen):
+            try:
+                seen.add(sqap.load(saved).config.crop)
+            except CheckpointError as problem:
+                if "was replaced while it was being read" not in str(problem):
+                    problems.append(problem)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    for crop in (0.5, 1.0) * 6:
+        dataclasses.replace(policy, config=dataclasses.replace(policy.config, crop=crop)).save(saved)
+    stop.set()
+    thread.join()
+    assert problems == []
+    assert seen <= {0.5, 1.0}
 
 
 def test_saving_over_something_else_is_refused(policy, tmp_path):

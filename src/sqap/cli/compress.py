@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 import sqap
+from sqap.checkpoints import locate
+from sqap.checkpoints.place import check_place
 from sqap.checkpoints.prismatic import Choices
 from sqap.cli.options import (
     NONE,
@@ -28,9 +30,11 @@ from sqap.cli.options import (
     write_numbers,
 )
 from sqap.errors import InputError
+from sqap.files import resolve
 from sqap.models.storage import stored_bytes
 from sqap.observation import Observation
 from sqap.policy import Policy
+from sqap.quantization import Partial
 from sqap.recipe import Recipe
 from sqap.report import tables
 from sqap.terminal import console, progress_bar, user_errors
@@ -59,14 +63,16 @@ def compress(
     """Quantize a policy and prune its visual tokens."""
     with user_errors():
         settings = read_recipe(recipe, keep)
-        policy = load_policy(source, choices)
-        observations = calibration_frames(policy, frames_from, frames, camera, state)
-        if target_bytes is not None or target_error is not None:
-            settings = _fitted(policy, settings, observations, target_bytes, target_error)
-        with progress_bar("quantizing", percent=True) as advance:
-            partial = out.with_name(f".{out.name}.partial")
-            small = sqap.compress(policy, settings, observations, progress=advance, resume=partial)
-        small.save(out)
+        place = _check_out(out, source, json_path)
+        with Partial(place.with_name(f".{place.name}.partial")) as partial:
+            policy = load_policy(source, choices)
+            observations = calibration_frames(policy, frames_from, frames, camera, state)
+            if target_bytes is not None or target_error is not None:
+                settings = _fitted(policy, settings, observations, target_bytes, target_error)
+            with progress_bar("quantizing", percent=True) as advance:
+                small = sqap.compress(policy, settings, observations, progress=advance, resume=partial)
+            small.save(out)
+            partial.remove()
         before, after = stored_bytes(policy.model), stored_bytes(small.model)
         console.print(
             f"Weights: {tables.size(before)} in {source}, {tables.size(after)} in {out} "
@@ -90,6 +96,19 @@ def compress(
                 "weight_bytes": {"before": before, "after": after},
             },
         )
+
+
+def _check_out(out: Path, source: str, json_path: Path | None) -> Path:
+    """Refuse what cannot be written in the end before anything is begun; the directory, links followed."""
+    place = check_place(out)
+    original = resolve(locate(source))
+    if place == original or place in original.parents or original in place.parents:
+        raise InputError(f"{out} and the policy at {source} are one directory, or one is in the other")
+    if json_path is not None and place in (resolve(json_path), *resolve(json_path).parents):
+        raise InputError(
+            f"--json {json_path} is in {out}, which is replaced as a whole; choose another place"
+        )
+    return place
 
 
 def _fitted(

@@ -14,7 +14,7 @@ import typer
 import sqap
 from sqap.checkpoints.prismatic import Choices
 from sqap.errors import InputError
-from sqap.files import write_json
+from sqap.files import check_file, write_json
 from sqap.observation import Observation
 from sqap.policy import Policy
 from sqap.recipe import Recipe
@@ -37,8 +37,21 @@ CameraOption = Annotated[
 StateOption = Annotated[
     str | None, typer.Option(help="DATASET_KEY of the robot's state, for a LeRobotDataset.")
 ]
+
+
+def _writable(path: Path | None) -> Path | None:
+    """Refuse a file that cannot be written before the work of which it would get the numbers."""
+    if path is not None:
+        with user_errors():
+            check_file(path)
+    return path
+
+
 JsonOption = Annotated[
-    Path | None, typer.Option("--json", metavar="PATH", help="Write the numbers to PATH.", dir_okay=False)
+    Path | None,
+    typer.Option(
+        "--json", metavar="PATH", help="Write the numbers to PATH.", dir_okay=False, callback=_writable
+    ),
 ]
 
 

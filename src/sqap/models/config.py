@@ -38,6 +38,10 @@ class VisionConfig:
     final_norm: bool = True
     film: bool = False
 
+    def __post_init__(self) -> None:
+        if self.patch_size < 1:
+            raise InputError(f"patch_size must be at least 1, got {self.patch_size}")
+
     @property
     def grid(self) -> int:
         """Patches along one side of the image."""
@@ -159,6 +163,8 @@ class ModelConfig:
     image_first: bool = False
 
     def __post_init__(self) -> None:
+        if not self.vision:
+            raise InputError("vision must name at least one encoder")
         if isinstance(self.head, FlowHeadConfig) != self.image_first or (
             self.image_first and (self.proprio_dim is None or self.decoder.causal)
         ):

@@ -1,0 +1,182 @@
+"""``policy.json``: reading it, and refusing what no policy can be. A hash is no proof of sense."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+from sqap.errors import CheckpointError
+from sqap.models import DecoderConfig, DiffusionHeadConfig, FlowHeadConfig, TokenHeadConfig, VisionConfig
+from sqap.policy import Calibration, PolicyConfig
+from sqap.processing import ActionStatistics, ProprioStatistics
+from sqap.recipe import Recipe
+from sqap.serialization import read_json
+
+FORMAT_VERSION = 3
+MANIFEST, WEIGHTS, TOKENIZER = "policy.json", "model.safetensors", "tokenizer.json"
+FILES = (MANIFEST, WEIGHTS, TOKENIZER)
+KEYS = {"format", "version", "policy", "recipe", "calibration", "source", "linears", "sha256"}
+MAY_BE_ZERO = {"registers", "last_token"}  # of a model's whole numbers
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The content of ``policy.json``, with all files of the policy there.
+
+    Raises:
+        CheckpointError: there is none, it is of another version, or files are missing.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{directory} is not an sqap policy: it has no {MANIFEST}")
+    manifest = read_json(path, CheckpointError)
+    if not isinstance(manifest, dict) or manifest.get("format") != "sqap":
+        raise CheckpointError(f"{path} does not describe an sqap policy")
+    if manifest.get("version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} is of version {manifest.get('version')}; this sqap reads version {FORMAT_VERSION}"
+        )
+    if set(manifest) != KEYS:
+        raise CheckpointError(f"{path} must have exactly the keys {', '.join(sorted(KEYS))}")
+    if not isinstance(manifest["sha256"], dict) or set(manifest["sha256"]) != {WEIGHTS, TOKENIZER}:
+        raise CheckpointError(f"{path}: sha256 must be of {WEIGHTS} and {TOKENIZER}")
+    if not isinstance(manifest["source"], str | None):
+        raise CheckpointError(f"{path}: source must be a hash or null")
+    for name in (WEIGHTS, TOKENIZER):
+        if not (directory / name).is_file():
+            raise CheckpointError(f"{directory} is incomplete: {name} is missing")
+    return manifest
+
+
+def check_config(config: PolicyConfig, where: str) -> None:
+    """Refuse a configuration whose parts do not fit each other, or that no robot can be driven by.
+
+    Raises:
+        CheckpointError: with the first problem.
+    """
+    for problem in _problems(config):
+        raise CheckpointError(f"{where}.{problem}")
+
+
+def check_calibration(calibration: Calibration | None, recipe: Recipe, tokens: int, where: str) -> None:
+    """Refuse numbers that calibration cannot have found, of a camera with ``tokens`` visual tokens.
+
+    Raises:
+        CheckpointError: with the first problem.
+    """
+    if calibration is None:
+        return
+    budget = 0 if recipe.pruning is None else recipe.pruning.budget(tokens)
+    if calibration.frames < 1:
+        raise CheckpointError(f"{where}.frames must be at least 1, got {calibration.frames}")
+    if calibration.top_k is not None and not 0 <= calibration.top_k <= budget:
+        raise CheckpointError(f"{where}.top_k must be from 0 to {budget}, got {calibration.top_k}")
+    if calibration.overlap is not None and not 0 <= calibration.overlap <= 1:
+        raise CheckpointError(f"{where}.overlap must be in [0, 1], got {calibration.overlap}")
+
+
+def _problems(config: PolicyConfig) -> Iterator[str]:
+    model, action_dim = config.model, config.model.head.action_dim
+    yield from _sizes(model, "model")
+    for i, vision in enumerate(model.vision):
+        yield from _vision(vision, model.vision[0], f"model.vision[{i}]")
+    yield from _decoder(model.decoder)
+    yield from _head(model.head)
+    if len(config.cameras) != model.cameras or len(set(config.cameras)) != len(config.cameras):
+        yield f"cameras must be {model.cameras} different names, got {', '.join(config.cameras) or 'none'}"
+    if not 0 < config.crop <= 1:
+        yield f"crop must be in (0, 1], got {config.crop}"
+    yield from _statistics(config.actions, action_dim, "actions")
+    yield from _dimensions(config.actions.binarize, action_dim, "actions.binarize")
+    if (config.proprio is None) != (model.proprio_dim is None):
+        yield "proprio and model.proprio_dim must both be given or both be null"
+    if config.proprio is not None and model.proprio_dim is not None:
+        yield from _statistics(config.proprio, model.proprio_dim, "proprio")
+    yield from _prompt(config.prompt)
+    outside = [i for i in config.append_tokens if not 0 <= i < model.decoder.vocabulary]
+    if outside:
+        yield f"append_tokens must be from 0 to {model.decoder.vocabulary - 1}, got {outside[0]}"
+    if config.units is not None:
+        gripper = () if config.units.gripper is None else (config.units.gripper,)
+        yield from _dimensions(config.units.translation, action_dim, "units.translation")
+        yield from _dimensions(gripper, action_dim, "units.gripper")
+        if config.units.millimetres <= 0:
+            yield f"units.millimetres must be positive, got {config.units.millimetres}"
+
+
+def _sizes(config: Any, where: str) -> Iterator[str]:
+    """Every whole number of a model's configuration counts something."""
+    for field in dataclasses.fields(config):
+        name, value = f"{where}.{field.name}", getattr(config, field.name)
+        values = value if isinstance(value, tuple) else (value,)
+        if not values:
+            yield f"{name} must not be empty"
+        for item in values:
+            if dataclasses.is_dataclass(item):
+                yield from _sizes(item, name)
+            elif type(item) is int and field.name != "take_block":
+                least = 0 if field.name in MAY_BE_ZERO else 1
+                if item < least:
+                    yield f"{name} must be at least {least}, got {item}"
+
+
+def _vision(vision: VisionConfig, first: VisionConfig, where: str) -> Iterator[str]:
+    if vision.image_size % vision.patch_size:
+        yield f"{where}: patches of {vision.patch_size} do not cut an image of {vision.image_size} evenly"
+    if vision.grid != first.grid:
+        yield f"{where} has {vision.grid} patches a side, but the first encoder has {first.grid}"
+    if vision.width % vision.heads:
+        yield f"{where}: {vision.heads} heads do not share a width of {vision.width} evenly"
+    if not -vision.depth <= vision.take_block < vision.depth:
+        yield f"{where}.take_block must name one of {vision.depth} blocks, got {vision.take_block}"
+    if min(vision.std) <= 0:
+        yield f"{where}.std must be positive, got {list(vision.std)}"
+    if vision.norm_eps < 0:
+        yield f"{where}.norm_eps must not be negative, got {vision.norm_eps}"
+
+
+def _decoder(decoder: DecoderConfig) -> Iterator[str]:
+    if decoder.heads % decoder.kv_heads:
+        yield f"model.decoder: {decoder.heads} heads do not share {decoder.kv_heads} keys evenly"
+    if decoder.head_dim % 2:
+        yield f"model.decoder.head_dim must be even, got {decoder.head_dim}"
+    if decoder.rope_theta <= 0 or decoder.norm_eps < 0:
+        yield "model.decoder: rope_theta must be positive and norm_eps not negative"
+
+
+def _head(head: Any) -> Iterator[str]:
+    if isinstance(head, TokenHeadConfig) and not head.bins - 1 <= head.last_token < head.vocabulary:
+        yield (
+            f"model.head: {head.bins} bins up to token {head.last_token} "
+            f"are not among {head.vocabulary} tokens"
+        )
+    if isinstance(head, TokenHeadConfig) and head.bins < 2:
+        yield f"model.head.bins must be at least 2, got {head.bins}"
+    if isinstance(head, DiffusionHeadConfig) and head.width % head.heads:
+        yield f"model.head: {head.heads} heads do not share a width of {head.width} evenly"
+    if isinstance(head, FlowHeadConfig) and not 0 < head.min_period < head.max_period:
+        yield "model.head: min_period must be positive and less than max_period"
+
+
+def _statistics(statistics: ActionStatistics | ProprioStatistics, length: int, where: str) -> Iterator[str]:
+    for name in ("low", "high", "mask"):
+        found = len(getattr(statistics, name))
+        if found != length:
+            yield f"{where}.{name} must have {length} entries, one for each dimension, got {found}"
+
+
+def _dimensions(chosen: tuple[int, ...], count: int, where: str) -> Iterator[str]:
+    if len(set(chosen)) != len(chosen) or any(not 0 <= i < count for i in chosen):
+        yield f"{where} must be different dimensions from 0 to {count - 1}, got {list(chosen)}"
+
+
+def _prompt(prompt: str) -> Iterator[str]:
+    try:
+        fields = [field for _, *field in Formatter().parse(prompt) if field[0] is not None]
+    except ValueError as problem:
+        yield f"prompt is not a template: {problem}"
+        return
+    if fields != [["instruction", "", None]]:
+        yield f"prompt must have {{instruction}} in it, once and nothing else in braces, got {prompt!r}"

@@ -1,0 +1,155 @@
+"""``policy.json`` is not believed because its hashes are right: what no policy can be is one sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import sqap
+from sqap.checkpoints import native
+from sqap.errors import CheckpointError
+from sqap.policy import Calibration, PolicyConfig
+from sqap.processing import ActionUnits, ProprioStatistics
+
+
+def put(data: Any, path: str, value: Any) -> None:
+    """Set what ``path`` names, as "policy.model.vision.0.width"."""
+    *above, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+    for part in above:
+        data = data[part]
+    data[last] = value
+
+
+VISION, DECODER, HEAD = "policy.model.vision.0", "policy.model.decoder", "policy.model.head"
+WRONG = [
+    ("policy.crop", 0.0, r"policy.crop must be in \(0, 1\], got 0.0"),
+    ("policy.crop", 1.5, "policy.crop must be in"),
+    ("policy.crop", float("nan"), "policy.crop must be a finite number, got nan"),
+    ("policy.crop", 10**400, "policy.crop must be a finite number"),
+    ("policy.cameras", [], "policy.cameras must be 1 different names, got none"),
+    ("policy.cameras", ["a", "b"], "policy.cameras must be 1 different names, got a, b"),
+    (
+        "policy.actions.low",
+        [0.0] * 3,
+        "actions.low must have 4 entries, one for each dimension, got 3",
+    ),
+    ("policy.actions.mask", [], "policy.actions.mask must have 4 entries"),
+    (
+        "policy.actions.high",
+        [1.0, 1.0, 1.0, float("inf")],
+        r"actions.high\[3\] must be a finite number, got inf",
+    ),
+    ("policy.actions.binarize", [4], r"actions.binarize must be different dimensions from 0 to 3, got \[4\]"),
+    ("policy.actions.binarize", [-1], "actions.binarize must be different dimensions"),
+    ("policy.actions.binarize", [3, 3], "actions.binarize must be different dimensions"),
+    ("policy.proprio", {"low": [0.0], "high": [1.0], "mask": [True]}, "must both be given or both be null"),
+    ("policy.prompt", "do it", "prompt must have {instruction} in it"),
+    ("policy.prompt", "{instruction} {robot}", "prompt must have {instruction} in it"),
+    ("policy.prompt", "{instruction.__class__}", "prompt must have {instruction} in it"),
+    ("policy.prompt", "{instruction", "prompt is not a template"),
+    ("policy.append_tokens", [8], "append_tokens must be from 0 to 7, got 8"),
+    ("policy.append_tokens", [-1], "append_tokens must be from 0 to 7, got -1"),
+    ("policy.units.translation", [0, 1, 9], "units.translation must be different dimensions"),
+    ("policy.units.gripper", 4, "units.gripper must be different dimensions"),
+    ("policy.units.millimetres", -1.0, "units.millimetres must be positive"),
+    ("policy.model.vision", [], "policy.model: vision must name at least one encoder"),
+    ("policy.model.cameras", 0, "model.cameras must be at least 1, got 0"),
+    ("policy.model.projector", [], "model.projector must not be empty"),
+    ("policy.model.projector", [32, 0], "model.projector must be at least 1, got 0"),
+    (f"{VISION}.depth", -1, "model.vision.depth must be at least 1, got -1"),
+    (f"{VISION}.patch_size", 0, r"policy.model.vision\[0\]: patch_size must be at least 1, got 0"),
+    (f"{VISION}.patch_size", 7, "patches of 7 do not cut an image of 32 evenly"),
+    (f"{VISION}.heads", 3, "3 heads do not share a width of 16 evenly"),
+    (f"{VISION}.take_block", 1, "take_block must name one of 1 blocks, got 1"),
+    (f"{VISION}.std", [0.5, 0.0, 0.5], "std must be positive"),
+    (f"{DECODER}.kv_heads", 0, "decoder.kv_heads must be at least 1"),
+    (f"{DECODER}.kv_heads", 3, "2 heads do not share 3 keys evenly"),
+    (f"{DECODER}.head_dim", 15, "head_dim must be even, got 15"),
+    (f"{DECODER}.rope_theta", 0, "rope_theta must be positive"),
+    (f"{HEAD}.heads", 3, "3 heads do not share a width of 16 evenly"),
+    ("calibration.frames", 0, "calibration.frames must be at least 1, got 0"),
+    ("calibration.top_k", 17, "calibration.top_k must be from 0 to 10, got 17"),
+    ("calibration.overlap", 2.0, r"calibration.overlap must be in \[0, 1\], got 2.0"),
+    ("source", 3, "source must be a hash or null"),
+    ("sha256", {"model.safetensors": ""}, "sha256 must be of model.safetensors and tokenizer.json"),
+    ("sha256.../../secret", "", "sha256 must be of model.safetensors and tokenizer.json"),
+]
+
+
+@pytest.fixture
+def compressed(policy, observe, tmp_path) -> Path:
+    """A compressed policy with units and a calibration."""
+    policy.config = PolicyConfig(**{**vars(policy.config), "units": ActionUnits((0, 1, 2), 10.0, 3)})
+    sqap.compress(policy, sqap.Recipe.w4a8(), [observe()]).save(tmp_path / "small")
+    return tmp_path / "small"
+
+
+@pytest.mark.parametrize(("path", "value", "sentence"), WRONG)
+def test_what_no_policy_can_be_is_one_sentence(compressed, path, value, sentence):
+    manifest = json.loads((compressed / "policy.json").read_text())
+    if path.startswith("sha256..."):
+        manifest["sha256"][path.removeprefix("sha256.")] = value
+    else:
+        put(manifest, path, value)
+    (compressed / "policy.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=sentence.replace("{", r"\{").replace("}", r"\}")) as error:
+        sqap.load(compressed)
+    assert str(compressed) in str(error.value)
+
+
+def rehash(directory: Path, name: str) -> None:
+    """What an attacker does, too."""
+    manifest = json.loads((directory / "policy.json").read_text())
+    manifest["sha256"][name] = native._sha256(directory / name)
+    (directory / "policy.json").write_text(json.dumps(manifest))
+
+
+def test_weights_of_another_type_are_refused(compressed):
+    weights = compressed / "model.safetensors"
+    tensors = load_file(weights)
+    name = "decoder.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].float()}, weights)
+    rehash(compressed, "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{name} has type torch.float32, not torch.uint8"):
+        sqap.load(compressed)
+    norm = "decoder.norm.weight"
+    save_file(tensors | {norm: tensors[norm].int()}, weights)
+    rehash(compressed, "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{norm} has type torch.int32"):
+        sqap.load(compressed)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda text: "{}", "is not a tokenizer"),
+        (lambda text: text.replace('"drawer": 6', '"drawer": 8'), "token 8, but the model embeds up to 7"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_is_refused(compressed, change, sentence):
+    path = compressed / "tokenizer.json"
+    path.write_text(change(json.dumps(json.loads(path.read_text()))))
+    rehash(compressed, "tokenizer.json")
+    with pytest.raises(CheckpointError, match=sentence):
+        sqap.load(compressed)
+
+
+def test_a_policy_that_could_not_be_loaded_is_not_saved(policy, tmp_path):
+    policy.config = PolicyConfig(
+        **{**vars(policy.config), "proprio": ProprioStatistics((0.0,), (1.0,), (True,))}
+    )
+    with pytest.raises(CheckpointError, match="must both be given or both be null"):
+        policy.save(tmp_path / "policy")
+    assert not (tmp_path / "policy").exists()
+
+
+def test_a_calibration_of_one_token_and_all_of_them_is_believed(compressed):
+    for top_k in (0, 10):
+        manifest = json.loads((compressed / "policy.json").read_text())
+        manifest["calibration"]["top_k"] = top_k
+        (compressed / "policy.json").write_text(json.dumps(manifest))
+        assert sqap.load(compressed).calibration == Calibration(**manifest["calibration"])
