@@ -114,12 +114,12 @@ def test_weights_of_another_type_are_refused(compressed):
     name = "decoder.layers.0.mlp.up_proj.weight"
     save_file(tensors | {name: tensors[name].float()}, weights)
     rehash(compressed, "model.safetensors")
-    with pytest.raises(CheckpointError, match=f"{name} has type torch.float32, not torch.uint8"):
+    with pytest.raises(CheckpointError, match=rf"{name} is float32 .*, not uint8"):
         sqap.load(compressed)
     norm = "decoder.norm.weight"
     save_file(tensors | {norm: tensors[norm].int()}, weights)
     rehash(compressed, "model.safetensors")
-    with pytest.raises(CheckpointError, match=f"{norm} has type torch.int32"):
+    with pytest.raises(CheckpointError, match=rf"{norm} is int32"):
         sqap.load(compressed)
 
 

@@ -28,6 +28,7 @@ from sqap.checkpoints.manifest import (
     read_manifest,
 )
 from sqap.checkpoints.place import check_place, replacing
+from sqap.checkpoints.tensors import shorten
 from sqap.errors import CheckpointError
 from sqap.files import reason
 from sqap.models import VLA, empty_model
@@ -157,25 +158,17 @@ def _fill(model: VLA, path: Path) -> None:
         tensors = load_file(path)
     except SafetensorError as problem:
         raise CheckpointError(f"{path} is not a readable safetensors file: {problem}") from problem
-    wanted = model.state_dict()
-    problems = [f"{name} is missing" for name in wanted if name not in tensors]
-    problems += [f"{name} is not known" for name in tensors if name not in wanted]
-    problems += [
-        f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in tensors and tensors[name].shape != wanted[name].shape
-    ]
-    floats = {name for name, _ in model.named_parameters()}
-    problems += [
-        f"{name} has type {tensors[name].dtype}, not {wanted[name].dtype}"
-        for name in wanted
-        if name in tensors
-        and (
-            not tensors[name].is_floating_point()
-            if name in floats
-            else tensors[name].dtype != wanted[name].dtype
-        )
-    ]
+    wanted, floats = model.state_dict(), {name for name, _ in model.named_parameters()}
+    lists = {
+        "missing": [name for name in wanted if name not in tensors],
+        "not known": [name for name in tensors if name not in wanted],
+        "of another shape or type": [
+            f"{name} is {_kind(stored)}, not {_kind(wanted[name])}"
+            for name, stored in tensors.items()
+            if name in wanted and not _fits(stored, wanted[name], name in floats)
+        ],
+    }
+    problems = [f"{what}: {shorten(names)}" for what, names in lists.items() if names]
     if problems:
         raise CheckpointError(f"{path} does not fit its policy.json: {'; '.join(problems)}")
     table = "decoder.embed_tokens.weight"  # stays as it is stored, as `round_to_storage` leaves it
@@ -186,8 +179,13 @@ def _fill(model: VLA, path: Path) -> None:
 
 
 def _fits(stored: Tensor, wanted: Tensor, is_parameter: bool) -> bool:
-    """Whether a tensor's type is right: parameters may be stored in any float, buffers as they are used."""
-    return stored.is_floating_point() if is_parameter else stored.dtype == wanted.dtype
+    """Whether shape and type are right: parameters may be stored in any float, buffers as they are used."""
+    right = stored.is_floating_point() if is_parameter else stored.dtype == wanted.dtype
+    return right and stored.shape == wanted.shape
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 def _sha256(path: Path) -> str:

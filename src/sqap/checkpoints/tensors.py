@@ -275,8 +275,10 @@ def _start(path: Path) -> bytes:
     """A file's first bytes, which tell what it is.
 
     Raises:
-        CheckpointError: it cannot be read, or Git left a pointer in its place.
+        CheckpointError: it cannot be read, is no file, or Git left a pointer in its place.
     """
+    if path.exists() and not path.is_file():  # reading a pipe would wait for somebody to write
+        raise CheckpointError(f"{path} is not a file")
     try:
         with path.open("rb") as file:
             start = file.read(32)

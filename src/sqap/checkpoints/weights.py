@@ -94,12 +94,15 @@ class TensorSet:
         """How many numbered modules there are behind a prefix such as ``layers.``.
 
         Raises:
-            CheckpointError: there are none.
+            CheckpointError: there are none, or a number below the largest is left out.
         """
         behind = (name.removeprefix(prefix) for name in self.tensors if name.startswith(prefix))
         numbers = {int(head) for head in (name.partition(".")[0] for name in behind) if head.isdecimal()}
         if not numbers:
             raise CheckpointError(f"{self.where} lacks {prefix}0, by which the size of the model is known")
+        skipped = next(number for number in range(len(numbers) + 1) if number not in numbers)
+        if skipped < max(numbers):
+            raise CheckpointError(f"{self.where} has {prefix}{max(numbers)}, but lacks {prefix}{skipped}")
         return max(numbers) + 1
 
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
