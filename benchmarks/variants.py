@@ -14,6 +14,7 @@ import sqap
 from sqap import environments
 from sqap.checkpoints import fingerprint, locate
 from sqap.evaluation.executors import Run, evaluate
+from sqap.evaluation.settings import current_settings
 from sqap.evaluation.statistics import mcnemar_exact, paired_difference, wilson
 from sqap.frames.simulator import collect_frames
 from sqap.recipe import Quantization, Recipe
@@ -56,6 +57,7 @@ def run_variants(
     tasks = tasks or environments.default_tasks(ENV)
     policy = sqap.load(source)
     frames = collect_frames(policy, ENV, tasks, FRAMES)
+    settings = current_settings(ENV, workers=workers, threads=1)
     runs: dict[str, Run] = {}
     with Progress(console=console) as progress:
         for name, recipe in recipes.items():
@@ -72,7 +74,7 @@ def run_variants(
                 episodes[name],
                 seed,
                 fingerprints=[mark],
-                log=out / "episodes" / f"{name}-{mark[:12]}.jsonl",
+                log=out / "episodes" / f"{name}-{mark[:12]}-{settings.mark}.jsonl",
                 workers=workers,
                 threads=1,
                 progress=lambda _, done, total, bar=bar: progress.update(bar, completed=done),

@@ -13,7 +13,8 @@ import sqap
 from sqap.checkpoints import fingerprint, locate
 from sqap.checkpoints.place import check_place
 from sqap.evaluation.executors import evaluate
-from sqap.evaluation.summary import summarize
+from sqap.evaluation.settings import current_settings
+from sqap.evaluation.summary import from_log_line, summarize
 from sqap.files import write_json
 from sqap.frames.simulator import collect_frames
 from sqap.models.storage import stored_bytes
@@ -52,7 +53,8 @@ def run_demo(out: Path, episodes: int, console: Console, progress: ProgressBar) 
 
     policies = (str(small_dir), SOURCE)
     fingerprints = [fingerprint(locate(policy)) for policy in policies]
-    partial = out / f"episodes-{fingerprints[0][:12]}-{episodes}.partial.jsonl"
+    mark = current_settings(ENV).mark
+    partial = out / f"episodes-{fingerprints[0][:12]}-{episodes}-{mark}.partial.jsonl"
     with progress("episodes") as advance:
         runs = evaluate(
             policies,
@@ -78,6 +80,8 @@ def run_demo(out: Path, episodes: int, console: Console, progress: ProgressBar) 
     }
     console.print(tables.success_table(columns), tables.cost_table(columns, extra))
     console.print(tables.paired_line(report["against"]), soft_wrap=True)
+    if (reused := from_log_line(*runs)) is not None:
+        console.print(reused, soft_wrap=True)
     video = out / "comparison.mp4"
     with progress("video") as advance:
         clips = record_comparison([original, small], ENV, VIDEO_TASKS, SEED, advance)

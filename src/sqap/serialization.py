@@ -59,6 +59,10 @@ def _convert(hint: Any, value: Any, where: str, error: type[SqapError]) -> Any:
         return value
     if origin is tuple:
         return _tuple(arguments, value, where, error)
+    if origin is dict:  # with names as its keys
+        if not isinstance(value, dict):
+            raise error(f"{where} must be an object, got {value!r}")
+        return {key: _convert(arguments[1], item, f"{where}.{key}", error) for key, item in value.items()}
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_json(hint, value, where, error)
     if hint is float and type(value) in (int, float):

@@ -1,5 +1,9 @@
 """What the rest of the project takes for granted about Meta-World, checked on the real simulator."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -186,3 +190,22 @@ def test_close_can_be_called_twice():
     env = MetaWorld("drawer-close", SIZE)
     env.close()
     env.close()
+
+
+@pytest.mark.parametrize("renderer", ["nonsense", "glfw", "disable"])
+def test_a_renderer_that_cannot_render_is_one_sentence(renderer):
+    """In a process of its own: MuJoCo reads the variable when it is imported."""
+    code = "from sqap import environments; environments.make('metaworld', 'drawer-open')"
+    environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | {"MUJOCO_GL": renderer},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("sqap.errors.InputError: ")
+    assert f"MUJOCO_GL={renderer}" in last
+    assert "osmesa" in last

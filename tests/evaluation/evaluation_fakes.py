@@ -85,7 +85,7 @@ class Dying:
         os._exit(3)
 
 
-def load(path: str) -> object:
+def load(path: str, choices: object = None, fingerprint: str = "") -> object:
     """What stands for `sqap.load` in worker processes."""
     if path == "missing":
         raise CheckpointError("there is no policy at 'missing'")
@@ -106,7 +106,7 @@ def load(path: str) -> object:
     return kinds[path]()
 
 
-def load_walker(path: str) -> Walker:
+def load_walker(path: str, choices: object = None, fingerprint: str = "") -> Walker:
     """Whatever is asked for, a walker comes."""
     return Walker()
 
@@ -114,3 +114,10 @@ def load_walker(path: str) -> Walker:
 def make(env: str, task: str) -> Corridor:
     """What stands for `sqap.environments.make` in worker processes."""
     return Corridor(task)
+
+
+def make_seven(env: str, task: str) -> Corridor:
+    """A corridor for robots of seven numbers an action, of four steps at most."""
+    corridor = Corridor(task)
+    corridor.action_dim, corridor.max_steps = 7, 4
+    return corridor

@@ -112,7 +112,10 @@ def test_a_processs_first_calls_are_no_latencies(finished):
 
 def test_a_finished_log_starts_no_process(finished):
     runs, log, _ = finished
-    assert run(["walker", "hungry"], log, load=None) == runs
+    again = run(["walker", "hungry"], log, load=None)
+    assert [r.records for r in again] == [r.records for r in runs]
+    assert [r.from_log for r in again] == [r.records for r in runs]
+    assert [r.from_log for r in runs] == [(), ()]
 
 
 def test_a_crashed_evaluation_resumes(finished, tmp_path):
@@ -124,6 +127,7 @@ def test_a_crashed_evaluation_resumes(finished, tmp_path):
     calls = []
     resumed = run(["walker", "hungry"], partial, lambda record, *count: calls.append((record.key, *count)))
     assert [outcomes(result) for result in resumed] == [outcomes(result) for result in runs]
+    assert [len(result.from_log) for result in resumed] == [2, 1]
     assert calls[0] == (("fingerprint of hungry", "door-open", 11), 4, 8)
     assert len(calls) == 5
     keys = [

@@ -1,13 +1,17 @@
 import dataclasses
+import errno
 import json
+import os
 
 import pytest
 
 from sqap.errors import InputError
-from sqap.evaluation.log import EpisodeLog, Record, Settings
+from sqap.evaluation.log import EpisodeLog, Record, log_name
 from sqap.evaluation.rollout import Episode
+from sqap.evaluation.settings import Settings
 
-SETTINGS = Settings(env="metaworld", execute=None, workers=1, threads=2)
+BUILD = {"sqap": "0.1.0", "package": "beef", "kernels": "avx2", "torch": "2.13.0"}
+SETTINGS = Settings("metaworld", None, workers=1, threads=2, build=BUILD, simulator={"mujoco": "3.3.0"})
 
 
 def record(seed, policy="aaaa", settings=SETTINGS):
@@ -111,3 +115,71 @@ def test_a_log_of_another_policy_is_refused(path):
 def test_a_directory_is_no_log(tmp_path):
     with pytest.raises(InputError, match=r"cannot use .* as an episode log"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("now", "sentence"),
+    [
+        ({"build": BUILD | {"package": "dead"}}, "with build.package=beef, now it is dead"),
+        ({"build": BUILD | {"kernels": "portable"}}, "with build.kernels=avx2, now it is portable"),
+        ({"build": BUILD | {"torch": "2.6.0"}}, "with build.torch=2.13.0, now it is 2.6.0"),
+        ({"simulator": {"mujoco": "3.4.0"}}, "with simulator.mujoco=3.3.0, now it is 3.4.0"),
+        ({"choices": {"unnorm_key": "b"}}, "with choices.unnorm_key=None, now it is b"),
+    ],
+)
+def test_episodes_of_another_build_simulator_or_choice_are_refused(path, now, sentence):
+    write(path, record(1))
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=sentence):
+        read(path, dataclasses.replace(SETTINGS, **now))
+    assert path.read_bytes() == before
+
+
+def test_a_log_from_before_builds_were_noted_is_refused(path):
+    write(path, record(1))
+    line = json.loads(path.read_text())
+    for name in ("build", "simulator", "choices"):
+        del line["settings"][name]
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(InputError, match="before logs noted the build"):
+        read(path)
+
+
+def test_the_name_of_a_log_says_what_must_be_equal():
+    names = {
+        log_name(settings, ["a" * 64, "b" * 64])
+        for settings in (
+            SETTINGS,
+            dataclasses.replace(SETTINGS, build=BUILD | {"package": "dead"}),
+            dataclasses.replace(SETTINGS, simulator={"mujoco": "3.4.0"}),
+            dataclasses.replace(SETTINGS, threads=1),
+        )
+    }
+    assert len(names) == 4
+    assert log_name(SETTINGS, ["a" * 64, "b" * 64]) in names
+
+
+def test_a_log_has_one_writer_at_a_time(path):
+    with EpisodeLog(path, SETTINGS, ["aaaa"]) as log:
+        log.add(record(1))
+        with pytest.raises(InputError, match="another process is writing"):
+            EpisodeLog(path, SETTINGS, ["aaaa"])
+        log.add(record(2))
+    assert {key[2] for key in read(path)} == {1, 2}
+
+
+def test_an_episode_is_synchronized_and_a_full_disk_is_a_sentence(path, monkeypatch):
+    synchronized = []
+    monkeypatch.setattr(os, "fsync", lambda file: synchronized.append(os.fstat(file).st_size))
+    with EpisodeLog(path, SETTINGS, ["aaaa"]) as log:
+        log.add(record(1))
+        assert synchronized[-1] == path.stat().st_size > 0
+
+        def full(file, line):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            with pytest.raises(InputError, match="No space left on device; the same command goes on"):
+                log.add(record(2))
+        assert [key[2] for key in log.finished] == [1]

@@ -4,8 +4,9 @@ import json
 import pytest
 
 from sqap.evaluation.executors import Run
-from sqap.evaluation.log import Record, Settings
+from sqap.evaluation.log import Record
 from sqap.evaluation.rollout import Episode
+from sqap.evaluation.settings import Settings
 from sqap.evaluation.statistics import mcnemar_exact, paired_difference, wilson
 from sqap.evaluation.summary import summarize
 
@@ -22,6 +23,7 @@ SHARED_KEYS = {
     "jerk",
     "step_latency_ms",
     "peak_rss_bytes",
+    "from_log",
 }
 
 

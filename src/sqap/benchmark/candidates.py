@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from sqap.benchmark.dense import dense, unpack
 from sqap.benchmark.exported import Elsewhere, export
 from sqap.benchmark.shapes import SHAPES, random_policy
 from sqap.benchmark.vla_cpp import PRECISIONS, vla_cpp
+from sqap.checkpoints.prismatic import Choices
 from sqap.compress import compress
 from sqap.errors import InputError
 from sqap.models import ModelConfig
@@ -38,12 +39,14 @@ class Subject:
         recipe: how it is compressed; not looked at if it is compressed already.
         random: ``source`` is one of `sqap.benchmark.SHAPES`, to be given random weights.
         layers: of the decoder of such a shape; all of them if None.
+        choices: by which a published policy is loaded.
     """
 
     source: str
     recipe: Recipe
     random: bool = False
     layers: int | None = None
+    choices: Choices = field(default_factory=Choices)
 
     def load(self) -> Policy:
         """The compressed policy. Nothing is calibrated, since that changes no time.
@@ -53,7 +56,7 @@ class Subject:
         """
         if self.random:
             return random_policy(self.shape(), self.recipe)
-        policy = sqap.load(self.source)
+        policy = sqap.load(self.source, **vars(self.choices))
         if policy.recipe != Recipe():
             return policy
         quantization = self.recipe.quantization

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from sqap.checkpoints import hub, native, published
 from sqap.checkpoints.prismatic import Bounds, Choices
+from sqap.checkpoints.weights import Progress
 from sqap.errors import CheckpointError
 from sqap.models import empty_model
 from sqap.policy import Policy
@@ -120,17 +124,45 @@ def load(
     return Policy(empty_model(found.config.model), found.config, found.tokenizer, weights=found.weights)
 
 
-def fingerprint(directory: Path) -> str:
-    """SHA-256 by which a policy is known: over all files that it is made of.
+def is_own(directory: Path) -> bool:
+    """Whether ``directory`` is in sqap's own format, in which nothing is left to choose."""
+    with readable():
+        return native.is_policy(directory)
+
+
+def fingerprint(
+    directory: Path,
+    choices: Choices = Choices(),  # noqa: B008 - it is frozen
+    progress: Progress | None = None,
+) -> str:
+    """SHA-256 by which a policy is known: over its files, and over what was chosen where they leave a choice.
+
+    Args:
+        directory: of the policy.
+        choices: as for `load`; not looked at for sqap's own directories.
+        progress: gets (bytes hashed, bytes in all) of published weights.
 
     Raises:
-        CheckpointError: there is no policy.
+        CheckpointError: there is no policy, or a choice does not fit.
     """
-    if native.is_policy(directory):
+    if is_own(directory):
         return native.fingerprint(directory)
-    weights = load(directory).weights
-    assert weights is not None
-    return weights.fingerprint
+    return identify(load(directory, **vars(choices)), progress)
 
 
-__all__ = ["BUNDLED", "fingerprint", "load", "locate"]
+def identify(policy: Policy, progress: Progress | None = None) -> str:
+    """The `fingerprint` of a policy that was loaded.
+
+    Raises:
+        CheckpointError: its files cannot be read any more.
+    """
+    if policy.weights is None:
+        assert policy.fingerprint is not None, "it was not loaded"
+        return policy.fingerprint
+    with readable():
+        weights = policy.weights.hash_files(progress)
+    made_of = [weights, dataclasses.asdict(policy.config), policy.tokenizer.to_str()]
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+
+__all__ = ["BUNDLED", "fingerprint", "identify", "is_own", "load", "locate"]

@@ -7,12 +7,23 @@ from typing import Annotated
 
 import typer
 
-from sqap.cli.options import SOURCE, JsonOption, KeepOption, RecipeOption, read_recipe, write_numbers
+from sqap.checkpoints.prismatic import Choices
+from sqap.cli.options import (
+    NONE,
+    SOURCE,
+    JsonOption,
+    KeepOption,
+    RecipeOption,
+    read_recipe,
+    with_choices,
+    write_numbers,
+)
 from sqap.errors import InputError
 from sqap.report import tables
 from sqap.terminal import console, progress_bar, user_errors
 
 
+@with_choices
 def bench(
     source: Annotated[str | None, SOURCE] = None,
     shape: Annotated[str | None, typer.Option(help="A published size, with random weights.")] = None,
@@ -31,6 +42,7 @@ def bench(
     environments: Annotated[
         Path | None, typer.Option(help="Folder of virtual environments of the rivals, see docs/bench.md.")
     ] = None,
+    choices: Choices = NONE,
     json_path: JsonOption = None,
 ) -> None:
     """Time a step of a policy beside other forms of it, on this machine."""
@@ -40,7 +52,9 @@ def bench(
 
         if (source is None) == (shape is None):
             raise InputError("name a policy to time, or a --shape; one of the two")
-        subject = Subject(shape or str(source), read_recipe(recipe, keep), shape is not None, layers)
+        if shape is not None and choices != NONE:
+            raise InputError("a --shape has random weights: how published ones are read is no choice there")
+        subject = Subject(shape or str(source), read_recipe(recipe, keep), shape is not None, layers, choices)
         rivals = [name for name in vs.split(",") if name]
         with progress_bar("steps") as advance:
             report = run(

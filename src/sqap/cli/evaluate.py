@@ -7,17 +7,28 @@ from typing import Annotated
 
 import typer
 
-import sqap
 from sqap import environments
 from sqap.checkpoints import fingerprint, locate
-from sqap.cli.options import JsonOption, write_numbers
+from sqap.checkpoints.prismatic import Choices
+from sqap.cli.options import (
+    NONE,
+    JsonOption,
+    SourceArgument,
+    choices_of_each,
+    load_policy,
+    with_choices,
+    write_numbers,
+)
 from sqap.errors import InputError
 from sqap.report import tables
-from sqap.terminal import console, progress_bar, user_errors
+from sqap.terminal import console, messages, progress_bar, user_errors
+
+RUNS = Path("runs")
 
 
+@with_choices
 def evaluate_command(
-    policy: Annotated[str, typer.Argument(help="Directory of a policy, or 'reference'.")],
+    policy: SourceArgument,
     env: Annotated[str, typer.Option(help="Simulator.")] = "metaworld",
     tasks: Annotated[str | None, typer.Option(help="Comma-separated; default: the env's usual.")] = None,
     episodes: Annotated[int, typer.Option(help="Episodes per task.", min=1)] = 20,
@@ -25,21 +36,45 @@ def evaluate_command(
     against: Annotated[str | None, typer.Option(help="Policy to compare with, in pairs.")] = None,
     ensemble: Annotated[int | None, typer.Option(help="Look every step, average so many chunks.")] = None,
     video: Annotated[Path | None, typer.Option(help="Directory for one video per task.")] = None,
-    log: Annotated[Path | None, typer.Option(help="Episode log; an interrupted run resumes from it.")] = None,
+    log: Annotated[
+        Path | None,
+        typer.Option(
+            help="Episode log; an interrupted run resumes from it. By default one in runs/ for these "
+            "policies, settings, simulator, processor and build of sqap."
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option(help="Episodes at a time; read latency at 1.", min=1)] = 1,
+    choices: Choices = NONE,
     json_path: JsonOption = None,
 ) -> None:
-    """Run a policy in closed loop and report success with intervals, latency and memory."""
+    """Run a policy in closed loop and report success with intervals, latency and memory.
+
+    Episodes that are in the log are not run again. A log that another build of sqap, simulator or processor
+    has written is refused. Options that say how a policy is read (--unnorm-key and those after it) are for
+    published ones, POLICY or --against.
+    """
     with user_errors():
         from sqap.evaluation.executors import evaluate
-        from sqap.evaluation.summary import summarize
+        from sqap.evaluation.log import log_name, unused_logs
+        from sqap.evaluation.settings import current_settings
+        from sqap.evaluation.summary import from_log_line, summarize
 
         if ensemble is not None and video is not None:
             raise InputError("videos show whole chunks executed; leave out --video or --ensemble")
         chosen = tuple(tasks.split(",")) if tasks else environments.default_tasks(env)
         policies = [policy] if against is None else [policy, against]
-        fingerprints = [fingerprint(locate(p)) for p in policies]
-        log = log or _default_log(fingerprints, env, workers, ensemble)
+        directories = [locate(p) for p in policies]
+        each = choices_of_each(directories, choices)
+        with progress_bar("reading weights", percent=True) as advance:
+            fingerprints = [fingerprint(d, c, advance) for d, c in zip(directories, each, strict=True)]
+        if log is None:
+            settings = current_settings(env, workers=workers, ensemble=ensemble, choices=each)
+            log = RUNS / log_name(settings, fingerprints)
+            if others := unused_logs(RUNS, settings, fingerprints):
+                names = ", ".join(map(str, others))
+                messages.print(
+                    f"of another build, simulator or processor, and not used: {names}", soft_wrap=True
+                )
         with progress_bar("episodes") as advance:
             runs = evaluate(
                 policies,
@@ -48,6 +83,7 @@ def evaluate_command(
                 episodes,
                 seed,
                 fingerprints=fingerprints,
+                choices=each,
                 ensemble=ensemble,
                 log=log,
                 workers=workers,
@@ -58,20 +94,17 @@ def evaluate_command(
         console.print(tables.success_table(shown), tables.cost_table(shown))
         if against is not None:
             console.print(tables.paired_line(summary["against"]), soft_wrap=True)
+        if (reused := from_log_line(*runs)) is not None:
+            console.print(reused, soft_wrap=True)
         console.print(f"Episodes are in {log}", soft_wrap=True)
         if video is not None:
             from sqap.report.comparison import record_comparison
             from sqap.report.video import write_video
 
+            loaded = [load_policy(p, c) for p, c in zip(policies, each, strict=True)]
             with progress_bar("videos") as advance:
-                columns = record_comparison([sqap.load(p) for p in policies], env, chosen, seed, advance)
+                columns = record_comparison(loaded, env, chosen, seed, advance)
             for i, task in enumerate(chosen):
                 write_video(video / f"{task}.mp4", [[clips[i]] for clips in columns])
             console.print(f"Videos are in {video}", soft_wrap=True)
         write_numbers(json_path, summary)
-
-
-def _default_log(fingerprints: list[str], env: str, workers: int, ensemble: int | None) -> Path:
-    policies = "-".join(mark[:12] for mark in fingerprints)
-    averaged = "" if ensemble is None else f"-ensemble{ensemble}"
-    return Path("runs") / f"{env}-{policies}-workers{workers}{averaged}.jsonl"

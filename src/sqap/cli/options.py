@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 import sqap
+from sqap.checkpoints import is_own
 from sqap.checkpoints.prismatic import Choices
 from sqap.errors import InputError
 from sqap.files import check_file, write_json
@@ -124,6 +125,20 @@ def load_weights(policy: Policy) -> None:
     if policy.weights is not None:
         with progress_bar("reading weights", percent=True) as advance:
             policy.load_weights(advance)
+
+
+def choices_of_each(directories: Sequence[Path], choices: Choices) -> list[Choices]:
+    """The choices for each policy of a comparison: those given for published ones, none for sqap's own."""
+    own = [is_own(directory) for directory in directories]
+    if choices != NONE and all(own):
+        given = [name for name, value in vars(choices).items() if value != getattr(NONE, name)]
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(
+            f"{options}: a choice of how published policies are read, but "
+            f"{' and '.join(map(str, directories))} {'are' if len(own) > 1 else 'is'} sqap's own, "
+            "for which it was made when they were compressed"
+        )
+    return [NONE if mine else choices for mine in own]
 
 
 def read_recipe(name: str, keep: float | None) -> Recipe:

@@ -17,6 +17,7 @@ __all__ = [
     "action_units",
     "check_tasks",
     "default_tasks",
+    "describe",
     "make",
 ]
 
@@ -42,6 +43,7 @@ class _Suite:
     tasks: tuple[str, ...]
     default_tasks: tuple[str, ...]
     units: ActionUnits
+    describe: Callable[[], dict[str, str]]
 
 
 _SUITES = {
@@ -66,6 +68,7 @@ _SUITES = {
         units=ActionUnits(
             metres=metaworld.ACTION_METRES * metaworld.ACTION_REPEAT, hz=metaworld.CONTROL_HZ, limit=1.0
         ),
+        describe=metaworld.describe,
     ),
 }
 
@@ -74,7 +77,8 @@ def make(env: str, task: str) -> Environment:
     """Build one task of environment ``env``.
 
     Raises:
-        InputError: the environment or the task is unknown, or the simulator is not installed.
+        InputError: the environment or the task is unknown, or the simulator is not installed or has nothing
+            to render with.
     """
     return _suite(env).make(task)
 
@@ -100,6 +104,11 @@ def default_tasks(env: str) -> tuple[str, ...]:
 def action_units(env: str) -> ActionUnits:
     """The units of ``env``'s actions."""
     return _suite(env).units
+
+
+def describe(env: str) -> dict[str, str]:
+    """The versions and settings of ``env`` that decide what an episode is, besides its task and seed."""
+    return _suite(env).describe()
 
 
 def _suite(env: str) -> _Suite:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -18,9 +21,10 @@ from sqap.errors import InputError
 from sqap.observation import Camera, Observation
 
 # OSMesa needs one apt package and no display; a user's own choice is left alone. MuJoCo reads this when
-# it is first imported.
-if sys.platform == "linux":
-    os.environ.setdefault("MUJOCO_GL", "osmesa")
+# it is first imported; an empty value says as little as none.
+RENDERER = "MUJOCO_GL"
+if sys.platform == "linux" and not os.environ.get(RENDERER):
+    os.environ[RENDERER] = "osmesa"
 
 CAMERA = "corner2"
 FOVY_DEGREES = 50.0
@@ -28,6 +32,7 @@ CONTROL_HZ = 40  # the simulator's 80 Hz with every action held for two of its s
 ACTION_REPEAT = 2
 ACTION_METRES = 0.01  # an action of 1 moves the gripper's target by 1 cm
 MAX_STEPS = 150
+IMAGE_SIZE = 128
 
 
 class MetaWorld:
@@ -41,13 +46,13 @@ class MetaWorld:
         image_size: height and width of the square image in pixels.
 
     Raises:
-        InputError: the task is unknown, or the simulator is not installed.
+        InputError: the task is unknown, or the simulator is not installed or has nothing to render with.
     """
 
     action_dim = 4
     max_steps = MAX_STEPS
 
-    def __init__(self, task: str, image_size: int = 128) -> None:
+    def __init__(self, task: str, image_size: int = IMAGE_SIZE) -> None:
         check_task(task)
         metaworld, mujoco = _import_simulator()
         self._mujoco = mujoco
@@ -164,15 +169,74 @@ def check_task(task: str) -> None:
         raise InputError(f"unknown metaworld task {task!r}; known tasks: {', '.join(sorted(INSTRUCTIONS))}")
 
 
+def describe() -> dict[str, str]:
+    """The packages' versions and the settings that decide an episode besides its seed."""
+    return {
+        "metaworld": _version("metaworld"),
+        "mujoco": _version("mujoco"),
+        "numpy": np.__version__,  # draws the start states
+        "renderer": os.environ.get(RENDERER) or "mujoco's own choice",
+        "image": f"{CAMERA}, {IMAGE_SIZE} x {IMAGE_SIZE} pixels, {FOVY_DEGREES} degrees",
+        "action_repeat": str(ACTION_REPEAT),
+        "max_steps": str(MAX_STEPS),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def _make_renderer(mujoco: Any, model: Any, image_size: int) -> Any:
     # GLFW without a display, which is MuJoCo's choice if it was imported before MUJOCO_GL was set, would
     # end the process at the second attempt.
-    if os.environ.get("MUJOCO_GL") in ("osmesa", "egl") and "glfw" in mujoco.gl_context.GLContext.__module__:
+    if os.environ.get(RENDERER) in ("osmesa", "egl") and "glfw" in mujoco.gl_context.GLContext.__module__:
         raise InputError(
             "MuJoCo was imported before sqap.environments and chose a renderer that needs a display; "
             "import sqap.environments first, or set MUJOCO_GL=osmesa"
         )
+    problem = _try_context(mujoco)
+    if problem is not None:
+        raise InputError(
+            f"{_renderer_setting()} cannot render here ({problem}); set MUJOCO_GL=osmesa, which needs "
+            "neither a display nor a GPU"
+        )
     return mujoco.Renderer(model, image_size, image_size)
+
+
+@lru_cache(maxsize=1)
+def _try_context(mujoco: Any) -> str | None:
+    """Why no OpenGL context can be had; None if one can. A `mujoco.Renderer` would leave half an object."""
+    context: Any = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # GLFW says everything twice
+            if not hasattr(mujoco.gl_context, "GLContext"):
+                return "that switches rendering off"
+            context = mujoco.gl_context.GLContext(IMAGE_SIZE, IMAGE_SIZE)
+            if not context._context:
+                return "there is no display"
+            context.make_current()
+            context.free()
+    except Exception as error:  # each of MuJoCo's renderers raises its own
+        if context is not None:
+            context._context = None  # what cannot be made current cannot be freed either
+        return _first_line(error)
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    try:
+        text = str(error).strip()
+    except Exception:  # PyOpenGL's cannot always say what they are
+        text = ""
+    return text.partition("\n")[0] or type(error).__name__
+
+
+def _renderer_setting() -> str:
+    return f"MUJOCO_GL={os.environ.get(RENDERER, '')}"
 
 
 def _import_simulator() -> tuple[Any, Any]:
@@ -181,6 +245,10 @@ def _import_simulator() -> tuple[Any, Any]:
         import mujoco
     except ImportError as error:
         raise InputError(f'the simulator is not installed ({error}); pip install "sqap[sim]"') from error
+    except RuntimeError as error:
+        raise InputError(
+            f"{_renderer_setting()} names no renderer of MuJoCo's ({error}); set it to osmesa, egl or glfw"
+        ) from error
     except (AttributeError, OSError) as error:
         raise InputError(
             "MuJoCo found no OpenGL library to render with; apt-get install libosmesa6 "

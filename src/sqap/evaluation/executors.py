@@ -9,11 +9,13 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from sqap import environments
+from sqap.checkpoints.prismatic import Choices
 from sqap.errors import InputError
-from sqap.evaluation.log import EpisodeLog, Record, Settings
+from sqap.evaluation.log import EpisodeLog, Record
 from sqap.evaluation.rollout import make_ensemble
+from sqap.evaluation.settings import current_settings
 from sqap.evaluation.worker import Load, Make, WorkerSpec, load_policy, start_worker
-from sqap.process import Worker, available_cores
+from sqap.process import Worker
 
 Progress = Callable[[Record, int, int], None]
 _Job = tuple[str, int, list[int]]  # task, seed, and the policies that have not run there yet
@@ -28,12 +30,14 @@ class Run:
         env: name of the environment.
         seed: of each task's first episode.
         records: task by task in the order asked for, seeds ascending.
+        from_log: those of the records that were in the log already.
     """
 
     policy: str
     env: str
     seed: int
     records: tuple[Record, ...]
+    from_log: tuple[Record, ...] = ()
 
 
 def evaluate(
@@ -44,6 +48,7 @@ def evaluate(
     seed: int,
     *,
     fingerprints: Sequence[str],
+    choices: Sequence[Choices] | None = None,
     execute: int | None = None,
     ensemble: int | None = None,
     log: Path | None = None,
@@ -64,11 +69,12 @@ def evaluate(
         tasks: of that environment.
         episodes: per task.
         seed: not negative.
-        fingerprints: one a policy, changing whenever its files do.
+        fingerprints: one a policy, as `sqap.checkpoints.fingerprint` gives it.
+        choices: one a policy, by which it is loaded; none for sqap's own.
         execute: actions of each chunk that are executed; None for all.
         ensemble: chunks averaged into each action, as in `run_episode`; None for none.
         log: file of JSON lines that every finished episode is appended to at once. Episodes that are in
-            it are not run again.
+            it are not run again; a log of another build, simulator or processor is refused.
         workers: episodes run at the same time, each with a process per policy. Successes come faster so,
             but latencies and memory are those of a busy machine: read them from one worker's runs.
         threads: torch threads of each process; None shares the cores out among the workers.
@@ -88,13 +94,17 @@ def evaluate(
     environments.check_tasks(env, tasks)
     _check(policies, fingerprints, episodes, seed, workers, threads)
     make_ensemble(ensemble, execute)  # what it refuses is refused before any policy is loaded
-    settings = Settings(env, execute, workers, threads or max(1, available_cores() // workers), ensemble)
+    choices = choices or [Choices()] * len(policies)
+    settings = current_settings(
+        env, execute=execute, workers=workers, threads=threads, ensemble=ensemble, choices=choices
+    )
     grid = [(task, seed + e) for task in tasks for e in range(episodes)]
     specs = [
-        WorkerSpec(str(policy), fingerprint, settings, load, make)
-        for policy, fingerprint in zip(policies, fingerprints, strict=True)
+        WorkerSpec(_path(policy), fingerprint, settings, chosen, load, make)
+        for policy, fingerprint, chosen in zip(policies, fingerprints, choices, strict=True)
     ]
     with EpisodeLog(log, settings, fingerprints) as journal:
+        logged = dict(journal.finished)
         pending = [(*cell, missing) for cell in grid if (missing := _missing(cell, fingerprints, journal))]
         total = len(grid) * len(policies)
         done = total - sum(len(missing) for _, _, missing in pending)
@@ -105,9 +115,20 @@ def evaluate(
                 if progress is not None:
                     progress(record, done, total)
         return tuple(
-            Run(str(policy), env, seed, tuple(journal.finished[(fingerprint, *cell)] for cell in grid))
+            Run(
+                policy=str(policy),
+                env=env,
+                seed=seed,
+                records=tuple(journal.finished[(fingerprint, *cell)] for cell in grid),
+                from_log=tuple(logged[key] for cell in grid if (key := (fingerprint, *cell)) in logged),
+            )
             for policy, fingerprint in zip(policies, fingerprints, strict=True)
         )
+
+
+def _path(policy: str | Path) -> str:
+    """What the worker loads: a `Path` stays a path, even one that is spelt like a bundled policy's name."""
+    return policy if isinstance(policy, str) else str(policy.absolute())
 
 
 def _missing(cell: tuple[str, int], fingerprints: Sequence[str], journal: EpisodeLog) -> list[int]:

@@ -16,7 +16,9 @@ def summarize(run: Run, against: Run | None = None) -> dict[str, Any]:
     ``success_ci95``, its Wilson interval; ``completion_steps``, mean control steps of the successful
     episodes, None if there are none; ``jerk``, mean over all episodes; ``step_latency_ms`` with ``p50``,
     ``p95`` and ``p99`` of the policy's calls, without each process's first two; ``peak_rss_bytes`` of the
-    process, simulator included. With a rival, ``against`` holds the same keys for it, and ``difference``,
+    process, simulator included; ``from_log``, how many ``episodes`` were not run now but came from the log,
+    and when the ``first`` and the ``last`` of them had finished, None if no log says. With a rival,
+    ``against`` holds the same keys for it, and ``difference``,
     success of ``run`` minus the rival's, ``difference_ci95`` and ``mcnemar_p``, all paired.
     """
     summary = _one(run)
@@ -46,7 +48,28 @@ def _one(run: Run) -> dict[str, Any]:
         "jerk": mean([episode.jerk for episode in episodes]),
         "step_latency_ms": {f"p{q}": percentile(latencies, q) for q in (50, 95, 99)},
         "peak_rss_bytes": max(record.peak_rss_bytes for record in run.records),
+        "from_log": _from_log(run),
     }
+
+
+def _from_log(run: Run) -> dict[str, Any]:
+    dates = sorted(record.finished for record in run.from_log if record.finished)
+    return {
+        "episodes": len(run.from_log),
+        "first": dates[0] if dates else None,
+        "last": dates[-1] if dates else None,
+    }
+
+
+def from_log_line(*runs: Run) -> str | None:
+    """How many episodes of all runs came from the log, and of when; None if none did."""
+    reused = [record for run in runs for record in run.from_log]
+    if not reused:
+        return None
+    dates = sorted(record.finished[:16].replace("T", " ") for record in reused)
+    period = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    total = sum(len(run.records) for run in runs)
+    return f"{len(reused)} of {total} episodes are from the log of {period} UTC and were not run again"
 
 
 def _paired(run: Run, against: Run) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Protocol
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sqap.errors import CheckpointError, SqapError
 
 STORAGE_DTYPE = torch.bfloat16
+Progress = Callable[[int, int], None]
 COMPUTED = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -24,6 +25,9 @@ class Weights(Protocol):
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the content of the files."""
+
+    def hash_files(self, progress: Progress | None = None) -> str:
+        """The `fingerprint`, while ``progress`` gets (bytes hashed, bytes in all)."""
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors of their own by the model's parameter names, in the type they are stored in."""
@@ -39,6 +43,10 @@ class Rounded:
     def fingerprint(self) -> str:
         """Of the weights that are rounded."""
         return self.weights.fingerprint
+
+    def hash_files(self, progress: Progress | None = None) -> str:
+        """The same."""
+        return self.weights.hash_files(progress)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors of their own, in `STORAGE_DTYPE`."""
