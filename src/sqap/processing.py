@@ -85,8 +85,7 @@ def pixel_values(image: np.ndarray, config: VisionConfig, crop: float = 1.0) -> 
     central part with that share of the area is then enlarged to the whole (`center_crop`).
     """
     size = (config.image_size, config.image_size)
-    if image.shape[:2] != size:
-        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+    image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
     if crop < 1:
         image = center_crop(image, crop)
     pixels = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1).div_(255)
@@ -111,7 +110,7 @@ def center_crop(image: np.ndarray, area: float) -> np.ndarray:
     pixels = image.astype(single) * single(1 / 255)
     columns = pixels[:, below] + (pixels[:, above] - pixels[:, below]) * share[:, None]
     both = columns[below] + (columns[above] - columns[below]) * share[:, None, None]
-    out: np.ndarray = (np.clip(both, 0, 1) * single(255.5)).astype(np.uint8)
+    out: np.ndarray = (both * single(255.5)).astype(np.uint8)
     return out
 
 
