@@ -46,9 +46,10 @@ class TestWilson:
         with pytest.raises(InputError, match=f"got {successes} of {n}"):
             wilson(successes, n)
 
-    def test_impossible_confidence_is_refused(self):
-        with pytest.raises(InputError, match=r"got 95"):
-            wilson(8, 10, confidence=95)
+    @pytest.mark.parametrize("confidence", [0, 1, 1.5, 95])
+    def test_impossible_confidence_is_refused(self, confidence):
+        with pytest.raises(InputError, match=f"between 0 and 1, got {confidence}"):
+            wilson(8, 10, confidence=confidence)
 
 
 class TestMcNemar:
@@ -128,6 +129,16 @@ class TestJerk:
 
     def test_alternating_is_four_units_per_step_cubed(self):
         assert jerk(np.array([[1.0, 0, 0], [-1, 0, 0]] * 3)) == pytest.approx(4)
+
+    def test_three_actions_have_one(self):
+        # The displacement changes by (1, 2, 2), then by (-1, 3, -2): the difference is (-2, 1, -4).
+        actions = np.array([[0.0, 0, 0, 5], [1, 2, 2, 9], [0, 5, 0, 1]])
+        assert jerk(actions) == pytest.approx(21**0.5)
+
+    def test_single_precision_is_summed_in_double(self):
+        actions = np.array([[0.1, 0, 0], [0.7, 0, 0], [-0.3, 0, 0]], dtype=np.float32)
+        a, b, c = (float(x) for x in actions[:, 0])
+        assert jerk(actions) == pytest.approx(abs(c - 2 * b + a), rel=1e-14)
 
     def test_two_actions_have_none(self):
         assert jerk(np.array([[1.0, 0, 0], [-1, 0, 0]])) == 0.0
