@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import Phase, settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import sqap.environments  # noqa: F401 - before any test imports MuJoCo, which then reads MUJOCO_GL
@@ -15,6 +16,16 @@ from sqap import Camera, Observation, Policy
 from sqap.models import VLA, DecoderConfig, DiffusionHeadConfig, ModelConfig, VisionConfig
 from sqap.policy import PolicyConfig
 from sqap.processing import ActionStatistics
+
+# The same few examples every time, and none made smaller: what `mutmut` asks of tests.
+settings.register_profile(
+    "mutation",
+    max_examples=25,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    phases=(Phase.explicit, Phase.generate),
+)
 
 CAMERA = "corner2"
 MakeObservation = Callable[..., Observation]
