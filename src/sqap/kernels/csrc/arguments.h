@@ -15,8 +15,6 @@ namespace sqap {
 // The address of an array's first byte, 0 of none, and how many bytes there are.
 using Array = std::pair<uintptr_t, int64_t>;
 
-constexpr int64_t UNKNOWN = -1;  // bytes of an array whose size the caller did not tell
-
 inline void require(bool holds, const std::string& otherwise) {
     if (!holds) throw std::invalid_argument(otherwise);
 }
@@ -35,7 +33,7 @@ template <class T>
 T* values_of(const char* name, const Array& array, std::initializer_list<int64_t> sizes) {
     const int64_t needed = bytes_of(sizeof(T), sizes);
     const bool there = array.first != 0 || needed == 0;
-    if (!there || (array.second != needed && array.second != UNKNOWN)) {
+    if (!there || array.second != needed) {
         const std::string has = there ? std::to_string(array.second) + " bytes" : "no bytes";
         throw std::invalid_argument(std::string(name) + ": " + has + " where " + std::to_string(needed) + " are needed");
     }

@@ -171,48 +171,6 @@ void matmul(const std::string& path, const Array& q, int64_t m, int64_t k, const
     run([&] { chosen.matmul(levels, m, w, sums); });
 }
 
-// What callers that tell no sizes used, for as long as there are any.
-namespace unchecked {
-
-Array of(uintptr_t address) { return {address, sqap::UNKNOWN}; }
-
-void make_linear(BoundLinear* self, const std::string& path, uintptr_t weight, int weight_bits, int64_t n, int64_t k,
-                 uintptr_t scale, int64_t groups, bool shared, uintptr_t bias, int bits, bool symmetric, int64_t group,
-                 int64_t hadamard) {
-    new (self) BoundLinear(path, of(weight), weight_bits, n, k, of(scale), groups, shared, of(bias), bits, symmetric,
-                           group, hadamard);
-}
-
-void multiply(const BoundLinear& self, uintptr_t x, bool half, int64_t m, int function, uintptr_t times, uintptr_t y) {
-    self.multiply(of(x), half, m, function, of(times), of(y));
-}
-
-void quantize(const BoundLinear& self, uintptr_t x, bool half, int64_t m, int function, uintptr_t times, uintptr_t q,
-              uintptr_t scale, uintptr_t zero_point) {
-    self.quantize(of(x), half, m, function, of(times), of(q), of(scale), of(zero_point));
-}
-
-BoundNorm norm(bool rms, uintptr_t weight, uintptr_t bias, float eps) { return {rms, of(weight), of(bias), eps}; }
-
-void make_layer(BoundLayer* self, const std::vector<BoundLinear>& in, const BoundLinear& out,
-                const std::vector<BoundLinear>& up, const BoundLinear& down, const BoundNorm& norm1,
-                const BoundNorm& norm2, uintptr_t gain1, uintptr_t gain2, int function, int64_t heads,
-                int64_t kv_heads, int64_t head_dim, bool causal) {
-    new (self) BoundLayer(in, out, up, down, norm1, norm2, of(gain1), of(gain2), function, heads, kv_heads, head_dim,
-                          causal);
-}
-
-void call(const BoundLayer& self, uintptr_t x, uintptr_t y, int64_t batch, int64_t tokens, uintptr_t cos,
-          uintptr_t sin, uintptr_t rows, uintptr_t received, uintptr_t keys, uintptr_t values) {
-    self.call(of(x), of(y), batch, tokens, of(cos), of(sin), of(rows), of(received), of(keys), of(values));
-}
-
-void matmul(const std::string& path, uintptr_t q, int64_t m, int64_t k, uintptr_t weight, int weight_bits, int64_t n,
-            uintptr_t y) {
-    ::matmul(path, of(q), m, k, of(weight), weight_bits, n, of(y));
-}
-
-}  // namespace unchecked
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -220,25 +178,18 @@ NB_MODULE(_native, module) {
     module.def("compiled", compiled, "Paths that were compiled.");
     module.def("threads", threads, "How many threads a product uses: as many as PyTorch's.");
     module.def("matmul", matmul);
-    module.def("matmul", unchecked::matmul);
     nb::class_<BoundNorm>(module, "Norm");
     module.def("norm", [](bool rms, const Array& weight, const Array& bias, float eps) {
         return BoundNorm{rms, weight, bias, eps};
     });
-    module.def("norm", unchecked::norm);
     nb::class_<BoundLinear>(module, "Linear")
         .def(nb::init<const std::string&, const Array&, int, int64_t, int64_t, const Array&, int64_t, bool,
                       const Array&, int, bool, int64_t, int64_t>())
-        .def("__init__", unchecked::make_linear)
         .def("__call__", &BoundLinear::multiply)
-        .def("__call__", unchecked::multiply)
-        .def("quantize", &BoundLinear::quantize)
-        .def("quantize", unchecked::quantize);
+        .def("quantize", &BoundLinear::quantize);
     nb::class_<BoundLayer>(module, "Layer")
         .def(nb::init<const std::vector<BoundLinear>&, const BoundLinear&, const std::vector<BoundLinear>&,
                       const BoundLinear&, const BoundNorm&, const BoundNorm&, const Array&, const Array&, int, int64_t,
                       int64_t, int64_t, bool>())
-        .def("__init__", unchecked::make_layer)
-        .def("__call__", &BoundLayer::call)
-        .def("__call__", unchecked::call);
+        .def("__call__", &BoundLayer::call);
 }
