@@ -168,7 +168,7 @@ def _parse(path: Path, content: bytes) -> tuple[list[Record], int]:
             break
         try:
             data = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where} is not a line of an episode log; name another file") from error
         records.append(from_json(Record, data, where, InputError))
         length += len(line)

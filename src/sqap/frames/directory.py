@@ -88,7 +88,7 @@ def _listed(root: Path, cameras: Sequence[str]) -> list[_Frame]:
 def _frame(root: Path, line: str, where: str, cameras: Sequence[str]) -> _Frame:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(record, dict):
         raise InputError(f"{where} must be a JSON object, got {type(record).__name__}")

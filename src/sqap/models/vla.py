@@ -118,9 +118,9 @@ class _NothingDrawn(TorchFunctionMode):
 
 
 def empty_model(config: ModelConfig) -> VLA:
-    """A model on the meta device: names and shapes, with weights yet to be read."""
+    """A float32 model on the meta device: names and shapes, with weights yet to be read."""
     with torch.device("meta"), _NothingDrawn():
-        return VLA(config)
+        return VLA(config).float()  # whatever the caller's default type is
 
 
 def pixel_shuffle(x: Tensor, side: int) -> Tensor:
