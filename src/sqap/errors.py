@@ -1,8 +1,27 @@
 """What a user's mistake raises: the message is a sentence that says what would be right."""
 
+# Characters of a message that are kept before and behind what is left out of a longer one.
+HEAD, TAIL = 1000, 500
+
 
 class SqapError(ValueError):
-    """Something a user can mend. The command line prints the message alone, without a trace."""
+    """Something a user can mend. The command line prints the message alone, without a trace.
+
+    A message quotes what is in files, which may be anything: it is one line of readable length all the same.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_shorten(one_line(message)))
+
+
+def one_line(text: str) -> str:
+    """``text`` with line breaks and whatever else cannot be printed as their escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _shorten(text: str) -> str:
+    """Its beginning, which says where, and its end, which says what would be right."""
+    return text if len(text) <= HEAD + TAIL else f"{text[:HEAD]} [...] {text[-TAIL:]}"
 
 
 class InputError(SqapError):

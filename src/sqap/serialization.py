@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import types
 import typing
 from contextlib import suppress
@@ -16,12 +17,26 @@ from sqap.errors import SqapError
 
 def read_json(path: Path, error: type[SqapError]) -> Any:
     """Parse a JSON file, or raise ``error`` with one sentence."""
+    if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
+        raise error(f"cannot read {path}: it is not a file")
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))  # with a byte order mark or without
     except OSError as problem:
         raise error(f"cannot read {path}: {problem.strerror}") from problem
     except ValueError as problem:
         raise error(f"{path} is not valid JSON: {problem}") from problem
+    except RecursionError:
+        raise error(f"{path} is nested too deeply to be read") from None
+
+
+def read_object(path: Path, error: type[SqapError]) -> dict[str, Any]:
+    """A JSON file that holds an object, or an empty one if there is nothing; raises ``error`` otherwise."""
+    if not os.path.lexists(path):  # a broken link is a file that is missing, not one that is not needed
+        return {}
+    data = read_json(path, error)
+    if not isinstance(data, dict):
+        raise error(f"{path} must hold an object")
+    return data
 
 
 def from_json(cls: type, data: Any, where: str, error: type[SqapError]) -> Any:

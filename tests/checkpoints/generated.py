@@ -36,7 +36,6 @@ HUGGING_FACE: Decisive = (
     ("image_sizes",),
     ("timm_model_ids",),
     ("use_fused_vision_backbone",),
-    ("image_resize_strategy",),
 )
 PROCESSING: Decisive = (
     ("image_resize_strategy",),
@@ -48,7 +47,7 @@ BOUNDS = ("q01", "q99", "mask")
 # Whose every value counts.
 WHOLE: Decisive = (("*",),)
 NATIVE: Decisive = tuple(
-    (key,) for key in ("format", "version", "policy", "recipe", "calibration", "linears", "sha256")
+    (key,) for key in ("format", "version", "policy", "recipe", "calibration", "linears")
 )
 DINO_AND_SIGLIP = r"featurizer\.(blocks\.2|norm|attn_pool)\."
 OPTIONAL = ("preprocessor_config.json", "tokenizer_config.json", "generation_config.json")

@@ -42,6 +42,7 @@ VALUES: list[Any] = [
     "{",
     "{0}",
     "../x",
+    "two\nlines [red]",
     "x" * 5000,
     [],
     [1],
@@ -165,7 +166,7 @@ def _add(value: Any) -> Edit:
     def add(parent: Any, key: Key) -> None:
         node = parent[key] if isinstance(parent[key], dict) else parent
         if isinstance(node, dict):
-            node["unknown"] = value
+            node["un\nknown"] = value
 
     return add
 

@@ -78,7 +78,7 @@ def pickle_mutations(
         kind = draw(st.sampled_from(list(KINDS)))
 
         def edit(tensors: Tensors) -> None:
-            if name in tensors:
+            if isinstance(tensors.get(name), Tensor):
                 tensors[name] = KINDS[kind](tensors[name])
 
         effect = Effect.REFUSED if is_used(name) and kind != "one number seen everywhere" else Effect.EQUAL
@@ -160,7 +160,7 @@ def _edits(name: str) -> st.SearchStrategy[tuple[str, Edit]]:
 
     def add(new: str) -> tuple[str, Edit]:
         def edit(tensors: Tensors) -> None:
-            if name in tensors:
+            if isinstance(tensors.get(name), Tensor):
                 tensors[new] = tensors[name].clone()
 
         return f"{name} again as {new}", edit
@@ -175,13 +175,13 @@ def _edits(name: str) -> st.SearchStrategy[tuple[str, Edit]]:
 
     def change(what: str, make: Callable[[Tensor], Tensor]) -> tuple[str, Edit]:
         def edit(tensors: Tensors) -> None:
-            if name in tensors:
+            if isinstance(tensors.get(name), Tensor):
                 tensors[name] = make(tensors[name]).contiguous()
 
         return f"{name} {what}", edit
 
     numbered = [name.replace(".0.", f".{n}.").replace(".1.", f".{n}.") for n in (7, 10**9, 10**30)]
-    names = ["unknown.weight", name + ".absmax", name + "_scale", "", *numbered]
+    names = ["unknown.weight", "two\nlines", name + ".absmax", name + "_scale", "", *numbered]
     return st.one_of(
         st.just((f"without {name}", drop)),
         st.sampled_from(names).map(add),

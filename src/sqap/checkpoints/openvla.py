@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,7 +90,7 @@ def read_dataset(directory: Path, config: Mapping[str, Any], key: str | None) ->
         CheckpointError: there are none for that key.
     """
     where = directory / prismatic.STATISTICS
-    if where.is_file():
+    if os.path.lexists(where):
         return choose_dataset(prismatic.read_object(where), key, where)
     return choose_dataset(config.get("norm_stats"), key, directory / prismatic.CONFIG)
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from tokenizers import Tokenizer
 
+from sqap import serialization
 from sqap.checkpoints import adapters
 from sqap.checkpoints.processor import Triple
 from sqap.checkpoints.tokenizer import read_tokenizer
@@ -16,7 +17,6 @@ from sqap.checkpoints.weights import Source, Table, TensorSet, Weights, without_
 from sqap.errors import CheckpointError
 from sqap.models import DecoderConfig, HeadConfig, ModelConfig, VisionConfig, empty_model
 from sqap.policy import PolicyConfig
-from sqap.serialization import read_json
 
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 # Llama 2's tokens: begin of sequence, end of sequence, and the lone space that stands before actions.
@@ -337,9 +337,4 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it holds something else.
     """
-    if not path.is_file():
-        return {}
-    data = read_json(path, CheckpointError)
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold an object")
-    return data
+    return serialization.read_object(path, CheckpointError)

@@ -15,7 +15,7 @@ from typing import Any
 
 from sqap.checkpoints.known_keys import PROCESSOR, RESIZE
 from sqap.errors import CheckpointError
-from sqap.serialization import read_json
+from sqap.serialization import read_object
 
 OWN, SHARED, NESTED = "preprocessor_config.json", "processor_config.json", "image_processor"
 STRETCH, CUBIC = "resize-naive", "bicubic"
@@ -37,7 +37,8 @@ def read_processor(directory: Path) -> Processor:
     Raises:
         CheckpointError: there are two that differ, or a key says what sqap does not compute.
     """
-    own, shared = _read(directory / OWN), _read(directory / SHARED).get(NESTED)
+    own = read_object(directory / OWN, CheckpointError)
+    shared = read_object(directory / SHARED, CheckpointError).get(NESTED)
     found = Processor(own, str(directory / OWN))
     if isinstance(shared, dict):
         found = Processor(shared, f"{directory / SHARED}: {NESTED}")
@@ -109,19 +110,12 @@ def normalisation(
             out.append((_triple(entry["mean"]), _triple(entry["std"])))
             if min(out[i][1]) <= 0:
                 raise ValueError
-        except (TypeError, LookupError, ValueError) as problem:
+        except (TypeError, LookupError, ValueError, OverflowError) as problem:
             raise CheckpointError(
                 f"{processor.where}: tvf_normalize_params must have a mean and a std of three numbers for "
                 "every encoder, the latter above zero"
             ) from problem
     return out
-
-
-def _read(path: Path) -> dict[str, Any]:
-    found = read_json(path, CheckpointError) if path.is_file() else {}
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} must hold an object")
-    return found
 
 
 def _item(processor: Processor, key: str, i: int, default: Any) -> Any:

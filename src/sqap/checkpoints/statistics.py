@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from sqap.errors import CheckpointError
 from sqap.processing import ActionStatistics, ProprioStatistics
 
 # What the ends of [-1, 1] stand for.
+LARGEST = 3.4028234663852886e38  # what an action, in 32 bits, can be
 PERCENTILES, EXTREMES = ("q01", "q99"), ("min", "max")
 
 
@@ -103,6 +103,6 @@ def _numbers(entry: Mapping[str, Any], name: str, where: str) -> tuple[float, ..
     values = entry.get(name)
     if not isinstance(values, list) or not values:
         raise CheckpointError(f"{where} lacks {name}")
-    if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
-        raise CheckpointError(f"{where}.{name} must be a list of finite numbers")
+    if not all(type(value) in (int, float) and abs(value) <= LARGEST for value in values):
+        raise CheckpointError(f"{where}.{name} must be a list of finite numbers, as 32 bits hold them")
     return tuple(float(value) for value in values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sqap.errors import CheckpointError
+from sqap.errors import CheckpointError, one_line
 from sqap.serialization import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -25,6 +26,8 @@ SHARDS, PICKLES = "model-*-of-*.safetensors", "pytorch_model*.bin"
 # Mapped pages count as memory until the file is closed, so it is opened anew after this many bytes.
 BATCH_BYTES = 256 << 20
 SHOWN = 8
+# Of dictionaries and lists in a file of torch.save: one can be inside itself.
+DEEPEST, MOST_CONTAINERS = 32, 100_000
 logger = logging.getLogger("sqap")
 DTYPES = {
     "F64": torch.float64,
@@ -138,10 +141,11 @@ def open_safetensors(directory: Path) -> list[TensorFile]:
         CheckpointError: there is neither, or a shard is missing, truncated or another model's.
     """
     shards, pickles = sorted(directory.glob(SHARDS)), sorted(directory.glob(PICKLES))
-    if (directory / SINGLE).is_file():
+    # A link that is broken is a file that is missing, and not another's turn.
+    if os.path.lexists(directory / SINGLE):
         _warn_unread(directory, SINGLE, shards + pickles)
         return [safetensors_file(directory / SINGLE)]
-    if (directory / INDEX).is_file():
+    if os.path.lexists(directory / INDEX):
         files = _open_shards(directory)
         read = {file.path for file in files}
         _warn_unread(directory, "the shards of its index", [p for p in shards + pickles if p not in read])
@@ -163,7 +167,7 @@ def _warn_unread(directory: Path, read: str, others: Collection[Path]) -> None:
 
 def shorten(names: Collection[str]) -> str:
     """A list of names for a message, cut to a readable number."""
-    shown = list(names)[:SHOWN]
+    shown = [name if name and name == one_line(name) else repr(name) for name in [*names][:SHOWN]]
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
@@ -219,8 +223,12 @@ def _map_safetensors(path: Path, names: Collection[str]) -> dict[str, Tensor]:
 
 def _dtype(path: Path, name: str, stored: str) -> torch.dtype:
     if stored not in DTYPES:
-        raise CheckpointError(f"{path}: {name} is stored as {stored}; supported are {', '.join(DTYPES)}")
+        raise _unsupported(path, name, stored)
     return DTYPES[stored]
+
+
+def _unsupported(path: Path, name: str, stored: object) -> CheckpointError:
+    return CheckpointError(f"{path}: {name} is stored as {stored}; supported are {', '.join(DTYPES)}")
 
 
 def _load_pickle(path: Path, *, mmap: bool) -> dict[str, Tensor]:
@@ -230,10 +238,28 @@ def _load_pickle(path: Path, *, mmap: bool) -> dict[str, Tensor]:
         raise
     except Exception as problem:  # a malformed pickle makes the unpickler raise anything
         raise CheckpointError(_refusal(path, problem)) from None
-    tensors = dict(_flatten("", loaded))
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _flatten(path, loaded):
+        if name in tensors:
+            raise CheckpointError(f"{path} holds {name!r} twice")
+        if not _is_plain(tensor):
+            raise CheckpointError(f"{path}: {name} is no plain tensor all of whose values are in the file")
+        if tensor.dtype not in DTYPES.values():
+            raise _unsupported(path, name, tensor.dtype)
+        tensors[name] = tensor
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors")
     return tensors
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is as large as the file says: a view of one number may claim any shape."""
+    return (
+        tensor.layout is torch.strided
+        and not tensor.is_meta
+        and not tensor.is_quantized
+        and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
+    )
 
 
 def _map_pickle(path: Path, names: Collection[str]) -> dict[str, Tensor]:
@@ -259,16 +285,26 @@ def _refusal(path: Path, problem: Exception) -> str:
     return f"{path} is truncated or not a file of torch.save; download it again"
 
 
-def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Tensors by their path through dictionaries and lists; counters and the like are left out."""
-    if isinstance(value, Tensor):
-        yield prefix, value
-        return
-    if isinstance(value, list | tuple):
-        value = dict(enumerate(value))
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _flatten(f"{prefix}.{key}" if prefix else str(key), item)
+def _flatten(path: Path, loaded: Any) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by their path through dictionaries and lists; counters and the like are left out.
+
+    Raises:
+        CheckpointError: the containers have no end, as when one is inside itself.
+    """
+    containers = 0
+    left: list[tuple[int, str, Any]] = [(0, "", loaded)]
+    while left:
+        depth, name, value = left.pop()
+        if isinstance(value, Tensor):
+            yield name, value
+        if isinstance(value, list | tuple):
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping):
+            containers += 1
+            if depth > DEEPEST or containers > MOST_CONTAINERS:
+                raise CheckpointError(f"{path} holds containers inside each other without an end")
+            items = [(depth + 1, f"{name}.{key}" if name else str(key), item) for key, item in value.items()]
+            left += reversed(items)
 
 
 def _start(path: Path) -> bytes:
@@ -277,8 +313,8 @@ def _start(path: Path) -> bytes:
     Raises:
         CheckpointError: it cannot be read, is no file, or Git left a pointer in its place.
     """
-    if path.exists() and not path.is_file():  # reading a pipe would wait for somebody to write
-        raise CheckpointError(f"{path} is not a file")
+    if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
+        raise CheckpointError(f"cannot read {path}: it is not a file")
     try:
         with path.open("rb") as file:
             start = file.read(32)

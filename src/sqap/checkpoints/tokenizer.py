@@ -62,7 +62,11 @@ def _check(tokenizer: Tokenizer, path: Path, rows: int, first: int, needed: Iter
     lacking = [str(i) for i in (first, *needed) if tokenizer.id_to_token(i) is None]
     if lacking:
         raise CheckpointError(f"{path} lacks token {' and '.join(lacking)}, which {like}'s has")
-    if tokenizer.encode("a").ids[:1] != [first]:
+    try:
+        begin = tokenizer.encode("a").ids[:1]
+    except Exception as problem:  # the library raises nothing narrower
+        raise CheckpointError(f"{path} cannot encode a prompt: {problem}") from problem
+    if begin != [first]:
         raise CheckpointError(
             f"{path} does not begin a prompt with token {first}, behind which the model expects its image"
         )

@@ -63,16 +63,21 @@ class TensorSet:
     Args:
         where: the checkpoint, for messages.
         parts: its files.
+
+    Raises:
+        CheckpointError: two tensors come to have one name.
     """
 
     def __init__(self, where: Path, parts: Sequence[Part]) -> None:
         self.where = where
         self.files = [part.file for part in parts]
-        self._places = {
-            part.prefix + name.removeprefix(part.strip): (part.file, name)
-            for part in parts
-            for name in part.file.tensors
-        }
+        self._places: dict[str, tuple[TensorFile, str]] = {}
+        for part in parts:
+            for inner in part.file.tensors:
+                name = part.prefix + inner.removeprefix(part.strip)
+                if name in self._places:
+                    raise CheckpointError(f"{part.file.path} has {inner}, which is there already")
+                self._places[name] = part.file, inner
         self.tensors: Mapping[str, TensorInfo] = {
             name: file.tensors[inner] for name, (file, inner) in self._places.items()
         }
@@ -94,16 +99,17 @@ class TensorSet:
         """How many numbered modules there are behind a prefix such as ``layers.``.
 
         Raises:
-            CheckpointError: there are none, or a number below the largest is left out.
+            CheckpointError: there are none, or one is missing between others.
         """
         behind = (name.removeprefix(prefix) for name in self.tensors if name.startswith(prefix))
-        numbers = {int(head) for head in (name.partition(".")[0] for name in behind) if head.isdecimal()}
-        if not numbers:
-            raise CheckpointError(f"{self.where} lacks {prefix}0, by which the size of the model is known")
-        skipped = next(number for number in range(len(numbers) + 1) if number not in numbers)
-        if skipped < max(numbers):
-            raise CheckpointError(f"{self.where} has {prefix}{max(numbers)}, but lacks {prefix}{skipped}")
-        return max(numbers) + 1
+        found = {head for head in (name.partition(".")[0] for name in behind) if head.isdecimal()}
+        # By the names alone: a number in one may be too large to be counted to.
+        lacking = [str(i) for i in range(max(1, len(found))) if str(i) not in found]
+        if lacking:
+            raise CheckpointError(
+                f"{self.where} lacks {prefix}{lacking[0]}, by which the size of the model is known"
+            )
+        return len(found)
 
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
         """Copies of tensors, each file being opened once."""
@@ -137,6 +143,7 @@ class Weights:
         if table.keys() != shapes.keys():
             raise ValueError(f"the table and the model differ: {sorted(table.keys() ^ shapes.keys())}")
         self._tensors, self._table = tensors, table
+        self.where = tensors.where
         self._fingerprint: str | None = None
         used = {name for source in table.values() for name in source.names}
         self.unused: list[str] = [

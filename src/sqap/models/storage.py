@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -21,6 +22,10 @@ COMPUTED = torch.float32, torch.bfloat16, torch.float16
 
 class Weights(Protocol):
     """A model's tensors, read from files when they are asked for."""
+
+    @property
+    def where(self) -> Path:
+        """The directory that the files are in, for messages."""
 
     @property
     def fingerprint(self) -> str:
@@ -38,6 +43,11 @@ class Rounded:
     """Weights with the values that they have once they are stored by us: `STORAGE_DTYPE`."""
 
     weights: Weights
+
+    @property
+    def where(self) -> Path:
+        """Of the weights that are rounded."""
+        return self.weights.where
 
     @property
     def fingerprint(self) -> str:
@@ -81,7 +91,7 @@ def fill(
     for name in missing:  # one by one, so that not all are there in both types
         tensor = found.pop(prefix + name)
         named[name] = tensor.to(dtype or tensor.dtype)
-        _check_finite(prefix + name, named[name], CheckpointError)
+        _check_finite(f"{weights.where}: {prefix}{name}", named[name], CheckpointError)
     module.load_state_dict(named, assign=True, strict=False)
     module.requires_grad_(False)
 
@@ -146,7 +156,7 @@ def stored_tensors(module: nn.Module, weights: Weights | None = None) -> dict[st
     read = Rounded(weights).read(missing) if weights is not None and missing else {}
     state = {name: read.get(name, tensor) for name, tensor in module.state_dict().items()}
     for name, tensor in read.items():
-        _check_finite(name, tensor, CheckpointError)
+        _check_finite(f"{weights and weights.where}: {name}", tensor, CheckpointError)
     return {
         name: (tensor.to(STORAGE_DTYPE) if name in parameters else tensor).contiguous()
         for name, tensor in state.items()
