@@ -87,8 +87,8 @@ def bench(
                 specs = {name: (subject, name, threads, environments) for name in group}
                 workers = {name: Worker(name, Bench, spec) for name, spec in specs.items()}
                 _take_turns(workers, rows, share, warmups, tick)
-                if rows[OURS].reason is not None:
-                    raise SqapError(rows[OURS].reason)
+                if (reason := rows[OURS].reason) is not None:
+                    raise SqapError(reason)
     return {
         "subject": subject.source,
         "layers": subject.layers,
