@@ -343,7 +343,7 @@ def test_weights_that_are_not_finite_are_named(policy, frames, observe, name, tm
         lambda lazy: sqap.compress(lazy, Recipe.paper(), frames),
         lambda lazy: lazy.save(tmp_path / "lazy"),
     ):
-        with pytest.raises(CheckpointError, match=rf"{name} holds values that are not finite"):
+        with pytest.raises(CheckpointError, match=rf"files: {name} holds values that are not finite"):
             use(on_disk(policy))
     policy.save(tmp_path / "policy")
     with pytest.raises(CheckpointError, match=rf"model.safetensors: {name} holds values that are not finite"):

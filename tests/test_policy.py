@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 
 from sqap import Camera, Observation, Policy
 from sqap.errors import InputError, NonFiniteActionError
@@ -100,6 +101,18 @@ def test_pixels_are_normalized_per_channel(policy: Policy):
 def test_other_image_sizes_are_resized(policy: Policy, observe):
     big = np.kron(observe().images["corner2"], np.ones((3, 3, 1), np.uint8))
     assert pixel_values(big, policy.config.model.vision[0]).shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("ids", "sentence"), [([1, 8, 2], "makes token 8 .* up to 7"), ([1], "makes 1 tokens .* 2 are needed")]
+)
+def test_tokens_that_the_model_cannot_read_are_refused(policy, observe, ids, sentence):
+    words = [f"<{i}>" for i in range(len(ids))]
+    policy.tokenizer.post_processor = processors.TemplateProcessing(
+        single=" ".join(words), special_tokens=[*zip(words, ids, strict=True)]
+    )
+    with pytest.raises(InputError, match=sentence):
+        policy.act(observe(), seed=0)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

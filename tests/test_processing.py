@@ -89,6 +89,12 @@ def test_tokens_behind_the_prompt_are_not_repeated() -> None:
         assert prompt_ids("pick", "to {instruction} x", tokenizer, append).tolist() == [expected]
 
 
+def test_an_instruction_that_cannot_be_encoded_is_said() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"pick": 3}, unk_token="?"))
+    with pytest.raises(InputError, match=r"the tokenizer cannot encode 'Put': .*UNK"):
+        prompt_ids("Put", "{instruction}", tokenizer)
+
+
 def test_the_state_is_scaled_and_clipped_where_the_mask_says() -> None:
     statistics = ProprioStatistics((-2.0, 0.0, 0.0), (2.0, 4.0, 1.0), (True, True, False))
     for given, expected in [((1.0, 8.0, 0.3), (0.5, 1.0, 0.3)), ((-9.0, 1.0, -1.4), (-1.0, -0.5, -1.0))]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -122,3 +123,16 @@ def test_not_json(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"x\.json is not valid JSON"):
         read_json(path, InputError)
+
+
+def test_nested_without_an_end(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text("[" * 200_000 + "]" * 200_000)
+    with pytest.raises(InputError, match=r"x\.json is nested too deeply to be read"):
+        read_json(path, InputError)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.json")
+    with pytest.raises(InputError, match=r"cannot read .*x\.json: it is not a file"):
+        read_json(tmp_path / "x.json", InputError)

@@ -176,10 +176,12 @@ class Policy:
         Floats are float32 whatever the model computes in.
 
         Raises:
-            InputError: the observation lacks an image or the state that the policy reads.
+            InputError: the observation lacks an image or the state that the policy reads, or the tokenizer
+                makes nothing of its instruction that the model can read.
         """
         config, head = self.config, self.config.model.head
         ids = prompt_ids(observation.instruction, config.prompt, self.tokenizer, config.append_tokens)
+        _check_ids(ids, config.model)
         noise = None
         if isinstance(head, DiffusionHeadConfig | FlowHeadConfig):
             shape = 1, head.horizon, head.action_dim
@@ -262,6 +264,18 @@ class Policy:
         shape = observation.images[camera].shape[:2]
         place = project(observation.cameras[camera], observation.end_effector, shape)
         return None if place is None else into_crop(place, self.config.crop)
+
+
+def _check_ids(ids: torch.Tensor, config: ModelConfig) -> None:
+    """Make sure that the model embeds the token ids ``(1, tokens)``, and has one for either end."""
+    highest, least = int(ids.max()) if ids.numel() else 0, 1 if config.image_first else 2
+    if highest >= config.decoder.vocabulary:
+        raise InputError(
+            f"the tokenizer makes token {highest} of the instruction, but the model embeds tokens up to "
+            f"{config.decoder.vocabulary - 1}"
+        )
+    if ids.shape[1] < least:
+        raise InputError(f"the tokenizer makes {ids.shape[1]} tokens of the instruction; {least} are needed")
 
 
 def _check_actions(actions: np.ndarray) -> None:

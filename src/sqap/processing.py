@@ -118,7 +118,13 @@ def prompt_ids(instruction: str, prompt: str, tokenizer: Tokenizer, append: Sequ
     """The instruction, in lower case inside its prompt, as token ids ``(1, tokens)``.
 
     ``append`` follows, less what of it the prompt ends with already.
+
+    Raises:
+        InputError: the tokenizer cannot encode it.
     """
-    ids: list[int] = tokenizer.encode(prompt.format(instruction=instruction.lower())).ids
+    try:
+        ids: list[int] = tokenizer.encode(prompt.format(instruction=instruction.lower())).ids
+    except Exception as problem:  # the library raises nothing narrower
+        raise InputError(f"the tokenizer cannot encode {instruction!r}: {problem}") from problem
     repeated = next(n for n in range(len(append), -1, -1) if n == 0 or ids[-n:] == list(append[:n]))
     return torch.tensor([[*ids, *append[repeated:]]], dtype=torch.int64, device="cpu")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Literal
 
 from hypothesis import strategies as st
 
@@ -88,22 +89,28 @@ def _seal(directory: Path) -> None:
     write(path, json.dumps(manifest).encode())
 
 
-def file_mutations(file: str, *, needed: bool) -> st.SearchStrategy[Mutation]:
-    """Faults of a file as such; ``needed``, if nothing can be loaded without it."""
-    gone = Effect.REFUSED if needed else Effect.CHANGED
+Need = Literal["must be there", "is read where it is there", "is not read"]
+
+
+def file_mutations(file: str, need: Need) -> st.SearchStrategy[Mutation]:
+    """Faults of a file as such, which a directory needs so much."""
+    is_read = need != "is not read"
+    damaged = Effect.REFUSED if is_read else Effect.EQUAL
+    missing = Effect.CHANGED if need == "is read where it is there" else damaged
+    flipped = Effect.CHANGED if is_read else Effect.EQUAL
     is_json = file.endswith(".json")
 
     def make(
         what: str, apply: Callable[[Path], None], effect: Effect = Effect.REFUSED
     ) -> st.SearchStrategy[Mutation]:
-        return st.just(Mutation(file, what, effect if needed else Effect.CHANGED, apply))
+        return st.just(Mutation(file, what, effect if is_read else Effect.EQUAL, apply))
 
     def cut(share: float) -> Mutation:
         def truncate(path: Path) -> None:
             content = path.read_bytes().rstrip()
             write(path, content[: min(int(len(content) * share), len(content) - 1)])
 
-        return Mutation(file, f"cut off at {share:.3f}", gone, truncate)
+        return Mutation(file, f"cut off at {share:.3f}", damaged, truncate)
 
     def flip(place: float, bit: int) -> Mutation:
         def change(path: Path) -> None:
@@ -114,13 +121,13 @@ def file_mutations(file: str, *, needed: bool) -> st.SearchStrategy[Mutation]:
                 content[at % len(content)] ^= 1 << bit
             write(path, bytes(content))
 
-        return Mutation(file, f"bit {bit} flipped at {place:.4f}", Effect.CHANGED, change)
+        return Mutation(file, f"bit {bit} flipped at {place:.4f}", flipped, change)
 
     strategies = [
         st.floats(0, 1, exclude_max=True).map(cut),
         st.builds(flip, st.floats(0, 1, exclude_max=True), st.integers(0, 7)),
         make("empty", lambda path: write(path, b"")),
-        make("missing", lambda path: path.unlink()),
+        make("missing", lambda path: path.unlink(), missing),
         make("a directory", _make_directory),
         make("a broken link", lambda path: _replace_link(path, "nowhere")),
         make("a link to itself", lambda path: _replace_link(path, path.name)),

@@ -71,6 +71,7 @@ WRONG = [
     (f"{DECODER}.head_dim", 15, "head_dim must be even, got 15"),
     (f"{DECODER}.rope_theta", 0, "rope_theta must be positive"),
     (f"{HEAD}.heads", 3, "3 heads do not share a width of 16 evenly"),
+    ("calibration", False, "calibration must be an object, got bool"),
     ("calibration.frames", 0, "calibration.frames must be at least 1, got 0"),
     ("calibration.top_k", 17, "calibration.top_k must be from 0 to 10, got 17"),
     ("calibration.overlap", 2.0, r"calibration.overlap must be in \[0, 1\], got 2.0"),

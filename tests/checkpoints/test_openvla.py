@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from sqap.checkpoints import openvla
 from sqap.checkpoints.prismatic import Choices
+from sqap.checkpoints.published import recognise
 from sqap.errors import CheckpointError
 from sqap.models import DecoderConfig, TokenHeadConfig
 from sqap.processing import ActionStatistics, prompt_ids
@@ -304,6 +305,8 @@ def test_one_dataset_needs_no_name_and_fine_tunings_own_goes_first(publish):
         ({"mine": []}, "mine has no action statistics"),
         ({"mine": {"action": {"q01": [0]}}}, "mine.action lacks q99"),
         ({"mine": {"action": {"q01": [0], "q99": [float("nan")]}}}, "q99 must be a list of finite numbers"),
+        ({"mine": {"action": {"q01": [-(10**400)], "q99": [1]}}}, "q01 must be a list of finite numbers"),
+        ({"mine": {"action": {"q01": [0], "q99": [1e39]}}}, "q99 must be .* numbers, as 32 bits hold them"),
         ({"mine": {"action": {"q01": ["0"], "q99": [1]}}}, "q01 must be a list of finite numbers"),
         ({"mine": {"action": {"q01": [0], "q99": [1, 2]}}}, "must have one length, not 1, 2 and 1"),
         (
@@ -390,6 +393,26 @@ def test_a_file_that_is_no_tokenizer_is_refused(publish):
     (directory / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a tokenizer"):
         openvla.open(directory, Choices(unnorm_key=KEY))
+
+
+def test_a_tokenizer_that_encodes_nothing_is_refused(publish):
+    directory = publish("openvla")
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    words = {piece: i for piece, i in tokenizer["model"]["vocab"].items() if piece != "▁a"}
+    tokenizer["model"] = {"type": "WordLevel", "vocab": words, "unk_token": "gone"}
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot encode a prompt"):
+        openvla.open(directory, Choices(unnorm_key=KEY))
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "dataset_statistics.json", "config.json"])
+def test_a_broken_link_is_not_a_file_that_is_left_out(publish, name):
+    """A cache of the hub whose blob is gone: the defaults would be another policy's."""
+    directory = publish("openvla")
+    (directory / name).unlink(missing_ok=True)
+    (directory / name).symlink_to("gone")
+    with pytest.raises(CheckpointError, match=rf"cannot read \S+{name}: No such file"):
+        recognise(directory).open(directory, Choices(unnorm_key=KEY))
 
 
 def test_there_is_one_camera_and_it_may_have_any_name(written):

@@ -157,6 +157,74 @@ def test_a_file_without_tensors_is_refused(tmp_path):
         torch_file(tmp_path / "empty.pt")
 
 
+HUGE = torch.ones(1, 4, dtype=torch.bfloat16).expand(10**12, 4)
+
+
+@pytest.mark.parametrize(
+    "tensor", [HUGE, torch.eye(3).to_sparse(), torch.empty(3, device="meta")], ids=["huge", "sparse", "meta"]
+)
+def test_a_tensor_whose_values_are_not_all_in_the_file_is_refused(tmp_path, tensor):
+    torch.save(STATE | {"odd": tensor}, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError, match=r"odd\.pt: odd is no plain tensor"):
+        torch_file(tmp_path / "odd.pt")
+
+
+def test_containers_without_an_end_are_refused(tmp_path):
+    state = {**STATE}
+    state["again"] = state
+    torch.save(state, tmp_path / "endless.pt")
+    with pytest.raises(CheckpointError, match=r"endless\.pt holds containers inside each other without an"):
+        torch_file(tmp_path / "endless.pt")
+    many = [STATE["a"]]
+    for _ in range(30):
+        many = [many, many]
+    torch.save(many, tmp_path / "many.pt")
+    with pytest.raises(CheckpointError, match=r"many\.pt holds containers inside each other without an"):
+        torch_file(tmp_path / "many.pt")
+
+
+def test_a_type_that_is_not_supported_is_refused_in_a_file_of_torch_save_too(tmp_path):
+    torch.save({"a": torch.zeros(3).to(torch.float8_e4m3fn)}, tmp_path / "small.pt")
+    with pytest.raises(
+        CheckpointError, match=r"small\.pt: a is stored as torch\.float8_e4m3fn; supported are F64"
+    ):
+        torch_file(tmp_path / "small.pt")
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path):
+    torch.save({"b.weight": STATE["a"], "b": {"weight": STATE["a"]}}, tmp_path / "twice.pt")
+    with pytest.raises(CheckpointError, match=r"twice\.pt holds 'b\.weight' twice"):
+        torch_file(tmp_path / "twice.pt")
+    torch.save({"module.a": STATE["a"], "a": STATE["a"] + 1}, tmp_path / "half.pt")
+    with pytest.raises(CheckpointError, match=r"half\.pt has a, which is there already"):
+        TensorSet(tmp_path, [Part(torch_file(tmp_path / "half.pt"), "head.", strip="module.")])
+
+
+@pytest.mark.parametrize("last", ["7", str(10**9), "9" * 5000, "٣"])
+def test_modules_are_counted_without_gaps(tmp_path, last):
+    save_file({f"layers.{i}.a": torch.zeros(1) for i in ("0", "1", last)}, tmp_path / "layers.safetensors")
+    tensors = TensorSet(tmp_path, [Part(safetensors_file(tmp_path / "layers.safetensors"))])
+    with pytest.raises(CheckpointError, match=r"lacks layers\.2, by which the size of the model is known"):
+        tensors.count("layers.")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_broken_link_is_a_file_that_is_missing_and_not_anothers_turn(shards, name):
+    (shards / "model.safetensors").unlink(missing_ok=True)
+    (shards / name).unlink(missing_ok=True)
+    (shards / name).symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match=rf"cannot read \S+{name}: No such file"):
+        open_safetensors(shards)
+
+
+def test_names_that_cannot_be_printed_are_quoted(tmp_path):
+    save_file({"": STATE["a"], "two\nlines": STATE["a"] + 1}, tmp_path / "a.safetensors")
+    tensors = TensorSet(tmp_path, [Part(safetensors_file(tmp_path / "a.safetensors"))])
+    with pytest.raises(CheckpointError) as error:
+        Weights(tensors, {}, {})
+    assert str(error.value).endswith(r"not known: '', 'two\nlines'")
+
+
 @pytest.mark.parametrize("zip_file", [True, False])
 @pytest.mark.parametrize("nested", [False, True])
 def test_code_in_a_pickle_is_refused_and_does_not_run(zip_file, nested, payload, tmp_path):

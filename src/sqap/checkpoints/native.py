@@ -117,9 +117,11 @@ def _read(directory: Path, known_by: str) -> Policy:
     config: PolicyConfig = from_json(PolicyConfig, manifest["policy"], f"{where}: policy", CheckpointError)
     check_config(config, f"{where}: policy")
     recipe: Recipe = from_json(Recipe, manifest["recipe"], f"{where}: recipe", CheckpointError)
-    calibration: Calibration | None = manifest["calibration"] and from_json(
-        Calibration, manifest["calibration"], f"{where}: calibration", CheckpointError
-    )
+    calibration: Calibration | None = None
+    if manifest["calibration"] is not None:
+        calibration = from_json(
+            Calibration, manifest["calibration"], f"{where}: calibration", CheckpointError
+        )
     check_calibration(calibration, recipe, config.model.grid**2, f"{where}: calibration")
     model = empty_model(config.model)  # in 32 bits a large one would not fit before it is quantized
     if recipe.quantization is not None:

@@ -141,7 +141,7 @@ def open_safetensors(directory: Path) -> list[TensorFile]:
         CheckpointError: there is neither, or a shard is missing, truncated or another model's.
     """
     shards, pickles = sorted(directory.glob(SHARDS)), sorted(directory.glob(PICKLES))
-    # A link that is broken is a file that is missing, and not another's turn.
+    # A broken link is a file that is missing, and not another's turn.
     if os.path.lexists(directory / SINGLE):
         _warn_unread(directory, SINGLE, shards + pickles)
         return [safetensors_file(directory / SINGLE)]
