@@ -19,6 +19,7 @@ from typing import Any
 from sqap.errors import SqapError
 
 Answer = Callable[[Any], Any]
+GRACE_SECONDS = 10.0  # for a process to leave in good order
 
 
 class Worker:
@@ -75,7 +76,9 @@ class Worker:
     def close(self) -> None:
         """End the process, whatever it does. Safe to call twice."""
         if self._process is not None:
-            self._process.terminate()
+            self._process.terminate()  # it leaves in good order, and gives back what its libraries hold
+            self._process.join(GRACE_SECONDS)
+            self._process.kill()
             self._process.join()
         if self._pipe is not None:
             self._pipe.close()
@@ -105,6 +108,7 @@ def _interrupts_blocked() -> Iterator[None]:
 def _serve(pipe: Connection, name: str, make: Callable[[Any], Answer], spec: Any) -> None:
     """Answer requests until the parent hangs up; an error is an answer too, and the last."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         answer = make(spec)
         for request in _requests(pipe):

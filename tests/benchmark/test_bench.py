@@ -52,6 +52,9 @@ def test_the_command_times_every_candidate(saved: Path, tmp_path: Path) -> None:
     assert set(report["speedup_over"]) == set(rows) - {"sqap"}
     for ratio in report["speedup_over"].values():
         assert ratio["min"] <= ratio["median"] <= ratio["max"]
+        whole = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+        assert whole in result.output, "a number is not broken over lines"
+    assert max(map(len, result.output.splitlines())) <= 80
 
 
 def test_one_candidate_at_a_time_takes_as_many_steps(saved: Path) -> None:

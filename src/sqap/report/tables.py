@@ -162,32 +162,40 @@ def kernels_table(found: Mapping[str, Any]) -> Table:
 
 
 def bench_tables(report: Mapping[str, Any]) -> list[Table]:
-    """`sqap.benchmark.bench` as two tables: a row per candidate, and where each spends its step."""
+    """`sqap.benchmark.bench` as tables: times, memory, and where each candidate spends its step."""
     machine = report["machine"]
     subject = report["subject"]
     if report["layers"] is not None:
         subject += f", {report['layers']} decoder layers"
     title = f"{subject}: {machine['processor']}, {report['threads']} threads, {machine['kernels']}"
-    steps = Table(title=title, title_justify="left")
-    for column in ("", "step p50", "p90", "p99", "weights", "peak memory", "load", "sqap is faster by"):
-        steps.add_column(column, justify="right" if column else "left", no_wrap=not column)
-    stages = Table(title="Stages, median", title_justify="left")
+    steps = _numbers(title, ("step p50", "p90", "p99", "sqap is faster by"))
+    memory = _numbers("Memory", ("weights", "peak memory", "load"))
+    spent: dict[str, Mapping[str, float]] = {}
     reasons = []
     for name, row in report["candidates"].items():
         if "reason" in row:
             reasons.append(f"{name}: {row['reason']}")
             continue
-        times = [duration(row[f"p{q}_ms"]) for q in (50, 90, 99)]
-        memory = [size(row[key]) for key in ("weight_bytes", "peak_rss_bytes")]
         faster = _speedup(report["speedup_over"].get(name))
-        steps.add_row(name, *times, *memory, duration(1e3 * row["load_s"]), faster)
+        steps.add_row(name, *(duration(row[f"p{q}_ms"]) for q in (50, 90, 99)), faster)
+        sizes = [size(row[key]) for key in ("weight_bytes", "peak_rss_bytes")]
+        memory.add_row(name, *sizes, duration(1e3 * row["load_s"]))
         if row["stages_ms"]:
-            if not stages.columns:
-                for column in ("", *row["stages_ms"]):
-                    stages.add_column(column, justify="right" if column else "left", no_wrap=not column)
-            stages.add_row(name, *map(duration, row["stages_ms"].values()))
+            spent[name] = row["stages_ms"]
+    stages = _numbers("Stages, median", tuple(spent))
+    for stage in dict.fromkeys(stage for times in spent.values() for stage in times):
+        stages.add_row(stage, *(duration(times[stage]) if stage in times else "" for times in spent.values()))
     steps.caption = "; ".join(reasons) or None
-    return [steps, stages]
+    return [steps, memory, stages]
+
+
+def _numbers(title: str, columns: Sequence[str]) -> Table:
+    """A table of numbers behind a column of names, none of them broken over lines."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
 
 
 def _speedup(ratio: Mapping[str, float] | None) -> str:
