@@ -21,7 +21,7 @@ from sqap import Observation, Policy, Recipe
 from sqap.policy import PolicyConfig
 from sqap.processing import ActionStatistics, ProprioStatistics
 from tests.checkpoints.mutations import Mutation, Need, file_mutations, weighted
-from tests.checkpoints.mutations_json import Decisive, json_mutations
+from tests.checkpoints.mutations_json import Decisive, Telling, json_mutations
 from tests.checkpoints.mutations_tensors import flatten, pickle_mutations, read, tensor_mutations
 from tests.families import family_config, random_model
 
@@ -50,8 +50,49 @@ NATIVE: Decisive = tuple(
     (key,) for key in ("format", "version", "policy", "recipe", "calibration", "linears")
 )
 DINO_AND_SIGLIP = r"featurizer\.(blocks\.2|norm|attn_pool)\."
+# What newer tools, or another model of these classes, may say: not what is computed.
+TELLING: dict[str, Telling] = {
+    CONFIG: (
+        *(
+            (("text_config", key), value)
+            for key, value in (
+                ("hidden_act", "gelu"),
+                ("attention_bias", True),
+                ("mlp_bias", True),
+                ("partial_rotary_factor", 0.5),
+                ("sliding_window", 8),
+                ("rope_scaling", {"type": "linear", "factor": 2.0}),
+                ("rope_parameters", {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0}),
+                ("quantization_config", {"quant_method": "gptq", "bits": 4}),
+                ("final_logit_softcapping", 30.0),
+                ("model_type", "qwen2"),
+                ("tie_word_embeddings", True),
+            )
+        ),
+        (("quantization_config",), {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        (("arch_specifier",), "no-align+linear"),
+        (("timm_override_act_layers",), ["quick_gelu", None]),
+        (("llm_backbone_id",), "phi-2-3b"),
+        (("model_type",), "llava"),
+    ),
+    PROCESSOR: (
+        (("image_resize_strategy",), "letterbox"),
+        (("interpolations",), ["bilinear", "bicubic"]),
+        (("input_sizes", 0), [3, 28, 28]),
+        (("tvf_do_letterbox",), True),
+        (("tvf_resize_params", 0, "interpolation"), 2),
+        (("tvf_resize_params", 1, "antialias"), False),
+        (("tvf_crop_params", 0, "output_size"), [28, 28]),
+    ),
+}
+ACTION_MODEL: Telling = (
+    (("action_dim",), 6),
+    (("future_action_window_size",), 7),
+    (("past_action_window_size",), 2),
+)
 NEEDS: dict[str, Need] = {
     PROCESSOR: "is read where it is there",
+    "proprio_projector--150000_checkpoint.pt": "is read where it is there",
     "tokenizer_config.json": "is not read",
     "generation_config.json": "is not read",
 }
@@ -70,12 +111,14 @@ class Layout:
         decisive: paths of what decides numbers, by the JSON file they are in.
         unused: matches the names of tensors that no policy reads.
         options: how it is loaded.
+        telling: what a JSON file may say that is not what is computed.
     """
 
     write: Callable[[Path], object]
     decisive: dict[str, Decisive] = field(default_factory=dict)
     unused: str = "(?!)"
     options: dict[str, Any] = field(default_factory=dict)
+    telling: dict[str, Telling] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -128,22 +171,32 @@ PRISMATIC = {CONFIG: (("vla", "base_vlm"),), STATISTICS: _bounds("action")}
 OFT = {CONFIG: HUGGING_FACE, PROCESSOR: PROCESSING}
 LIBERO, ALOHA = "libero_spatial_no_noops", "aloha1_fold_shirt_30_demos"
 LAYOUTS = {
-    "cogact": Layout(write_cogact, PRISMATIC, rf"{DINO_AND_SIGLIP}|history_embedder|lm_head|^optimizer", ONE),
+    "cogact": Layout(
+        write_cogact,
+        PRISMATIC,
+        rf"{DINO_AND_SIGLIP}|history_embedder|lm_head|^optimizer",
+        ONE,
+        {CONFIG: ACTION_MODEL},
+    ),
     "prismatic": Layout(partial(write_cogact, action_model=False), PRISMATIC, DINO_AND_SIGLIP, ONE),
-    "openvla": Layout(_write_openvla, {CONFIG: HF_OPENVLA, PROCESSOR: PROCESSING}, DINO_AND_SIGLIP, ONE),
+    "openvla": Layout(
+        _write_openvla, {CONFIG: HF_OPENVLA, PROCESSOR: PROCESSING}, DINO_AND_SIGLIP, ONE, TELLING
+    ),
     "openvla-single": Layout(
-        _write_single, {CONFIG: HF_OPENVLA, PROCESSOR: PROCESSING}, DINO_AND_SIGLIP, ONE
+        _write_single, {CONFIG: HF_OPENVLA, PROCESSOR: PROCESSING}, DINO_AND_SIGLIP, ONE, TELLING
     ),
     "oft": Layout(
         write_openvla_oft,
         OFT | {STATISTICS: tuple((LIBERO, n, b) for n in ("action", "proprio") for b in BOUNDS)},
         rf"{DINO_AND_SIGLIP}|lm_head",
+        telling=TELLING,
     ),
     "oft-film": Layout(
         partial(write_openvla_oft, platform="aloha", film=True),
         OFT
         | {STATISTICS: tuple((ALOHA, n, b) for n in ("action", "proprio") for b in ("min", "max", "mask"))},
         rf"{DINO_AND_SIGLIP}|lm_head|^vision_backbone\.(fused_)?featurizer\.",
+        telling=TELLING,
     ),
     "sqap": Layout(partial(_write_native, compress=False), {"policy.json": NATIVE}),
     "sqap-w4a8": Layout(partial(_write_native, compress=True), {"policy.json": NATIVE}),
@@ -182,7 +235,9 @@ def _mutations(layout: Layout, directory: Path, file: str, payload: object) -> s
     if path.suffix == ".json":
         known = path.name != "tokenizer.json"
         decisive = layout.decisive.get(path.name, ()) if known else WHOLE
-        content = json_mutations(file, json.loads(path.read_text()), decisive, strict=known)
+        content = json_mutations(
+            file, json.loads(path.read_text()), decisive, layout.telling.get(path.name, ()), strict=known
+        )
         return weighted((3, content), (1, whole))
     tensors = flatten(read(path))
     unused = re.compile(layout.unused)

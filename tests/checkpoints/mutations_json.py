@@ -11,12 +11,13 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tests.checkpoints.mutations import Effect, Mutation, write
+from tests.checkpoints.mutations import Effect, Mutation, weighted, write
 
 Key = str | int
 Place = tuple[Key, ...]
 # Paths of what decides numbers; "*" stands for any key. What is in it decides, and so does what it is in.
 Decisive = Sequence[Place]
+Telling = Sequence[tuple[Place, Any]]
 
 VALUES: list[Any] = [
     None,
@@ -54,10 +55,17 @@ VALUES: list[Any] = [
 ]
 
 
-def json_mutations(file: str, data: Any, decisive: Decisive, *, strict: bool) -> st.SearchStrategy[Mutation]:
+def json_mutations(
+    file: str, data: Any, decisive: Decisive, telling: Telling, *, strict: bool
+) -> st.SearchStrategy[Mutation]:
     """Faults of a file that holds ``data``.
 
-    ``strict``: whatever is decisive and gets another kind of value must be refused.
+    Args:
+        file: which one.
+        data: what it holds.
+        decisive: paths of what decides numbers.
+        telling: what it may say that is not what is computed, and must be refused.
+        strict: whatever is decisive and gets another kind of value must be refused.
     """
     important = [place for place in _places(data) if _decides(place, decisive)] if strict else []
 
@@ -81,7 +89,13 @@ def json_mutations(file: str, data: Any, decisive: Decisive, *, strict: bool) ->
         effect = Effect.EQUAL if strict else Effect.CHANGED
         return Mutation(file, f"{place} + unknown: {shown}", effect, _editing(place, _add(value)))
 
-    return draw_mutation()
+    if not telling:
+        return draw_mutation()
+    said = [
+        Mutation(file, f"{place} says {value!r}", Effect.REFUSED, _editing(place, _set(value)))
+        for place, value in telling
+    ]
+    return weighted((5, draw_mutation()), (1, st.sampled_from(said)))
 
 
 def _walk(data: Any) -> st.SearchStrategy[Place]:
@@ -157,6 +171,13 @@ def _drop(parent: Any, key: Key) -> None:
 def _put(value: Any) -> Edit:
     def put(parent: Any, key: Key) -> None:
         parent[key]  # is there
+        parent[key] = copy.deepcopy(value)
+
+    return put
+
+
+def _set(value: Any) -> Edit:
+    def put(parent: Any, key: Key) -> None:
         parent[key] = copy.deepcopy(value)
 
     return put
