@@ -18,7 +18,9 @@ from tests.checkpoints.mutations import Effect, Mutation, weighted, write
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 OTHERS = (torch.int64, torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn)
-PREFIXES = ("module.", "_orig_mod.", "model.", "base_model.model.")
+# Which OpenVLA-OFT's own files, PART--STEP_checkpoint.pt, may have before their names or not.
+MODULE = "module."
+PREFIXES = (MODULE, "_orig_mod.", "model.", "base_model.model.")
 # Between the keys of nested dictionaries; the names of tensors have dots of their own.
 SEPARATOR = "/"
 Tensors = dict[str, Tensor]
@@ -61,7 +63,8 @@ def tensor_mutations(
         what, edit = draw(_edits(name))
         after = dict(tensors)
         edit(after)
-        effect = _effect(tensors[name], after.get(name)) if is_used(name) else Effect.EQUAL
+        found = after.get(name, after.get(f"{MODULE}{name}") if "--" in file else None)
+        effect = _effect(tensors[name], found) if is_used(name) else Effect.EQUAL
         return Mutation(file, what, effect, _editing(edit))
 
     return draw_mutation()

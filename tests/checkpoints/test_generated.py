@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 import sqap
 from sqap import checkpoints
+from sqap.checkpoints.prismatic import Choices
 from sqap.cli import app
 from sqap.errors import CheckpointError, SqapError
 from tests.checkpoints.conftest import Payload
@@ -34,6 +35,7 @@ from tests.checkpoints.mutations import Effect, Mutation, apply_all
 EXAMPLES = int(os.environ.get("SQAP_EXAMPLES", "0"))
 # Bytes of address space: far more than a tiny policy takes, far less than a made-up size.
 ROOM = 3 << 30
+STATM = Path("/proc/self/statm")
 SECONDS = 60
 LONGEST = 1600  # characters of a sentence
 
@@ -89,7 +91,7 @@ def _check(base: Base, root: Path, mutations: list[Mutation], *, seal: bool, als
             if also == 0:
                 _check_shell(directory, base)
             if also == 1:
-                _check_fingerprint(directory)
+                _check_fingerprint(directory, base)
         assert _listing(Path(folder)) == before
         assert not (root / "executed").exists(), "code in a pickle was run"
 
@@ -114,9 +116,9 @@ def _check_policy(directory: Path, base: Base, effect: Effect) -> None:
         assert np.array_equal(actions, base.actions), "it acts otherwise than before"
 
 
-def _check_fingerprint(directory: Path) -> None:
+def _check_fingerprint(directory: Path, base: Base) -> None:
     try:
-        checkpoints.fingerprint(directory)
+        checkpoints.fingerprint(directory, Choices(**base.layout.options))
     except SqapError as error:
         _check_sentence(str(error), directory)
 
@@ -145,11 +147,13 @@ def _check_sentence(message: str, directory: Path | None) -> None:
 @contextmanager
 def _guarded() -> Iterator[None]:
     """Little memory, and an end: a size that is made up is noticed before the machine is out of both."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
+    room = limits[0]
+    if STATM.exists():  # only Linux counts, and keeps to the limit
+        room = int(STATM.read_text().split()[0]) * resource.getpagesize() + ROOM
     handler = signal.signal(signal.SIGALRM, _give_up)
     signal.setitimer(signal.ITIMER_REAL, SECONDS, SECONDS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, limits[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (room, limits[1]))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -98,6 +98,7 @@ def test_a_language_model_that_computes_something_else_is_refused(
         ),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "config.json: quantization_config is"),
         ({"use_fused_vision_backbone": "no"}, "use_fused_vision_backbone is 'no' with 2"),
+        ({"use_fused_vision_backbone": 0}, "use_fused_vision_backbone is 0 with 2"),
     ],
 )
 def test_a_model_that_computes_something_else_is_refused(

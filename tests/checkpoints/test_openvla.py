@@ -112,7 +112,12 @@ def test_pixels_are_normalised_as_the_processor_says(publish):
     assert siglip.mean == (0.5,) * 3
 
 
-@pytest.mark.parametrize("entries", [[], [{"mean": [0.5] * 3, "std": [0.5] * 3}], [{"mean": 3}] * 2, 5])
+NO_NUMBER = {"mean": [0.5, 0.5, False], "std": [0.5] * 3}
+
+
+@pytest.mark.parametrize(
+    "entries", [[], [{"mean": [0.5] * 3, "std": [0.5] * 3}], [{"mean": 3}] * 2, [NO_NUMBER] * 2, 5]
+)
 def test_a_processor_without_two_normalisations_is_refused(publish, entries):
     directory = publish("openvla")
     edit(directory / "preprocessor_config.json", tvf_normalize_params=entries)

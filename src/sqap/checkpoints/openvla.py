@@ -243,7 +243,7 @@ def _encoders(config: Mapping[str, Any], where: Path) -> tuple[list[Encoder], li
     ):
         raise CheckpointError(f"{where}: image_sizes must be {len(ids)} positive numbers, got {sizes}")
     fused = config.get("use_fused_vision_backbone")
-    if fused not in (None, False, len(ids) > 1):
+    if fused is not None and (type(fused) is not bool or (fused and len(ids) == 1)):
         raise CheckpointError(
             f"{where}: use_fused_vision_backbone is {fused!r} with {len(ids)} vision encoder"
         )

@@ -141,7 +141,7 @@ def _same(found: Any, supported: Any, where: str) -> None:
 
 
 def _triple(values: Any) -> Triple:
-    red, green, blue = (float(value) for value in values)
+    red, green, blue = (float(value) for value in values if type(value) in (int, float))
     if not all(map(math.isfinite, (red, green, blue))):
         raise ValueError
     return red, green, blue
