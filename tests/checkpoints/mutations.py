@@ -58,11 +58,11 @@ def apply_all(directory: Path, mutations: list[Mutation], *, seal: bool) -> Effe
     done = []
     for mutation in mutations:
         path = directory / mutation.file
-        if not path.is_file():  # an earlier fault took it away
+        before = _read(path)
+        if before is None:  # an earlier fault took it away
             continue
-        before = path.read_bytes()
         mutation.apply(path)
-        if not path.is_file() or path.read_bytes() != before:
+        if _read(path) != before:
             done.append(mutation)
     effects = [mutation.effect for mutation in done]
     if (directory / MANIFEST).is_file():
@@ -75,6 +75,14 @@ def apply_all(directory: Path, mutations: list[Mutation], *, seal: bool) -> Effe
     if Effect.REFUSED in effects and alone:
         return Effect.REFUSED
     return Effect.EQUAL if set(effects) <= {Effect.EQUAL} else Effect.CHANGED
+
+
+def _read(path: Path) -> bytes | None:
+    """The content of a file; None if there is none that can be read."""
+    try:
+        return path.read_bytes() if path.is_file() else None
+    except PermissionError:
+        return None
 
 
 def _seal(directory: Path) -> None:
