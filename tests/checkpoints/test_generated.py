@@ -130,7 +130,9 @@ def _check_shell(directory: Path, base: Base) -> None:
     assert result.exit_code in (0, 1)
     assert "Traceback" not in result.output
     if result.exit_code == 1:
-        _check_sentence(result.stderr.rstrip("\n"), directory)
+        last = result.stderr.splitlines()[-1]  # behind warnings, if there are any
+        assert last.startswith("error: "), result.stderr
+        _check_sentence(last, directory)
 
 
 def _check_sentence(message: str, directory: Path | None) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import sqap
@@ -118,10 +119,11 @@ def test_weights_of_another_type_are_refused(compressed):
     with pytest.raises(CheckpointError, match=rf"{name} is float32 .*, not uint8"):
         sqap.load(compressed)
     norm = "decoder.norm.weight"
-    save_file(tensors | {norm: tensors[norm].int()}, weights)
-    rehash(compressed, "model.safetensors")
-    with pytest.raises(CheckpointError, match=rf"{norm} is int32"):
-        sqap.load(compressed)
+    for dtype in (torch.int32, torch.float8_e4m3fn):
+        save_file(tensors | {norm: tensors[norm].to(dtype)}, weights)
+        rehash(compressed, "model.safetensors")
+        with pytest.raises(CheckpointError, match=rf"{norm} is {str(dtype).removeprefix('torch.')}"):
+            sqap.load(compressed)
 
 
 @pytest.mark.parametrize(

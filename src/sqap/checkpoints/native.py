@@ -28,7 +28,7 @@ from sqap.checkpoints.manifest import (
     read_manifest,
 )
 from sqap.checkpoints.place import check_place, replacing
-from sqap.checkpoints.tensors import shorten
+from sqap.checkpoints.tensors import FLOATS, shorten
 from sqap.errors import CheckpointError
 from sqap.files import reason
 from sqap.models import VLA, empty_model
@@ -181,8 +181,8 @@ def _fill(model: VLA, path: Path) -> None:
 
 
 def _fits(stored: Tensor, wanted: Tensor, is_parameter: bool) -> bool:
-    """Whether shape and type are right: parameters may be stored in any float, buffers as they are used."""
-    right = stored.is_floating_point() if is_parameter else stored.dtype == wanted.dtype
+    """Whether shape and type are right: parameters are of any of `FLOATS`, buffers of the type they are used in."""
+    right = stored.dtype in FLOATS if is_parameter else stored.dtype == wanted.dtype
     return right and stored.shape == wanted.shape
 
 

@@ -41,6 +41,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Others, of eight bits and fewer, come with scales that their numbers are to be multiplied by.
+FLOATS = frozenset(dtype for dtype in DTYPES.values() if dtype.is_floating_point)
 
 
 @dataclass(frozen=True)
