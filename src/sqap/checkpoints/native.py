@@ -181,7 +181,7 @@ def _fill(model: VLA, path: Path) -> None:
 
 
 def _fits(stored: Tensor, wanted: Tensor, is_parameter: bool) -> bool:
-    """Whether shape and type are right: parameters are of any of `FLOATS`, buffers of the type they are used in."""
+    """Whether shape and type are right: a parameter has any type of `FLOATS`, a buffer its own."""
     right = stored.dtype in FLOATS if is_parameter else stored.dtype == wanted.dtype
     return right and stored.shape == wanted.shape
 
