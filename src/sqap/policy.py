@@ -144,6 +144,8 @@ class Policy:
 
         The same seed gives the same diffusion noise, so that policies can be compared in pairs. The first
         call reads weights that are still on disk: call `load_weights` first where a step must not wait.
+        A process that is forked after a step deadlocks in its own first one, since OpenMP's threads are not
+        forked: start processes with multiprocessing's "spawn" or "forkserver".
 
         Raises:
             InputError: the observation lacks an image the policy reads.

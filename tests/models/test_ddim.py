@@ -107,9 +107,9 @@ def test_sampling_recovers_what_a_perfect_network_knows() -> None:
 
 def test_noise_is_added_per_sample() -> None:
     alpha_bar = torch.tensor([0.81, 0.36], dtype=torch.float64)
-    clean, noise = torch.full((2, 2, 1), 10.0), torch.ones(2, 2, 1)
+    clean, noise = torch.full((2, 2, 1), 10.0), torch.full((2, 2, 1), 2.0)
 
     noisy = add_noise(clean, noise, torch.tensor([0, 1]), alpha_bar)
 
-    expected = torch.tensor([9 + 0.19**0.5, 6 + 0.64**0.5]).view(2, 1, 1).expand(2, 2, 1)
+    expected = torch.tensor([9 + 2 * 0.19**0.5, 6 + 2 * 0.64**0.5]).view(2, 1, 1).expand(2, 2, 1)
     torch.testing.assert_close(noisy, expected)

@@ -62,10 +62,11 @@ def published_network(w: dict[str, Tensor], x: Tensor, t: Tensor, z: Tensor, hea
 @torch.no_grad()
 def test_network_is_cogacts(condition: Tensor, noise: Tensor) -> None:
     head, t = build(), torch.tensor([0, 37, 99])
-    # Activations small enough that the norms' epsilon shows.
-    head.positional_embedding.mul_(0.01)
-    head.x_embedder.weight.mul_(0.01)
-    head.x_embedder.bias.mul_(0.01)
+    # Activations small enough that every norm's epsilon shows.
+    small = ("positional_embedding", "embedder", "attn.proj", "mlp.fc2")
+    for name, parameter in head.named_parameters():
+        if any(part in name for part in small):
+            parameter.mul_(0.01)
 
     expected = published_network(head.state_dict(), noise, t, condition, CONFIG.heads)
 
@@ -82,6 +83,10 @@ def test_guidance_is_two_passes(guidance: float, condition: Tensor, noise: Tenso
         free = head.predict_noise(x, t, head.uncondition.repeat(len(x), 1))
         return free + guidance * (given - free)
 
+    t = torch.full((3,), 40)
+    torch.testing.assert_close(
+        head.guided_noise(noise, t, head.conditions(condition)), two_passes(noise, t), atol=1e-4, rtol=1e-4
+    )
     expected = ddim_sample(two_passes, noise, head.alpha_bar, CONFIG.sample_steps)
     torch.testing.assert_close(head.sample(condition, noise), expected, atol=1e-4, rtol=1e-4)
 
@@ -151,9 +156,11 @@ def test_loss_of_predicting_nothing_is_the_noises_variance() -> None:
 def test_training_drops_some_conditions(monkeypatch: pytest.MonkeyPatch) -> None:
     head = build()
     seen: list[Tensor] = []
+    times: list[Tensor] = []
 
     def spy(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         seen.append(condition)
+        times.append(t)
         return torch.zeros_like(x)
 
     monkeypatch.setattr(head, "predict_noise", spy)
@@ -162,6 +169,45 @@ def test_training_drops_some_conditions(monkeypatch: pytest.MonkeyPatch) -> None
     dropped = (seen[0] == head.uncondition).all(1)
     assert dropped.float().mean().item() == pytest.approx(CONDITION_DROPOUT, abs=0.03)
     assert (seen[0][~dropped] == 7).all()
+    assert times[0].unique().tolist() == list(range(CONFIG.train_steps))
+
+
+@torch.no_grad()
+def test_loss_of_a_perfect_prediction_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = build()
+
+    def perfect(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        return x / (1 - head.alpha_bar[t]).sqrt().view(-1, 1, 1).float()
+
+    monkeypatch.setattr(head, "predict_noise", perfect)
+    loss = head.loss(torch.zeros(200, 6, 4), torch.zeros(200, CONDITION_WIDTH))
+    assert loss.item() == pytest.approx(0, abs=1e-9)
+
+
+def test_fresh_weights_have_the_published_spread() -> None:
+    torch.manual_seed(0)
+    head = DiffusionHead(dataclasses.replace(CONFIG, width=256), 4000)
+    assert head.uncondition.std().item() == pytest.approx(0.02, rel=0.1)
+    assert head.positional_embedding.std().item() == pytest.approx(256**-0.5, rel=0.1)
+
+
+@torch.no_grad()
+def test_a_block_is_run_by_its_native_layer_where_that_can(condition: Tensor, noise: Tensor) -> None:
+    head, t = build(), torch.full((3,), 40)
+    exact = head.predict_noise(noise, t, condition)
+    asked = []
+
+    def declines(layer: object, x: Tensor) -> None:
+        asked.append((layer, x.shape))
+
+    for block in head.blocks:
+        block.fused = declines
+    assert torch.equal(head.predict_noise(noise, t, condition), exact)
+    assert asked == [(block, (3, 7, 32)) for block in head.blocks]
+    for block in head.blocks:
+        block.fused = lambda layer, x: (torch.full_like(x, 7.0), None)
+    expected = head.final_layer(head.norm_final(torch.full((3, 7, 32), 7.0)))[:, 1:]
+    assert torch.equal(head.predict_noise(noise, t, condition), expected)
 
 
 @torch.no_grad()

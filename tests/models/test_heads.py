@@ -49,8 +49,15 @@ def test_tokens_are_bins_counted_from_the_end() -> None:
     head = token_head()
     ids = torch.tensor([[289, 288, 35, 34, 299]])
     expected = centres[[0, 1, 254, 254, 0]]
-    np.testing.assert_allclose(head.actions(ids)[0], expected, atol=1e-7)
+    assert head.actions(ids)[0].tolist() == expected.astype(np.float32).tolist()
     assert head.actions(torch.tensor([[12, 0, 40]])).tolist()[0][:2] == [pytest.approx(centres[-1])] * 2
+
+
+def test_tokens_become_one_action(decoder: Decoder, sequence: Tensor) -> None:
+    head = token_head()
+    actions = head(decoder, sequence, None, None)
+    assert actions.shape == (2, 1, 5)
+    assert torch.equal(actions[:, 0], head.actions(head.generate(decoder, sequence)))
 
 
 def test_what_is_pruned_stays_out_of_the_cache(decoder: Decoder, sequence: Tensor) -> None:

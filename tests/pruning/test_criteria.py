@@ -82,6 +82,25 @@ def test_farthest_points_equal_the_greedy_definition(case: tuple[int, torch.Tens
     assert criteria.farthest_points(grid, kept, count).tolist() == greedy(grid, kept, count)
 
 
+@pytest.mark.parametrize("grid", range(1, 8))
+def test_farthest_points_without_a_start_begin_in_the_middle(grid: int) -> None:
+    none = torch.zeros(grid**2, dtype=torch.bool)
+    count = min(4, grid**2)
+    assert criteria.farthest_points(grid, none, count).tolist() == greedy(grid, none, count)
+
+
+@pytest.mark.parametrize("kept", [[], [5]])
+def test_ties_of_farthest_points_follow_the_generator_alone(kept: list[int]) -> None:
+    mask = torch.zeros(16, dtype=torch.bool)
+    mask[kept] = True
+
+    def draw(seed: int) -> list[int]:
+        return criteria.farthest_points(4, mask, 6, torch.Generator().manual_seed(seed)).tolist()
+
+    assert draw(3) == draw(3)
+    assert len({tuple(draw(seed)) for seed in range(8)}) > 1
+
+
 def test_farthest_points_leave_what_they_are_given_alone() -> None:
     kept = torch.zeros(16, dtype=torch.bool)
     kept[5] = True
@@ -107,6 +126,15 @@ def test_uniform_grid_is_exact_and_shares_rows_evenly(case: tuple[int, int]) -> 
     per_row = torch.bincount(indices // grid, minlength=grid)
     assert per_row.max() - per_row.min() <= 1
     assert len(per_row) == grid
+
+
+@pytest.mark.parametrize(
+    ("grid", "count", "expected"),
+    [(3, 4, [1, 2, 1]), (4, 6, [2, 1, 2, 1]), (5, 7, [1, 2, 1, 2, 1])],
+)
+def test_the_rows_of_a_uniform_grid_round_half_up(grid: int, count: int, expected: list[int]) -> None:
+    rows = torch.bincount(criteria.uniform_grid(grid, count) // grid, minlength=grid)
+    assert rows.tolist() == expected
 
 
 @pytest.mark.parametrize("count", [16, 37, 64, 102, 154])

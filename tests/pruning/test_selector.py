@@ -71,6 +71,33 @@ def test_a_full_ring_keeps_the_tokens_nearest_to_the_end_effector() -> None:
     assert len(selection.kept) == 10
 
 
+def test_calibration_limits_how_many_are_kept_by_rank() -> None:
+    settings = Pruning(keep_ratio=0.5, top_share=0.5)
+    for top_k, expected in ((None, 4), (2, 2), (0, 0), (9, 4)):
+        selection = Selector(settings, 4, top_k).select(torch.arange(16.0), (0.5, 0.5))
+        assert (int(selection.top.sum()), len(selection.kept)) == (expected, 8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_selection_says_where_the_end_effector_is(method: str) -> None:
+    selector = Selector(Pruning(method=method), 4)  # type: ignore[arg-type]
+    assert selector.select(torch.zeros(16), (0.25, 0.5)).target == (0.25, 0.5)
+
+
+@pytest.mark.parametrize("method", ["sqap", "random"])
+def test_chance_comes_from_the_generator_alone(method: str) -> None:
+    settings = Pruning(keep_ratio=0.4, method=method, top_share=0.25)  # type: ignore[arg-type]
+
+    def draw(seed: int) -> list[int]:
+        chosen = Selector(settings, 6).select(
+            torch.arange(36.0), (0.5, 0.5), torch.Generator().manual_seed(seed)
+        )
+        return chosen.kept.tolist()
+
+    assert draw(3) == draw(3)
+    assert len({tuple(draw(seed)) for seed in range(8)}) > 1
+
+
 def test_two_shares_rounded_up_do_not_overrun_the_budget() -> None:
     # Half of three rounds to two, twice.
     settings = Pruning(keep_ratio=0.75, top_share=0.5, ring=(0.0, 2.0), ring_share=0.5)

@@ -86,6 +86,21 @@ def test_pruned_decoder_equals_the_layers_run_by_hand(model: VLA, x: Tensor, met
         assert not torch.allclose(pruned[:, -1], model.decoder(x)[:, -1])
 
 
+def test_a_method_without_scores_asks_for_the_attention_of_one_row() -> None:
+    pruner = make(Pruning(keep_ratio=0.4, method="random", after_layer=2))
+    rows = [pruner.score_rows(layer) for layer in range(4)]
+    assert [None if row is None else row.tolist() for row in rows] == [None, [LENGTH - 1], None, None]
+
+
+def test_the_pruners_chance_is_its_generators(model: VLA, x: Tensor) -> None:
+    def kept() -> list[int]:
+        pruner = make(Pruning(keep_ratio=0.4, method="random", after_layer=2))
+        model.decoder(x, pruner=pruner)
+        return pruner.selections[0].kept.tolist()
+
+    assert kept() == kept()
+
+
 @pytest.mark.parametrize("queries", ["text", "last"])
 @pytest.mark.parametrize("layers", [None, (0,), (0, 2)])
 def test_tokens_are_ranked_by_the_attention_the_whole_softmax_shows(

@@ -75,6 +75,11 @@ def test_levels_are_the_textbooks(
     assert torch.equal(found, torch.where(better[:, None], published, nearest))
 
 
+@pytest.mark.parametrize("size", [1, 17, 129])
+def test_a_strip_of_one_column_is_rounded_too(size: int) -> None:
+    test_levels_are_the_textbooks(("channel", None), 4, size, 3 * size, 0.01)
+
+
 @given(
     st.integers(0, 2**31),
     st.sampled_from([4, 8]),
@@ -173,12 +178,38 @@ def test_more_damping_rescues_a_hessian_that_is_not_positive_definite(
         torch.testing.assert_close(found.tril(), wanted.tril(), rtol=1e-3, atol=1e-3)
 
 
+def test_damping_grows_tenfold_until_the_hessian_can_be_factorized(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "SMALLEST_DAMPING", 1e-12)
+    x, order = bidiagonal(40), torch.arange(40)
+    hessian = Hessian(order)
+    hessian.add(x)
+    with caplog.at_level(logging.WARNING, "sqap"):
+        factor = hessian.factor(damping=1e-9)
+    last = 1e-9 * 10 ** len(caplog.records)
+    assert len(caplog.records) > 1
+    assert f"going on with {last:g}" in caplog.messages[-1]
+    expected = factor_of(x, order, last)
+    assert factor.damping == pytest.approx(expected.damping)
+    torch.testing.assert_close(factor.diagonal[:-1], expected.diagonal[:-1], rtol=1e-4, atol=0)
+
+
+def test_inputs_whose_squares_are_large_but_finite_are_factorized() -> None:
+    """Their sum over all channels is infinite in 32 bits; their mean is not."""
+    factor = factor_of(1e19 * torch.eye(64), damping=0.5)
+    assert factor.damping == pytest.approx(0.5e38)
+    torch.testing.assert_close(factor.diagonal, torch.full((64,), 1.5e38))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_inputs_that_are_not_finite_are_refused_by_name(bad: float) -> None:
     x = torch.ones(5, 8)
     x[3, 2] = bad
     with pytest.raises(InputError, match=r"projector\.layers\.0 inputs that are not finite"):
         Hessian(torch.arange(8), "projector.layers.0").add(x)
+    with pytest.raises(InputError, match="gives the linear inputs that are not finite"):
+        Hessian(torch.arange(8)).add(x)
 
 
 def test_inputs_too_large_to_square_are_refused_by_name() -> None:

@@ -18,6 +18,7 @@ from sqap.quantization.grid import (
     quantize_activation,
     quantize_weight,
     round_to_grid,
+    row_chunks,
     scale_shape,
 )
 
@@ -237,6 +238,62 @@ def test_zeros_and_denormals_stay_finite(value: float) -> None:
         assert scale.isfinite().all()
         assert (scale != 0).all()
         assert (q == (0 if zero_point is None else zero_point)).all()
+
+
+def test_scales_are_per_channel_where_no_group_is_asked_for() -> None:
+    assert scale_shape(6, 12, "channel", 4) == scale_shape(6, 12, "group", None) == (6, 1)
+
+
+def test_the_unit_of_the_importance_does_not_matter() -> None:
+    weight, importance = random(0, 8, 64) ** 3, random(1, 64).square()
+    expected = clip_scale(weight, 4, "channel", None, importance)
+    for unit in (2.0**-100, 2.0**100):
+        assert torch.equal(clip_scale(weight, 4, "channel", None, unit * importance), expected)
+
+
+def test_where_both_signs_are_as_large_the_scale_is_positive() -> None:
+    x = torch.tensor([[3.0, -3.0, 1.0, 0.0]])
+    assert quantize_activation(x, 4, "token")[1].item() > 0
+    assert clip_scale(x, 4, "channel").item() > 0
+
+
+def test_the_clip_search_finds_each_of_its_coarse_factors() -> None:
+    """A row whose error is zero for one factor of `max_scale` alone."""
+    for step in range(1, 5):
+        factor = 0.8**step
+        # One weight falls beyond the grid, and costs nothing; the others are levels of the factor's grid.
+        weight = torch.tensor([[-7 / factor, 1.0, -2.0, 3.0, -4.0, 5.0, 7.0, 6.0]])
+        importance = torch.tensor([0.0, *[1.0] * 7])
+        found = clip_scale(weight, 4, "channel", None, importance)
+        torch.testing.assert_close(found, factor * max_scale(weight, 4, "channel"))
+
+
+def test_where_nothing_is_gained_nothing_is_clipped() -> None:
+    zeros = torch.zeros(2, 8)
+    assert torch.equal(clip_scale(zeros, 4, "channel"), max_scale(zeros, 4, "channel"))
+
+
+def test_the_types_of_levels_and_zero_points() -> None:
+    q, scale, zero_point = quantize_activation(random(0, 2, 8).bfloat16(), 8, "token", False)
+    assert zero_point is not None
+    assert (q.dtype, scale.dtype, zero_point.dtype) == (torch.int8, torch.float32, torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "expected"),
+    [
+        ((5, 3), 6, [[0, 1], [2, 3], [4]]),
+        ((3, 3), 2, [[0], [1], [2]]),
+        ((3, 3), 100, [[0, 1, 2]]),
+        ((3, 1), 2, [[0, 1], [2]]),
+        ((3, 0), 2, [[0, 1], [2]]),
+    ],
+)
+def test_rows_come_in_chunks_of_about_a_size(
+    shape: tuple[int, int], size: int, expected: list[list[int]]
+) -> None:
+    rows = torch.arange(shape[0])
+    assert [rows[chunk].tolist() for chunk in row_chunks(torch.empty(shape), size)] == expected
 
 
 def test_group_size_must_divide_the_inputs() -> None:

@@ -96,12 +96,26 @@ def test_it_is_the_product_of_core_and_sylvester(width: int, count: int, seed: i
     torch.testing.assert_close(h.inverse(x), (blocks @ matrix.T).view_as(x), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("order", "first"),
+    [
+        (12, "++++++++++++ -+-+---+++-+ -++-+---+++- --++-+---+++"),
+        (36, "+-++++++++++++++++++++++++++++++++++ --+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-"),
+    ],
+)
+def test_cores_are_the_same_in_every_release(order: int, first: str) -> None:
+    """Rotated weights are saved: another matrix would not undo what theirs has done."""
+    signs = dense(Hadamard(order, order))
+    rows = " ".join("".join("+-"[s < 0] for s in row) for row in signs.tolist())
+    assert rows.startswith(first)
+
+
 def test_a_core_need_not_be_symmetric() -> None:
     matrix = dense(Hadamard.of(12))
     assert not torch.equal(matrix, matrix.T)
 
 
-@pytest.mark.parametrize("width", [96, 64])
+@pytest.mark.parametrize("width", [96, 64, 1024])
 def test_the_type_is_kept_and_strided_rows_work(width: int) -> None:
     h, x = Hadamard.of(width), torch.randn(width, 6)
     assert h.apply(x.T.bfloat16()).dtype == h.inverse(x.T.bfloat16()).dtype == torch.bfloat16

@@ -26,7 +26,7 @@ def overlap_curve(full: Tensor, quantized: Tensor) -> Tensor:
     frames, tokens = full.shape
     # A token is in both top k from the k on at which the worse of its two ranks gets in.
     joins = torch.maximum(_ranks(full), _ranks(quantized))
-    both = torch.bincount(joins.flatten(), minlength=tokens).cumsum(0)
+    both = torch.bincount(joins.flatten()).cumsum(0)
     counts = torch.arange(1, tokens + 1, dtype=torch.int64, device=both.device)
     return both.float() / (frames * counts)
 
@@ -75,4 +75,4 @@ def attention_scores(
 
 
 def _ranks(scores: Tensor) -> Tensor:
-    return scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return scores.argsort(descending=True, stable=True).argsort()
