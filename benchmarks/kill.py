@@ -52,6 +52,7 @@ class Command:
         clear: removes everything that the command has written.
         result: what the command has written, to be compared.
         progress: how much of its work is on disk.
+        whole: what that comes to at the end.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Command:
     clear: Callable[[], None]
     result: Callable[[], Any]
     progress: Callable[[], int]
+    whole: int
 
 
 @dataclass
@@ -114,6 +116,7 @@ def compressing(root: Path) -> Command:
         clear=clear,
         result=lambda: {path.name: path.read_bytes() for path in sorted(out.iterdir())},
         progress=lambda: len(list(partial.glob("*.safetensors"))) if partial.is_dir() else 0,
+        whole=9,  # blocks, the projector and the head
     )
 
 
@@ -137,6 +140,7 @@ def evaluating(root: Path) -> Command:
         clear=lambda: log.unlink(missing_ok=True),
         result=result,
         progress=lambda: log.read_bytes().count(b"\n") if log.exists() else 0,
+        whole=EPISODES * len(TASKS.split(",")),
     )
 
 
@@ -170,9 +174,11 @@ def torment(command: Command, kills: int, moments: random.Random, console: Conso
     outcome.seconds, wanted = time.monotonic() - begun, command.result()
     while outcome.kills < kills:
         command.clear()
+        done = 0
         for _ in range(min(IN_A_ROW, kills - outcome.kills)):
             process = start(command)
-            time.sleep(moments.uniform(0, outcome.seconds))
+            # At a random moment of what is left to do.
+            time.sleep(moments.uniform(0, outcome.seconds * (1 - done / command.whole)))
             if process.poll() is not None:
                 outcome.too_late += 1
                 process.communicate()
@@ -180,7 +186,8 @@ def torment(command: Command, kills: int, moments: random.Random, console: Conso
             process.send_signal(signal.SIGKILL)
             process.communicate()
             outcome.kills += 1
-            outcome.kept.append(command.progress())
+            done = command.progress()
+            outcome.kept.append(done)
         finish(start(command))
         outcome.finals += 1
         outcome.equal += command.result() == wanted

@@ -195,6 +195,15 @@ def test_damping_grows_tenfold_until_the_hessian_can_be_factorized(
     torch.testing.assert_close(factor.diagonal[:-1], expected.diagonal[:-1], rtol=1e-4, atol=0)
 
 
+def test_what_was_added_to_the_diagonal_counts_when_damping_grows() -> None:
+    hessian = Hessian(torch.arange(4))
+    hessian.add(2 * torch.eye(4))
+    hessian._panels[0][0, 0] = -2  # no sum of squares, and no better with 0.3 of the mean, which is 2.5
+    factor = hessian.factor(damping=0.3)
+    assert factor.damping == pytest.approx(3 * 2.5)
+    torch.testing.assert_close(factor.diagonal, torch.tensor([5.5, 11.5, 11.5, 11.5]))
+
+
 def test_inputs_whose_squares_are_large_but_finite_are_factorized() -> None:
     """Their sum over all channels is infinite in 32 bits; their mean is not."""
     factor = factor_of(1e19 * torch.eye(64), damping=0.5)
