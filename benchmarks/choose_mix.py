@@ -6,6 +6,7 @@ W4A8 at one budget, on development seeds that no reported number uses.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from variants import compare, describe, run_variants
@@ -17,20 +18,20 @@ SEED = 200_000
 
 def recipes(keep: float) -> dict[str, Recipe]:
     """Name -> recipe: the baselines, each share by itself, and mixes of them."""
-    both = (0, 1)
+    both, mix = (0, 1), partial(Pruning, keep, method="sqap")
     settings = {
         "random": Pruning(keep, method="random"),
         "attention": Pruning(keep, method="attention"),
         "attention of the last token": Pruning(keep, method="attention", score_queries="last"),
-        "farthest points": Pruning(keep, top_share=0.0, ring_share=0.0),
-        "paper": Pruning(keep),
-        "top 0.25": Pruning(keep, score_layers=both, top_share=0.25, ring_share=0.0),
-        "top 0.25, ring 0.1": Pruning(keep, score_layers=both, top_share=0.25, ring_share=0.1),
-        "top 0.4, ring 0.2": Pruning(keep, score_layers=both, top_share=0.4, ring_share=0.2),
+        "farthest points": mix(top_share=0.0, ring_share=0.0),
+        "paper": mix(),
+        "top 0.25": mix(score_layers=both, top_share=0.25, ring_share=0.0),
+        "top 0.25, ring 0.1": mix(score_layers=both, top_share=0.25, ring_share=0.1),
+        "top 0.4, ring 0.2": mix(score_layers=both, top_share=0.4, ring_share=0.2),
         "random after 3": Pruning(keep, 3, method="random"),
         "attention after 3": Pruning(keep, 3, method="attention", score_layers=(0, 1, 2)),
-        "top 0.25, ring 0.1 after 3": Pruning(
-            keep, 3, score_layers=(0, 1, 2), top_share=0.25, ring_share=0.1
+        "top 0.25, ring 0.1 after 3": mix(
+            after_layer=3, score_layers=(0, 1, 2), top_share=0.25, ring_share=0.1
         ),
     }
     return {"full": Recipe()} | {name: Recipe(Quantization(4, 8), p) for name, p in settings.items()}

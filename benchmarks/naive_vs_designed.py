@@ -58,7 +58,7 @@ def recipes() -> dict[str, Recipe]:
         table[f"method-w4a4-{keep}"] = Recipe(Quantization(4, 4), mix)
         table[f"w4a8-random-{keep}"] = Recipe(Quantization(4, 8), Pruning(keep_ratio=keep, method="random"))
     # One layer later, where attention has become a usable ranking.
-    later = Pruning(0.4, 3, score_layers=(0, 1, 2), top_share=0.25, ring_share=0.1)
+    later = Pruning(0.4, 3, "sqap", score_layers=(0, 1, 2), top_share=0.25, ring_share=0.1)
     table["method-w4a8-0.4-layer3"] = Recipe(Quantization(4, 8), later)
     table["w4a8-random-0.4-layer3"] = Recipe(Quantization(4, 8), Pruning(0.4, 3, method="random"))
     table["paper"] = Recipe.paper()

@@ -30,7 +30,7 @@ from sqap.environments import default_tasks
 from sqap.files import write_json
 from sqap.frames import collect_frames
 from sqap.models import VLA, ModelInputs
-from sqap.models.decoder import Decoder, DecoderLayer
+from sqap.models.decoder import Decoder, DecoderLayer, LayerOutput
 from sqap.pruning.attention import query_rows
 from sqap.pruning.calibration import overlap_at_k
 from sqap.quantization import quantize_decoder, quantize_model
@@ -148,8 +148,9 @@ class Watcher:
     def score_rows(self, layer: int) -> Tensor:
         return self._rows
 
-    def keep(self, layer: int, received: Tensor) -> None:
-        self.scores.append(received[0, self._keys])
+    def keep(self, layer: int, output: LayerOutput) -> None:
+        assert output.received is not None
+        self.scores.append(output.received[0, self._keys])
 
 
 def inject_all(decoder: Decoder, inject: Inject) -> None:

@@ -21,6 +21,7 @@ from sqap import environments
 from sqap.compress import model_inputs
 from sqap.files import write_json
 from sqap.frames import collect_frames
+from sqap.models.decoder import LayerOutput
 from sqap.policy import Policy
 
 FRAMES = 24
@@ -59,8 +60,9 @@ class FirstToken:
     def score_rows(self, layer: int) -> Tensor:
         return torch.arange(self.length // 2, self.length)  # rows late enough to have others to look at
 
-    def keep(self, layer: int, received: Tensor) -> None:
-        self.shares[layer].append(float(received[0, 0]))
+    def keep(self, layer: int, output: LayerOutput) -> None:
+        assert output.received is not None
+        self.shares[layer].append(float(output.received[0, 0]))
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,14 +57,36 @@ def run_variants(
     tasks = tasks or environments.default_tasks(ENV)
     policy = sqap.load(source)
     frames = collect_frames(policy, ENV, tasks, FRAMES)
-    settings = current_settings(ENV, workers=workers, threads=1)
-    runs: dict[str, Run] = {}
-    with Progress(console=console) as progress:
+
+    def directories() -> Iterator[tuple[str, Path]]:
         for name, recipe in recipes.items():
             directory = locate(source)
             if recipe != Recipe():
                 directory = out / "policies" / name
                 sqap.compress(policy, recipe, frames).save(directory)
+            yield name, directory
+
+    return run_saved(
+        directories(), episodes=episodes, seed=seed, out=out, workers=workers, tasks=tasks, console=console
+    )
+
+
+def run_saved(
+    directories: Iterable[tuple[str, Path]],
+    *,
+    episodes: Mapping[str, int],
+    seed: int,
+    out: Path,
+    workers: int = 2,
+    tasks: Sequence[str] | None = None,
+    console: Console | None = None,
+) -> dict[str, Run]:
+    """As `run_variants`, for policies that are on disk: pairs of a name and a directory."""
+    tasks = tasks or environments.default_tasks(ENV)
+    settings = current_settings(ENV, workers=workers, threads=1)
+    runs: dict[str, Run] = {}
+    with Progress(console=console) as progress:
+        for name, directory in directories:
             mark = fingerprint(directory)
             bar = progress.add_task(name, total=episodes[name] * len(tasks))
             (runs[name],) = evaluate(

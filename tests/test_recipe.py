@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sqap.errors import InputError
-from sqap.recipe import RECIPE_VERSION, Pruning, Quantization, Recipe
+from sqap.recipe import RECIPE_VERSION, Cut, Pruning, PruningMethod, Quantization, Recipe
 
 
 @st.composite
@@ -30,22 +30,33 @@ def quantizations(draw: st.DrawFn) -> Quantization:
     )
 
 
+METHODS = get_args(PruningMethod)
+
+
 @st.composite
 def prunings(draw: st.DrawFn) -> Pruning:
     after_layer = draw(st.integers(1, 32))
-    layers = st.lists(st.integers(0, after_layer - 1), min_size=1, max_size=4, unique=True).map(tuple)
+    method = draw(st.sampled_from(METHODS))
+    keep = draw(st.floats(0, 1, exclude_min=True))
+    later = () if method == "uniform" else draw(st.sampled_from([(), (Cut(after_layer + 2, keep / 2),)]))
+    first, last = 0, after_layer - 1
+    if method == "lookahead":
+        first, last = after_layer + 2, 64
+    layers = st.lists(st.integers(first, last), min_size=1, max_size=4, unique=True).map(tuple)
     top_share = draw(st.floats(0, 1))
     inner = draw(st.floats(0, 0.5))
     return Pruning(
-        keep_ratio=draw(st.floats(0, 1, exclude_min=True)),
+        keep_ratio=keep,
         after_layer=after_layer,
-        method=draw(st.sampled_from(["sqap", "attention", "random", "uniform"])),
+        method=method,
         score_queries=draw(st.sampled_from(["text", "last"])),
         score_layers=draw(st.none() | layers),
         top_share=top_share,
         overlap=draw(st.floats(0, 1)),
         ring=(inner, inner + draw(st.floats(0.01, 0.5))),
         ring_share=(1 - top_share) / 2,
+        rest=draw(st.sampled_from(["random", "farthest"])),
+        later=later,
     )
 
 
@@ -134,9 +145,16 @@ def test_quantization_refuses(settings: dict[str, Any], message: str) -> None:
         ({"keep_ratio": 1.01}, "got 1.01"),
         ({"keep_ratio": float("nan")}, "got nan"),
         ({"after_layer": 0}, "after_layer must be at least 1, got 0"),
-        ({"score_layers": (2,)}, r"score_layers \[2\] must name layers from 0 to 1"),
-        ({"score_layers": (-1, 0)}, "must name layers from 0 to 1"),
+        ({"method": "sqap", "score_layers": (2,)}, r"score_layers \[2\] must name layers from 0 to 1"),
+        ({"method": "sqap", "score_layers": (-1, 0)}, "must name layers from 0 to 1"),
         ({"score_layers": ()}, r"score_layers \[\] must name layers"),
+        ({"score_layers": (2, 1)}, r"score_layers \[2, 1\] must name layers from 2 on"),
+        ({"score_layers": (3,), "later": (Cut(4, 0.1),)}, r"score_layers \[3\] must name layers from 4 on"),
+        ({"later": (Cut(2, 0.1),)}, "after layer 2 must come later and keep fewer .* after layer 2"),
+        ({"later": (Cut(4, 0.6),)}, "a cut to 0.6 .* keep fewer than the one before it, to 0.6"),
+        ({"later": (Cut(4, 0.0),)}, r"keep_ratio must be in \(0, 1\], got 0.0"),
+        ({"method": "uniform", "later": (Cut(4, 0.1),)}, "'uniform' has one cut"),
+        ({"method": "fastv"}, "method must be one of lookahead, sqap, attention"),
         ({"top_share": 1.5}, r"top_share must be in \[0, 1\]"),
         ({"overlap": -0.1}, r"overlap must be in \[0, 1\]"),
         ({"ring_share": float("nan")}, r"ring_share must be in \[0, 1\]"),
@@ -161,9 +179,10 @@ def test_pruning_refuses(settings: dict[str, Any], message: str) -> None:
         ({"pruning": {"keep": 0.5}}, "recipe.pruning has no setting 'keep'; it has keep_ratio"),
         ({"quantization": {"weight_bits": "4"}}, "recipe.quantization.weight_bits must be int"),
         ({"quantization": {"rotate": 1}}, "recipe.quantization.rotate must be bool"),
-        ({"pruning": {"method": "fastv"}}, "'sqap', 'attention', 'random', 'uniform', got 'fastv'"),
+        ({"pruning": {"method": "fastv"}}, "'lookahead', 'sqap', .*, got 'fastv'"),
         ({"pruning": {"ring": [0.1]}}, "recipe.pruning.ring must have 2 entries, got 1"),
         ({"pruning": {"score_layers": [0, "1"]}}, r"recipe.pruning.score_layers\[1\] must be int"),
+        ({"pruning": {"later": [{"after_layer": 3}]}}, r"recipe.pruning.later\[0\] lacks 'keep_ratio'"),
         ({"pruning": {"keep_ratio": 2}}, r"keep_ratio must be in \(0, 1\]"),
         ({"version": RECIPE_VERSION + 1}, "reads recipe version 1, the recipe is 2"),
     ],
@@ -172,6 +191,21 @@ def test_json_refuses(data: Any, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         Recipe.from_json(data)
     assert one_sentence(caught.value)
+
+
+def test_settings_that_are_left_out_are_the_methods() -> None:
+    look, mix = Pruning(), Pruning(method="sqap")
+    assert (look.method, look.top_share, look.ring_share, look.rest) == ("lookahead", 0.75, 0, "random")
+    assert (mix.top_share, mix.ring_share, mix.rest) == (0.5, 0.3, "farthest")
+    assert Pruning(top_share=0.5, rest="farthest").top_share == 0.5
+
+
+def test_each_cut_has_its_budget() -> None:
+    pruning = Pruning(0.5, 2, later=(Cut(4, 0.25), Cut(7, 0.1)))
+    assert [pruning.budget(256, cut) for cut in range(3)] == [128, 64, 26]
+    assert (pruning.budget(256), pruning.last_layer) == (26, 7)
+    with pytest.raises(InputError, match=r"keep_ratio 0\.001 keeps none of 256"):
+        Pruning(0.5, later=(Cut(4, 0.001),)).budget(256)
 
 
 @given(st.floats(0.01, 1), st.integers(100, 1024))

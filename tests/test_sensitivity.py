@@ -18,7 +18,7 @@ COARSE = Quantization(4, 4, vision=Scheme(4, 8), projector=Scheme(4, 8), head=Sc
 @pytest.fixture
 def replay(policy, observe):
     policy.config = dataclasses.replace(policy.config, units=UNITS)
-    return Replay(policy, [observe(seed) for seed in range(3)], Pruning(keep_ratio=0.5))
+    return Replay(policy, [observe(seed) for seed in range(3)], Pruning(keep_ratio=0.5, method="sqap"))
 
 
 def test_errors_are_in_the_robots_units(policy):
@@ -77,3 +77,13 @@ def test_a_block_alone_keeps_the_overrides_that_name_its_linears(replay, pattern
 def test_nothing_to_replay_is_refused(policy):
     with pytest.raises(InputError, match="at least one frame"):
         Replay(policy, [])
+
+
+def test_the_overlap_is_of_the_ranking_that_prunes(policy, observe):
+    replay = Replay(policy, [observe(seed) for seed in range(3)], Pruning(keep_ratio=0.5, after_layer=1))
+    fine, coarse = (
+        replay.measure(name, Quantization(bits, bits, rotate=False)).overlap
+        for name, bits in (("fine", 8), ("coarse", 4))
+    )
+    assert 0 < coarse <= fine <= 1
+    assert fine > 0.8

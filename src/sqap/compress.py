@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,11 +19,13 @@ from sqap.models import VLA, ModelInputs, empty_model
 from sqap.models.stages import fill_around, stages, widen_around
 from sqap.models.storage import Rounded, Weights, check_finite, hash_tensors, round_to_storage
 from sqap.observation import Observation
-from sqap.policy import Calibration, Policy, hash_frames
+from sqap.policy import Calibration, Policy, check_pruning, hash_frames
 from sqap.pruning.attention import score_layers
 from sqap.pruning.calibration import attention_scores, choose_k, overlap_curve
+from sqap.pruning.lookahead import affordable, choose_layers, later_attention, recall
 from sqap.quantization import Partial, quantize_model, share
 from sqap.recipe import Pruning, Recipe
+from sqap.recipe.pruning import SHARED
 
 
 @defaults()
@@ -63,6 +66,8 @@ def compress(
     if policy.recipe != Recipe():
         raise InputError("the policy is compressed already; compress the original it was made from")
     _check_frames(recipe, frames)
+    if recipe.pruning is not None:
+        check_pruning(recipe.pruning, policy.config.model)
     with _finished_stages(resume) as partial:
         return _compress(policy, recipe, frames, progress, partial)
 
@@ -79,7 +84,7 @@ def _compress(
     original = policy.model if weights is None else empty_model(policy.config.model)
     check_finite(original, InputError)
     # First, while there is no compressed model in memory.
-    full = _full_scores(original, recipe, inputs, weights)
+    full = _ranking(original, recipe.pruning, inputs, weights)
     if recipe.quantization is not None:
         if partial is not None:
             partial.begin(_key(policy, recipe, frames, inputs))
@@ -102,46 +107,118 @@ def _compress(
     return dataclasses.replace(small, calibration=calibration, source=source)
 
 
+@defaults()
+def reprune(
+    policy: Policy, small: Policy, pruning: Pruning | None, frames: Sequence[Observation] = ()
+) -> Policy:
+    """``small`` with another pruner, calibrated as `compress` does; its weights are shared, not copied.
+
+    Args:
+        policy: the original that ``small`` was compressed from.
+        small: a policy that `compress` has returned.
+        pruning: the new setting; None prunes nothing.
+        frames: those that ``small`` was calibrated on; needed by pruning method "sqap".
+
+    Raises:
+        InputError: the setting does not fit the policy, or frames are needed.
+    """
+    recipe = dataclasses.replace(small.recipe, pruning=pruning)
+    _check_frames(Recipe(pruning=pruning), frames)
+    if pruning is not None:
+        check_pruning(pruning, policy.config.model)
+    inputs = [model_inputs(policy, frame, seed) for seed, frame in enumerate(frames)]
+    weights = policy.weights
+    full = _ranking(
+        policy.model if weights is None else empty_model(policy.config.model), pruning, inputs, weights
+    )
+    other = dataclasses.replace(small, recipe=recipe, calibration=None, fingerprint=None)
+    if not frames:
+        return other
+    return dataclasses.replace(other, calibration=_calibrate(other, frames, inputs, full))
+
+
 def model_inputs(policy: Policy, frame: Observation, seed: int) -> ModelInputs:
     """What the policy's model is given for ``frame``, with the diffusion noise of ``seed``."""
     return policy.inputs(frame, torch.Generator(device="cpu").manual_seed(seed))
 
 
-def ranking_scores(
-    model: VLA, pruning: Pruning, inputs: Sequence[ModelInputs], weights: Weights | None = None
-) -> torch.Tensor:
-    """The attention scores by which ``pruning`` would rank, ``(frames * cameras, tokens of a camera)``.
+@dataclass(frozen=True)
+class Ranking:
+    """How a pruner would rank the tokens of the calibration frames.
+
+    Args:
+        scores: ``(frames * cameras, tokens of a camera)``.
+        layers: that method "lookahead" looks at; None with other methods.
+        recall: share of the budget's best tokens, by later layers' attention, that looking ahead finds.
+    """
+
+    scores: torch.Tensor
+    layers: tuple[int, ...] | None = None
+    recall: float | None = None
+
+
+def ranking(
+    model: VLA,
+    pruning: Pruning,
+    inputs: Sequence[ModelInputs],
+    weights: Weights | None = None,
+    layers: tuple[int, ...] | None = None,
+) -> Ranking:
+    """How ``pruning``, of method "sqap", "attention" or "lookahead", would rank tokens by ``model``.
 
     In float32, whatever the types of ``model``; where there are ``weights``, by them instead of its own.
+
+    Args:
+        model: the policy's network.
+        pruning: the criterion.
+        inputs: one observation each.
+        weights: where the model's are, if they are not in it.
+        layers: to look ahead at, where they are known; else they are chosen.
     """
     model = share(model) if weights is None else empty_model(model.config)
     widen_around(model, [stage for _, stage in stages(model)])
     if weights is not None:
         fill_around(model, weights)
-    return attention_scores(model, inputs, score_layers(pruning), pruning.score_queries, weights)
+    if pruning.method != "lookahead":
+        return Ranking(attention_scores(model, inputs, score_layers(pruning), pruning.score_queries, weights))
+    layers = layers or pruning.score_layers
+    if layers is not None and weights is None:
+        return Ranking(later_attention(model, inputs, pruning, layers=layers)[0].mean(0), layers)
+    looked, attended = later_attention(model, inputs, pruning, weights)
+    k, first = pruning.budget(model.config.grid**2), pruning.last_layer
+    if layers is None:
+        found = choose_layers(looked, attended, k, affordable(pruning, model.config.decoder))
+        layers = tuple(first + i for i in found)
+    looked = looked[[layer - first for layer in layers]]
+    return Ranking(looked.mean(0), layers, recall(looked, attended, k))
 
 
-def _full_scores(
-    original: VLA, recipe: Recipe, inputs: list[ModelInputs], weights: Weights | None
-) -> torch.Tensor | None:
-    """By what the uncompressed policy would rank its tokens, if the recipe's pruner asks attention."""
-    pruning = recipe.pruning
-    if not inputs or pruning is None or pruning.method != "sqap":
+def _ranking(
+    original: VLA, pruning: Pruning | None, inputs: list[ModelInputs], weights: Weights | None
+) -> Ranking | None:
+    """How the uncompressed policy would rank its tokens, if calibration has a say in that."""
+    if not inputs or pruning is None or pruning.method not in SHARED:
         return None
-    return ranking_scores(original, pruning, inputs, weights)
+    return ranking(original, pruning, inputs, weights)
 
 
 def _calibrate(
-    small: Policy, frames: Sequence[Observation], inputs: list[ModelInputs], full: torch.Tensor | None
+    small: Policy, frames: Sequence[Observation], inputs: list[ModelInputs], full: Ranking | None
 ) -> Calibration:
-    """Find the largest k whose quantized top k still agrees with full precision."""
-    pruning, top_k, overlap = small.recipe.pruning, None, None
-    if full is not None and pruning is not None:
-        limit = round(pruning.top_share * pruning.budget(small.config.model.grid**2))
-        curve = overlap_curve(full, ranking_scores(small.model, pruning, inputs, small.weights))[:limit]
-        top_k = choose_k(curve, pruning.overlap)
-        overlap = float(curve[top_k - 1]) if top_k else 0.0
-    return Calibration(len(frames), hash_frames(frames), top_k, overlap)
+    """Find the largest k whose quantized top k still agrees with full precision.
+
+    Looking ahead is trusted with no larger share of the budget than what it finds of later attention.
+    """
+    found, pruning = Calibration(len(frames), hash_frames(frames)), small.recipe.pruning
+    if full is None or pruning is None:
+        return found
+    share = pruning.top_share if full.recall is None else min(pruning.top_share, full.recall)
+    limit = round(share * pruning.budget(small.config.model.grid**2))
+    quantized = ranking(small.model, pruning, inputs, small.weights, full.layers)
+    curve = overlap_curve(full.scores, quantized.scores)[:limit]
+    top_k = choose_k(curve, pruning.overlap)
+    overlap = float(curve[top_k - 1]) if top_k else 0.0
+    return dataclasses.replace(found, top_k=top_k, overlap=overlap, layers=full.layers, recall=full.recall)
 
 
 def _check_frames(recipe: Recipe, frames: Sequence[Observation]) -> None:

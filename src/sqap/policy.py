@@ -28,9 +28,10 @@ from sqap.processing import (
     prompt_ids,
     unnormalize,
 )
+from sqap.pruning import Selection, Selector, StepPruner
 from sqap.pruning.geometry import into_crop, project
-from sqap.pruning.selector import Selection, Selector, StepPruner
-from sqap.recipe import Recipe
+from sqap.pruning.lookahead import layers_to_look_at
+from sqap.recipe import Pruning, Recipe
 
 # Weights read, and weights in all.
 Progress = Callable[[int, int], None]
@@ -72,14 +73,19 @@ class Calibration:
     Args:
         frames: how many observations were used.
         frames_hash: SHA-256 over their pixels and instructions.
-        top_k: how many tokens the attention ranking may choose; None if nothing is ranked.
+        top_k: how many tokens the ranking may choose; None if calibration has no say.
         overlap: mean agreement of the full-precision and the quantized top k at that k.
+        layers: decoder layers, counted from 0, that method "lookahead" looks at.
+        recall: share of the budget's best tokens, by later layers' attention in full precision, that looking
+            ahead finds.
     """
 
     frames: int
     frames_hash: str
     top_k: int | None = None
     overlap: float | None = None
+    layers: tuple[int, ...] | None = None
+    recall: float | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,7 @@ class Policy:
 
     Attributes:
         selector: chooses visual tokens, as the recipe says; None if nothing is pruned.
+        pruner: makes the pruner of a step out of the selector.
     """
 
     model: VLA = field(repr=False)
@@ -129,15 +136,12 @@ class Policy:
         self.model.eval().requires_grad_(False)
         pruning = self.recipe.pruning
         self.selector: Selector | None = None
+        self.pruner: Callable[..., StepPruner] = StepPruner
         if pruning is not None:
-            if pruning.after_layer >= self.config.model.decoder.depth:
-                raise InputError(
-                    f"pruning after layer {pruning.after_layer} would save nothing: "
-                    f"the decoder has {self.config.model.decoder.depth} layers"
-                )
-            pruning.budget(self.config.model.grid**2)
-            top_k = self.calibration.top_k if self.calibration else None
-            self.selector = Selector(pruning, self.config.model.grid, top_k)
+            check_pruning(pruning, self.config.model)
+            found = self.calibration or Calibration(0, "")
+            layers = layers_to_look_at(pruning, self.config.model.decoder, found.layers)
+            self.selector = Selector(pruning, self.config.model.grid, found.top_k, layers)
 
     def act(self, observation: Observation, *, seed: int | None = None) -> np.ndarray:
         """The next actions ``(horizon, action_dim)`` float32 in robot units.
@@ -257,7 +261,7 @@ class Policy:
             return None
         targets = [self._target(observation, camera) for camera in self.config.cameras]
         length, visual = self.model.length(text_tokens), self.config.model.visual
-        return StepPruner(self.selector, length, visual, targets, generator)
+        return self.pruner(self.selector, length, visual, targets, generator)
 
     def _target(self, observation: Observation, camera: str) -> tuple[float, float] | None:
         """Where the end effector is in what is looked at of a camera's image, if the observation tells."""
@@ -266,6 +270,21 @@ class Policy:
         shape = observation.images[camera].shape[:2]
         place = project(observation.cameras[camera], observation.end_effector, shape)
         return None if place is None else into_crop(place, self.config.crop)
+
+
+def check_pruning(pruning: Pruning, config: ModelConfig) -> None:
+    """Make sure that a pruner's layers and budgets fit the model.
+
+    Raises:
+        InputError: with the first problem.
+    """
+    depth = config.decoder.depth
+    if pruning.last_layer >= depth:
+        raise InputError(
+            f"pruning after layer {pruning.last_layer} would save nothing: the decoder has {depth} layers"
+        )
+    pruning.budget(config.grid**2)
+    layers_to_look_at(pruning, config.decoder)
 
 
 def _check_ids(ids: torch.Tensor, config: ModelConfig) -> None:

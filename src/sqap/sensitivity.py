@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
-from sqap.compress import compress, model_inputs, ranking_scores
+from sqap.compress import Ranking, compress, model_inputs, ranking
 from sqap.errors import InputError
 from sqap.models.stages import stages
 from sqap.models.storage import stored_bytes
@@ -23,6 +23,7 @@ from sqap.policy import Policy, PolicyConfig
 from sqap.pruning.calibration import overlap_curve
 from sqap.quantization import wanted
 from sqap.recipe import Override, Pruning, Quantization, Recipe, Scheme
+from sqap.recipe.pruning import SHARED
 
 Progress = Callable[[int, int], None]
 
@@ -100,7 +101,7 @@ class Replay:
         if not self.frames:
             raise InputError("there is nothing to replay; give at least one frame")
         self._originals = self._chunks(self.policy)
-        self._scores = self._ranking(self.policy)
+        self._full = self._ranking(self.policy)
 
     def measure(self, name: str, quantization: Quantization) -> Option:
         """Quantize a copy of the policy and replay."""
@@ -112,19 +113,20 @@ class Replay:
         return np.stack([policy.act(frame, seed=seed) for seed, frame in enumerate(self.frames)])
 
     def _overlap(self, small: Policy) -> float | None:
-        scores = self._ranking(small)
-        if self.pruning is None or scores is None or self._scores is None:
+        if self.pruning is None or self._full is None:
             return None
-        k = self.pruning.budget(scores.shape[1])
-        if self.pruning.method == "sqap":
+        quantized = self._ranking(small, self._full.layers)
+        assert quantized is not None
+        k = self.pruning.budget(quantized.scores.shape[1])
+        if self.pruning.method in SHARED:
             k = max(round(self.pruning.top_share * k), 1)
-        return float(overlap_curve(self._scores, scores)[k - 1])
+        return float(overlap_curve(self._full.scores, quantized.scores)[k - 1])
 
-    def _ranking(self, policy: Policy) -> Tensor | None:
-        if self.pruning is None or self.pruning.method not in ("sqap", "attention"):
+    def _ranking(self, policy: Policy, layers: tuple[int, ...] | None = None) -> Ranking | None:
+        if self.pruning is None or self.pruning.method not in (*SHARED, "attention"):
             return None
         inputs = [model_inputs(self.policy, frame, seed) for seed, frame in enumerate(self.frames)]
-        return ranking_scores(policy.model, self.pruning, inputs, policy.weights)
+        return ranking(policy.model, self.pruning, inputs, policy.weights, layers)
 
 
 def compare_options(

@@ -20,7 +20,7 @@ GUARDED = """
 import ctypes, mmap, sys
 import torch
 from sqap import kernels
-from sqap.kernels.layer import Layer, Norm
+from sqap.kernels.layer import Layer, Norm, look
 
 libc = ctypes.CDLL(None, use_errno=True)
 page, kept = mmap.PAGESIZE, []
@@ -59,6 +59,9 @@ def check_layer(rms):
     rope = [guarded(torch.ones(batch, tokens, dim)) for _ in range(2)]
     kept = [guarded(torch.ones(batch, keys, tokens, dim)) for _ in range(2)]
     layer(guarded(torch.randn(batch, tokens, width)), rope, torch.tensor([0, tokens - 1]), kept)
+    if rms:
+        one_rope = [guarded(part[:1]) for part in rope]
+        look([layer, layer], guarded(torch.randn(1, tokens, width)), one_rope, torch.tensor([tokens - 2]))
 
 
 for rms in (False, True):

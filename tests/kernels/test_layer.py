@@ -14,11 +14,11 @@ from torch import nn
 from sqap import kernels
 from sqap.kernels.layer import Layer, Norm
 from sqap.models.config import DecoderConfig, VisionConfig
-from sqap.models.decoder import DecoderLayer, KVCache, rope_angles
+from sqap.models.decoder import Decoder, DecoderLayer, KVCache, rope_angles
 from sqap.models.heads.diffusion import DiTBlock
 from sqap.models.vision import Block
 from sqap.quantization import QuantizedLinear
-from sqap.quantization.fused import fuse, run_fused
+from sqap.quantization.fused import fuse, look_fused, run_fused
 from sqap.quantization.hadamard import Hadamard
 from sqap.quantization.kv import QuantizedKV
 from sqap.quantization.rotation import HadamardLinear
@@ -104,6 +104,36 @@ def test_a_decoder_layer(batch: int, tokens: int, heads: tuple[int, int], causal
     assert done[1] is not None
     assert torch.allclose(done[1], scores, atol=2e-3)
     assert torch.allclose(done[1].sum(1), torch.ones(batch), atol=1e-4)
+
+
+@pytest.mark.parametrize("equal_norms", [True, False])
+@pytest.mark.parametrize("activations", ["token", "tensor"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_look_ahead(path: str, causal: bool, activations: Any, equal_norms: bool) -> None:
+    torch.manual_seed(0)
+    config = DecoderConfig(8, 64, 3, 4, 2, 24, 112, causal=causal)
+    scheme = Scheme(8, 8, activation_granularity=activations, activation_symmetric=False)
+    decoder = Decoder(config)
+    for layer in decoder.layers:
+        quantize(layer, scheme)
+        if equal_norms:
+            nn.init.ones_(layer.input_layernorm.weight)
+    x, positions = torch.randn(1, 77, 64), torch.randint(0, 500, (1, 77)).sort()[0]
+    rope = rope_angles(positions, config, torch.float32)
+    for rows in (torch.arange(70, 77), torch.tensor([76]), torch.tensor([3, 40, 41])):
+        for layers in ([0, 1, 2], [2], [1, 0]):
+            decoder.fused_look = None
+            expected = decoder.look_ahead(x, rope, layers, rows)
+            fuse(decoder)
+            assert decoder.fused_look is not None
+            found = decoder.fused_look([decoder.layers[i] for i in layers], x, rope, rows)
+            assert found is not None
+            assert torch.equal(found, decoder.look_ahead(x, rope, layers, rows))
+            # Modules take the scale of a tensor from the rows alone.
+            assert torch.allclose(found, expected, atol=2e-3 if activations == "token" else 8e-3)
+            assert found.sum().item() == pytest.approx(1)
+    assert look_fused([decoder.layers[0]], x.expand(2, -1, -1), rope, rows) is None
+    assert look_fused([decoder.layers[0]], x.double(), rope, rows) is None
 
 
 @pytest.mark.parametrize("layer", [Block(VISION, 0), DiTBlock(48, 2)])

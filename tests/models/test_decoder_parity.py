@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
 from sqap.models import DecoderConfig
-from sqap.models.decoder import Decoder, KVCache, attention_received
+from sqap.models.decoder import Decoder, KVCache, LayerOutput, attention_received
 
 TOLERANCE = 1e-4
 
@@ -60,8 +60,9 @@ class KeepAfter:
     def score_rows(self, layer: int) -> Tensor | None:
         return self.rows if layer <= self.layer else None
 
-    def keep(self, layer: int, received: Tensor) -> Tensor | None:
-        self.received.append(received)
+    def keep(self, layer: int, output: LayerOutput) -> Tensor | None:
+        if output.received is not None:
+            self.received.append(output.received)
         return self.kept if layer == self.layer else None
 
 
@@ -149,7 +150,7 @@ def test_received_attention_sees_no_future() -> None:
     q = torch.randn(1, 4, 3, 8, generator=generator)
     k = torch.randn(1, 2, 10, 8, generator=generator)  # seven keys are from before
 
-    received = attention_received(q, k, torch.tensor([0, 1]))
+    received = attention_received(q[:, :, :2], k, torch.tensor([7, 8]))
 
     assert (received[:, :8] > 0).all()
     assert received[0, 9] == 0  # neither row may look at the last key

@@ -15,8 +15,7 @@ from sqap.models import VLA, FlowHeadConfig, ModelConfig, ModelInputs
 from sqap.models.decoder import DecoderLayer
 from sqap.models.heads import FlowHead
 from sqap.models.heads.flow import ExpertLayer, time_embedding
-from sqap.pruning import Selector
-from sqap.pruning.selector import StepPruner
+from sqap.pruning import Selector, StepPruner
 from sqap.recipe import Pruning
 from tests.families import family_config, random_inputs, random_model
 

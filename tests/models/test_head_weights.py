@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sqap.models.decoder import LayerOutput
 from tests.families import FAMILIES, family_config, random_inputs, random_model
 
 
@@ -54,10 +55,12 @@ class Drop:
     def score_rows(self, layer: int) -> Tensor | None:
         return torch.tensor([8]) if layer == 0 else None
 
-    def keep(self, layer: int, received: Tensor) -> Tensor:
+    def keep(self, layer: int, output: LayerOutput) -> Tensor | None:
+        if layer > 0:
+            return None
         self.asked += 1
-        length = received.shape[-1]
-        return torch.cat([torch.arange(4), torch.arange(length - 30, length)]).expand(len(received), -1)
+        batch, length, _ = output.hidden.shape
+        return torch.cat([torch.arange(4), torch.arange(length - 30, length)]).expand(batch, -1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sqap.models import DecoderConfig, RegressionHeadConfig, TokenHeadConfig
-from sqap.models.decoder import Decoder
+from sqap.models.decoder import Decoder, LayerOutput
 from sqap.models.heads import RegressionHead, TokenHead
 
 TOKENS = TokenHeadConfig(action_dim=5, vocabulary=300, bins=256, last_token=290)
@@ -67,8 +67,10 @@ def test_what_is_pruned_stays_out_of_the_cache(decoder: Decoder, sequence: Tenso
         def score_rows(self, layer: int) -> Tensor | None:
             return torch.tensor([8]) if layer == 0 else None
 
-        def keep(self, layer: int, received: Tensor) -> Tensor:
-            return torch.tensor([[0, 6, 7, 8]]).expand(len(received), -1)
+        def keep(self, layer: int, output: LayerOutput) -> Tensor | None:
+            if layer > 0 or output.hidden.shape[1] == 1:
+                return None
+            return torch.tensor([[0, 6, 7, 8]]).expand(len(output.hidden), -1)
 
     head = token_head()
     assert not torch.equal(head.generate(decoder, sequence, Keep()), head.generate(decoder, sequence))
@@ -109,8 +111,8 @@ def test_without_causality_every_token_sees_every_other(sequence: Tensor) -> Non
         def score_rows(self, layer: int) -> Tensor:
             return torch.tensor([0])
 
-        def keep(self, layer: int, received: Tensor) -> None:
-            self.received = received
+        def keep(self, layer: int, output: LayerOutput) -> None:
+            self.received = output.received
 
     watch = Watch()
     decoder(sequence, pruner=watch)

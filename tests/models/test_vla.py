@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sqap.models import VLA, ModelConfig, ModelInputs
+from sqap.models.decoder import LayerOutput
 from sqap.models.projector import Projector
 from tests.families import FAMILIES, family_config, random_inputs, random_model
 
@@ -22,10 +23,12 @@ class KeepFirst:
     def score_rows(self, layer: int) -> Tensor | None:
         return torch.tensor([self.tokens - 1]) if layer == 0 else None
 
-    def keep(self, layer: int, received: Tensor) -> Tensor | None:
-        assert received.shape[1] == self.tokens
+    def keep(self, layer: int, output: LayerOutput) -> Tensor | None:
+        if layer > 0:
+            return None
+        assert output.hidden.shape[1] == self.tokens
         text = torch.arange(1 + self.visual, self.tokens)
-        return torch.cat([torch.arange(1 + self.kept), text]).expand(received.shape[0], -1)
+        return torch.cat([torch.arange(1 + self.kept), text]).expand(len(output.hidden), -1)
 
 
 def rows(inputs: ModelInputs, i: int, cameras: int = 1) -> ModelInputs:

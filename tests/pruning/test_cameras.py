@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from sqap.models import VLA, ModelInputs
 from sqap.models.decoder import rope_angles, take_tokens
 from sqap.pruning import Selector, StepPruner
 from sqap.pruning.calibration import attention_scores
-from sqap.recipe import Pruning
+from sqap.recipe import Pruning, PruningMethod
 from tests.families import FAMILIES, family_config, random_inputs, random_model
 
 CONFIG = family_config("regression")  # two cameras of 16 tokens, the robot's state, full attention
@@ -30,12 +32,14 @@ def run(
     model: VLA, inputs: ModelInputs, settings: Pruning, targets: list[tuple[float, float] | None]
 ) -> tuple[torch.Tensor, StepPruner]:
     generator = torch.Generator().manual_seed(0)
-    pruner = StepPruner(Selector(settings, 4), model.length(5), CONFIG.visual, targets, generator)
+    pruner = StepPruner(
+        Selector(settings, 4, layers=(1, 2)), model.length(5), CONFIG.visual, targets, generator
+    )
     with torch.inference_mode():
         return model.decoder(model.embed(inputs), pruner=pruner), pruner
 
 
-@pytest.mark.parametrize("method", ["sqap", "attention", "random", "uniform"])
+@pytest.mark.parametrize("method", get_args(PruningMethod))
 def test_each_camera_keeps_exactly_its_budget(model: VLA, inputs: ModelInputs, method: str) -> None:
     settings = Pruning(keep_ratio=0.4, method=method, after_layer=1)  # type: ignore[arg-type]
     hidden, pruner = run(model, inputs, settings, [(0.5, 0.5), None])
@@ -44,7 +48,7 @@ def test_each_camera_keeps_exactly_its_budget(model: VLA, inputs: ModelInputs, m
 
 
 def test_the_ring_is_drawn_where_the_camera_is_known(model: VLA, inputs: ModelInputs) -> None:
-    settings = Pruning(keep_ratio=0.5, after_layer=1, top_share=0.2, ring_share=0.4)
+    settings = Pruning(keep_ratio=0.5, after_layer=1, method="sqap", top_share=0.2, ring_share=0.4)
     _, pruner = run(model, inputs, settings, [None, (0.3, 0.3)])
     first, second = pruner.selections
     assert not first.ring.any()
@@ -79,7 +83,7 @@ def test_kept_tokens_go_on_at_their_positions(model: VLA, inputs: ModelInputs) -
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["sqap", "random"])
+@pytest.mark.parametrize("method", ["lookahead", "sqap", "random"])
 def test_several_observations_are_refused_where_one_would_decide_for_all(family: str, method: str) -> None:
     config = family_config(family)
     model, inputs = random_model(config), random_inputs(config, 2)

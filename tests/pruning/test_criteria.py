@@ -111,7 +111,9 @@ def test_farthest_points_leave_what_they_are_given_alone() -> None:
 
 def test_random_tokens_follow_their_generator() -> None:
     def draw(seed: int) -> list[int]:
-        return criteria.random_tokens(64, 20, torch.Generator().manual_seed(seed)).tolist()
+        return criteria.random_tokens(
+            torch.ones(64, dtype=torch.bool), 20, torch.Generator().manual_seed(seed)
+        ).tolist()
 
     assert draw(3) == draw(3) != draw(4)
     assert len(set(draw(3))) == 20

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from sqap.errors import InputError
 from sqap.pruning import Selection, Selector, criteria
-from sqap.recipe import Pruning
+from sqap.recipe import Cut, Pruning
 
-METHODS = ("sqap", "attention", "random", "uniform")
+METHODS = ("lookahead", "sqap", "attention", "random", "uniform")
 
 
 @st.composite
@@ -27,6 +27,7 @@ def selections(draw: st.DrawFn) -> tuple[Selector, torch.Tensor, Selection]:
         top_share=top_share,
         ring_share=draw(st.floats(0, 1).filter(lambda share: top_share + share <= 1)),
         ring=draw(st.sampled_from([(0.0, 0.1), (0.05, 0.2), (0.3, 2.0)])),
+        rest=draw(st.sampled_from(["random", "farthest"])),
     )
     selector = Selector(settings, grid, draw(st.none() | st.integers(0, tokens)))
     # Few distinct values make ties, as a quantized map does.
@@ -52,7 +53,7 @@ def test_the_budget_is_exact_and_every_token_has_one_reason(
 def test_sqap_takes_no_more_than_its_shares(case: tuple[Selector, torch.Tensor, Selection]) -> None:
     selector, scores, selection = case
     settings = selector.settings
-    assume(settings.method == "sqap")
+    assume(settings.method in ("lookahead", "sqap"))
     top = round(settings.top_share * selector.budget)
     top = top if selector.top_k is None else min(top, selector.top_k)
     assert set(selection.top.nonzero().flatten().tolist()) == set(criteria.top_k(scores, top).tolist())
@@ -84,7 +85,7 @@ def test_the_selection_says_where_the_end_effector_is(method: str) -> None:
     assert selector.select(torch.zeros(16), (0.25, 0.5)).target == (0.25, 0.5)
 
 
-@pytest.mark.parametrize("method", ["sqap", "random"])
+@pytest.mark.parametrize("method", ["lookahead", "sqap", "random"])
 def test_chance_comes_from_the_generator_alone(method: str) -> None:
     settings = Pruning(keep_ratio=0.4, method=method, top_share=0.25)  # type: ignore[arg-type]
 
@@ -114,6 +115,33 @@ def test_ring_tokens_already_in_the_top_do_not_use_up_the_ring() -> None:
     assert selection.ring.nonzero().flatten().tolist() == [45, 54]
 
 
+@given(selections(), st.data())
+def test_nothing_that_an_earlier_cut_dropped_comes_back(
+    case: tuple[Selector, torch.Tensor, Selection], data: st.DataObject
+) -> None:
+    selector, scores, _ = case
+    assume(selector.settings.method != "uniform")
+    order = torch.tensor(data.draw(st.permutations(range(selector.tokens))))
+    left = torch.zeros(selector.tokens, dtype=torch.bool)
+    left[order[: data.draw(st.integers(selector.budget, selector.tokens))]] = True
+    generator = torch.Generator().manual_seed(0)
+    selection = selector.select(scores, (0.4, 0.6), generator, left=left)
+    assert len(selection.kept) == selector.budget
+    assert not (selection.mask & ~left).any()
+    worse = scores.clone()
+    worse[~left] = 100.0
+    again = selector.select(worse, (0.4, 0.6), generator.manual_seed(0), left=left)
+    assert torch.equal(again.mask, selection.mask)
+
+
+def test_a_cut_before_the_last_has_its_own_budget_and_share() -> None:
+    settings = Pruning(keep_ratio=0.5, later=(Cut(4, 0.25),))
+    selector = Selector(settings, 8, top_k=8)  # half of the last budget
+    for cut, budget in ((0, 32), (1, 16)):
+        selection = selector.select(torch.arange(64.0), cut=cut)
+        assert (len(selection.kept), int(selection.top.sum())) == (budget, budget // 2)
+
+
 def test_attention_keeps_the_best_and_the_baselines_do_not_look() -> None:
     def kept(method: str, scores: torch.Tensor | None) -> list[int]:
         settings = Pruning(keep_ratio=0.25, method=method)  # type: ignore[arg-type]
@@ -126,15 +154,18 @@ def test_attention_keeps_the_best_and_the_baselines_do_not_look() -> None:
         assert kept(method, scores) == kept(method, None)
 
 
-@pytest.mark.parametrize("method", ["sqap", "attention"])
+@pytest.mark.parametrize("method", ["lookahead", "sqap", "attention"])
 def test_ranking_without_scores_is_refused(method: str) -> None:
     selector = Selector(Pruning(method=method), 4)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=f"'{method}' ranks tokens by attention, but got no scores"):
         selector.select(None)
 
 
+SQAP = Pruning(method="sqap")
+
+
 def test_a_missing_target_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    selector = Selector(Pruning(), 4)
+    selector = Selector(Pruning(method="sqap"), 4)
     with caplog.at_level(logging.WARNING, logger="sqap"):
         for _ in range(3):
             selector.select(torch.zeros(16))
@@ -142,8 +173,8 @@ def test_a_missing_target_is_said_once(caplog: pytest.LogCaptureFixture) -> None
     assert "end effector" in caplog.text
 
 
-@pytest.mark.parametrize("settings", [Pruning(method="uniform"), Pruning(ring_share=0), Pruning()])
+@pytest.mark.parametrize("settings", [Pruning(method="uniform"), Pruning(), SQAP])
 def test_no_warning_where_no_ring_is_missed(settings: Pruning, caplog: pytest.LogCaptureFixture) -> None:
-    target = (0.5, 0.5) if settings == Pruning() else None
+    target = (0.5, 0.5) if settings == SQAP else None
     Selector(settings, 4).select(torch.zeros(16), target)
     assert not caplog.records

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from sqap.models import VLA, ModelInputs
-from sqap.models.decoder import Decoder, KVCache, rope_angles, rotate
+from sqap.models.decoder import Decoder, KVCache, LayerOutput, rope_angles, rotate
 from sqap.pruning import Selector, StepPruner
-from sqap.recipe import Pruning
+from sqap.quantization import quantize_model
+from sqap.recipe import Cut, Pruning, PruningMethod, Quantization
 
 VISUAL = 16
 LENGTH = 22  # BOS, 16 visual tokens, 5 text tokens
-METHODS = ("sqap", "attention", "random", "uniform")
+METHODS = get_args(PruningMethod)
 
 
 def explicit(decoder: Decoder, x: Tensor, keep_after: dict[int, Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -62,7 +63,9 @@ def x(model: VLA, pixels: list[Tensor], token_ids: Tensor) -> Tensor:
 
 def make(settings: Pruning) -> StepPruner:
     generator = torch.Generator().manual_seed(0)
-    return StepPruner(Selector(settings, 4), LENGTH, slice(1, 1 + VISUAL), [(0.4, 0.6)], generator)
+    layers = tuple(range(settings.last_layer, 4)) or (3,)
+    selector = Selector(settings, 4, layers=layers)
+    return StepPruner(selector, LENGTH, slice(1, 1 + VISUAL), [(0.4, 0.6)], generator)
 
 
 def test_keeping_everything_changes_nothing(model: VLA, pixels: list[Tensor], token_ids: Tensor) -> None:
@@ -86,10 +89,10 @@ def test_pruned_decoder_equals_the_layers_run_by_hand(model: VLA, x: Tensor, met
         assert not torch.allclose(pruned[:, -1], model.decoder(x)[:, -1])
 
 
-def test_a_method_without_scores_asks_for_the_attention_of_one_row() -> None:
-    pruner = make(Pruning(keep_ratio=0.4, method="random", after_layer=2))
-    rows = [pruner.score_rows(layer) for layer in range(4)]
-    assert [None if row is None else row.tolist() for row in rows] == [None, [LENGTH - 1], None, None]
+@pytest.mark.parametrize("method", ["lookahead", "random", "uniform", "divprune"])
+def test_a_method_that_does_not_watch_attention_asks_for_none(method: str) -> None:
+    pruner = make(Pruning(keep_ratio=0.4, method=method))  # type: ignore[arg-type]
+    assert [pruner.score_rows(layer) for layer in range(4)] == [None] * 4
 
 
 def test_the_pruners_chance_is_its_generators(model: VLA, x: Tensor) -> None:
@@ -133,3 +136,104 @@ def test_a_pruned_cache_continues_as_if_the_rest_had_never_been(model: VLA, x: T
     kept = torch.cat([positions_kept(pruner), torch.tensor([LENGTH])])
     by_hand, _ = explicit(model.decoder, torch.cat([x, new], dim=1), {1: kept})
     torch.testing.assert_close(continued[:, -1], by_hand[:, -1])
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "uniform"])
+def test_cuts_follow_each_other(model: VLA, x: Tensor, method: str) -> None:
+    """Against the layers run by hand: each cut keeps its budget, and a token keeps its position."""
+    settings = Pruning(0.75, 1, method=method, later=(Cut(3, 0.25),))  # type: ignore[arg-type]
+    pruner, kept = make(settings), {}
+
+    class Recorder:
+        score_rows = staticmethod(pruner.score_rows)
+
+        def keep(self, layer: int, output: LayerOutput) -> Tensor | None:
+            places = pruner.keep(layer, output)
+            if places is not None:
+                kept[layer] = positions_kept(pruner)
+            return places
+
+    pruned = model.decoder(x, pruner=Recorder())
+    assert {layer: len(positions) for layer, positions in kept.items()} == {0: 12 + 6, 2: 4 + 6}
+    assert torch.isin(kept[2], kept[0]).all()
+    by_hand, _ = explicit(model.decoder, x, kept)
+    torch.testing.assert_close(pruned, by_hand)
+
+
+def later_maps(decoder: Decoder, x: Tensor, positions: Tensor, layers: Iterable[int]) -> Tensor:
+    """Attention (heads, tokens, tokens) in layers that read ``x`` (1, tokens, width), their mean."""
+    maps = []
+    for i in layers:
+        layer: Any = decoder.layers[i]
+        attn, rope = layer.self_attn, rope_angles(positions[None], decoder.config, x.dtype)
+        h = layer.input_layernorm(x)
+        q, k = (
+            rotate(proj(h).view(1, len(positions), -1, attn.head_dim).transpose(1, 2), rope)[0]
+            for proj in (attn.q_proj, attn.k_proj)
+        )
+        logits = q @ k.repeat_interleave(attn.heads // attn.kv_heads, 0).mT / attn.head_dim**0.5
+        maps.append(logits.masked_fill(positions[None] > positions[:, None], -torch.inf).softmax(-1))
+    return torch.stack(maps).mean(0)
+
+
+@pytest.mark.parametrize("queries", ["text", "last"])
+@pytest.mark.parametrize(("after", "layers"), [(1, (1, 2, 3)), (2, (3,)), (3, (3,))])
+def test_look_ahead_ranks_by_what_later_layers_would_see(
+    model: VLA, x: Tensor, queries: str, after: int, layers: tuple[int, ...]
+) -> None:
+    settings = Pruning(0.5, after, score_queries=queries, top_share=1, ring_share=0)  # type: ignore[arg-type]
+    pruner = StepPruner(Selector(settings, 4, layers=layers), LENGTH, slice(1, 1 + VISUAL))
+    model.decoder(x, pruner=pruner)
+
+    states, positions = x, torch.arange(LENGTH)
+    rope = rope_angles(positions[None], model.decoder.config, x.dtype)
+    for layer in model.decoder.layers[:after]:
+        states, _ = layer(states, rope)
+    rows = slice(1 + VISUAL, None) if queries == "text" else slice(LENGTH - 1, None)
+    received = later_maps(model.decoder, states, positions, layers)[:, rows].mean((0, 1))[1 : 1 + VISUAL]
+    (selection,) = pruner.selections
+    assert selection.scores is not None
+    torch.testing.assert_close(selection.scores.double(), received / received.sum(), rtol=1e-5, atol=1e-6)
+    assert selection.kept.tolist() == sorted(received.topk(8).indices.tolist())
+
+
+def test_what_a_cut_has_dropped_has_no_say_in_the_next(model: VLA, x: Tensor) -> None:
+    """The second look is at the tokens that are left, at their own positions."""
+    settings = Pruning(0.75, 1, later=(Cut(3, 0.25),), top_share=1)
+    pruner = StepPruner(Selector(settings, 4, layers=(3,)), LENGTH, slice(1, 1 + VISUAL))
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Recorder:
+        score_rows = staticmethod(pruner.score_rows)
+
+        def keep(self, layer: int, output: LayerOutput) -> Tensor | None:
+            if layer == 2:
+                seen.append((output.hidden, positions_kept(pruner)))
+            return pruner.keep(layer, output)
+
+    model.decoder(x, pruner=Recorder())
+    ((states, positions),) = seen
+    maps = later_maps(model.decoder, states, positions, (3,))
+    received = torch.zeros(LENGTH, dtype=x.dtype)
+    received[positions] = maps[:, positions > VISUAL].mean((0, 1))
+    (selection,) = pruner.selections
+    assert selection.kept.tolist() == sorted(received[1 : 1 + VISUAL].topk(4).indices.tolist())
+
+
+def test_a_quantized_decoder_looks_with_its_own_projections(
+    model: VLA, pixels: list[Tensor], token_ids: Tensor
+) -> None:
+    """Scores of packed weights are near those of full precision, and are not the same."""
+    settings = Pruning(0.5, 2)
+
+    def scores(model: VLA) -> Tensor:
+        pruner = StepPruner(Selector(settings, 4, layers=(2, 3)), LENGTH, slice(1, 1 + VISUAL))
+        model.decoder(model.embed(ModelInputs(pixels, token_ids)), pruner=pruner)
+        found = pruner.selections[0].scores
+        assert found is not None
+        return found.double()
+
+    exact = scores(model)
+    for bits, near in ((8, 0.05), (4, 0.6)):
+        found = scores(quantize_model(model, Quantization(bits, 8), []).float())
+        assert 0 < float((found - exact).norm() / exact.norm()) < near

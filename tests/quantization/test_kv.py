@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from sqap.models import DecoderConfig
-from sqap.models.decoder import Attention, Decoder, DecoderLayer, FloatKV, KVCache
+from sqap.models.decoder import Attention, Decoder, DecoderLayer, FloatKV, KVCache, LayerOutput
 from sqap.quantization.hadamard import Hadamard
 from sqap.quantization.kv import QuantizedKV, dequantize_kv, quantize_kv, set_kv_bits
 
@@ -41,8 +41,9 @@ class Pruner:
     def score_rows(self, layer: int) -> Tensor | None:
         return self.rows if layer <= 1 else None
 
-    def keep(self, layer: int, received: Tensor) -> Tensor | None:
-        self.received.append(received)
+    def keep(self, layer: int, output: LayerOutput) -> Tensor | None:
+        if output.received is not None:
+            self.received.append(output.received)
         return self.kept if layer == 1 else None
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sqap.errors import InputError
 from sqap.models import VLA, DecoderConfig, ModelInputs
-from sqap.models.decoder import Decoder, DecoderLayer, RMSNorm, rope_angles
+from sqap.models.decoder import Decoder, DecoderLayer, LayerOutput, RMSNorm, rope_angles
 from sqap.quantization import prepare_rotated, quantize_model, rotate_decoder
 from sqap.quantization import rotation as rotation_module
 from sqap.quantization.hadamard import Hadamard, block_hadamard
@@ -193,8 +193,9 @@ def test_attention_is_what_it_was(make_model: MakeModel, inputs: ModelInputs) ->
         def score_rows(self, layer: int) -> Tensor:
             return torch.tensor([17, 20])
 
-        def keep(self, layer: int, received: Tensor) -> None:
-            self.received.append(received)
+        def keep(self, layer: int, output: LayerOutput) -> None:
+            assert output.received is not None
+            self.received.append(output.received)
 
     records = []
     for rotate in (False, True):

@@ -1,5 +1,6 @@
 """Pictures are checked at single pixels whose value the drawing rules decide."""
 
+import dataclasses
 import sys
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from sqap.errors import InputError
 from sqap.evaluation.rollout import Episode
 from sqap.observation import Observation
 from sqap.pruning.selector import Selection
-from sqap.report.overlay import AROUND, ATTENDED, PRUNED_BRIGHTNESS, SAMPLED, annotate
+from sqap.report.overlay import AROUND, ATTENDED, PRUNED_BRIGHTNESS, SAMPLED, annotate, heat_map
 from sqap.report.video import (
     BACKGROUND,
     FAILURE,
@@ -66,14 +67,14 @@ class TestAnnotate:
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
     def test_without_a_selection_the_image_is_only_enlarged(self):
-        picture = annotate(self.image, None, GRID, SIZE, RING)
+        picture = annotate(self.image, None, SIZE, RING)
         assert picture.shape == (SIZE, SIZE, 3)
         assert picture.dtype == np.uint8
         assert np.array_equal(picture, Image.fromarray(self.image).resize((SIZE, SIZE), Image.LANCZOS))
 
     def test_pruned_patches_are_dark_and_kept_ones_as_they_were(self):
-        plain = annotate(self.image, None, GRID, SIZE, None)
-        shown = annotate(self.image, selection(), GRID, SIZE, None)
+        plain = annotate(self.image, None, SIZE, None)
+        shown = annotate(self.image, selection(), SIZE, None)
         for patch in range(GRID**2):
             row, column = divmod(patch, GRID)
             inside = np.s_[
@@ -87,13 +88,13 @@ class TestAnnotate:
 
     def test_pruned_patches_lose_color(self):
         red = np.full((8, 8, 3), (250, 0, 0), np.uint8)
-        shown = middle(annotate(red, selection(), GRID, SIZE, None), 5)
+        shown = middle(annotate(red, selection(), SIZE, None), 5)
         assert shown[0] - shown[1] < 0.5 * PRUNED_BRIGHTNESS * 250
 
     @pytest.mark.parametrize(("patch", "color"), [(0, ATTENDED), (6, AROUND), (15, SAMPLED)])
     def test_the_outline_tells_the_criterion(self, patch, color):
         gray = np.full((8, 8, 3), 128, np.uint8)
-        shown = annotate(gray, selection(), GRID, SIZE, None).astype(int)
+        shown = annotate(gray, selection(), SIZE, None).astype(int)
         row, column = divmod(patch, GRID)
         edge = shown[row * PATCH + PATCH // 2, column * PATCH]
         towards = np.array(color) - 128
@@ -101,13 +102,13 @@ class TestAnnotate:
 
     def test_patches_kept_for_the_same_reason_share_one_outline(self):
         gray = np.full((8, 8, 3), 128, np.uint8)
-        shown = annotate(gray, selection(), GRID, SIZE, None)
+        shown = annotate(gray, selection(), SIZE, None)
         assert (shown[PATCH // 2, PATCH - 3 : PATCH + 3] == 128).all()
 
     def test_the_ring_is_two_circles_around_the_target(self):
         target = (0.5, 0.25)
         black = np.zeros((8, 8, 3), np.uint8)
-        shown = annotate(black, selection(target), GRID, SIZE, RING).astype(int)
+        shown = annotate(black, selection(target), SIZE, RING).astype(int)
         for radius in RING:
             for right, down in ((radius, 0), (-radius, 0), (0, radius)):
                 y, x = int((target[1] + down) * SIZE), int((target[0] + right) * SIZE)
@@ -119,8 +120,8 @@ class TestAnnotate:
     def test_a_crop_is_drawn_where_it_is(self):
         """A quarter of the area: patches and ring at half their size, and nothing but darkness around."""
         gray, target, half = np.full((8, 8, 3), 128, np.uint8), (0.4, 0.6), SIZE // 2
-        shown = annotate(gray, selection(target), GRID, SIZE, RING, crop=0.25)
-        whole = annotate(gray, selection(target), GRID, half, RING)
+        shown = annotate(gray, selection(target), SIZE, RING, crop=0.25)
+        whole = annotate(gray, selection(target), half, RING)
         inside = shown[half // 2 : -half // 2, half // 2 : -half // 2].astype(int)
         # Strokes have widths of their own; what lies between them is the same.
         assert (np.abs(inside - whole).max(-1) <= 2).mean() > 0.9
@@ -132,16 +133,16 @@ class TestAnnotate:
 
     @pytest.mark.parametrize(("target", "ring"), [(None, RING), ((0.5, 0.5), None)])
     def test_no_ring_without_a_target_or_radii(self, target, ring):
-        picture = annotate(self.image, selection(target), GRID, SIZE, ring)
-        assert np.array_equal(picture, annotate(self.image, selection(), GRID, SIZE, None))
+        picture = annotate(self.image, selection(target), SIZE, ring)
+        assert np.array_equal(picture, annotate(self.image, selection(), SIZE, None))
 
     def test_a_target_outside_the_image_leaves_it_whole(self):
-        picture = annotate(self.image, selection((3.0, -2.0)), GRID, SIZE, RING)
-        assert np.array_equal(picture, annotate(self.image, selection(), GRID, SIZE, None))
+        picture = annotate(self.image, selection((3.0, -2.0)), SIZE, RING)
+        assert np.array_equal(picture, annotate(self.image, selection(), SIZE, None))
 
     def test_a_grid_that_does_not_divide_the_picture(self):
         everything = Selection(torch.ones(9, dtype=torch.bool), *[torch.zeros(9, dtype=torch.bool)] * 2)
-        assert annotate(self.image, everything, 3, 100, None).shape == (100, 100, 3)
+        assert annotate(self.image, everything, 100, None).shape == (100, 100, 3)
 
 
 class TestRecord:
@@ -220,6 +221,32 @@ class TestRecord:
         assert Clip("x", None, 30.0, frames, episode).at(4.1).step == 123
 
 
+class TestHeatMap:
+    image = np.full((32, 32, 3), 120, dtype=np.uint8)
+
+    def test_brightness_follows_the_scores(self):
+        shown = heat_map(self.image, np.arange(GRID**2, dtype=np.float32), SIZE)
+        assert shown.shape == (SIZE, SIZE, 3)
+        brightness = [middle(shown, patch).sum() for patch in range(GRID**2)]
+        assert brightness == sorted(brightness)
+        assert len(set(brightness)) == GRID**2
+
+    def test_what_is_gone_or_scores_nothing_is_darkest(self):
+        scores = np.full(GRID**2, 0.5, dtype=np.float32)
+        scores[3], scores[7] = -np.inf, 0
+        shown = heat_map(self.image, scores, SIZE)
+        assert np.array_equal(middle(shown, 3), middle(shown, 7))
+        assert middle(shown, 3).sum() < middle(shown, 4).sum()
+        assert (heat_map(self.image, np.zeros(GRID**2, np.float32), SIZE) == shown[4, 4 * PATCH - 4]).all()
+
+    def test_around_a_crop_there_is_none(self):
+        shown = heat_map(self.image, np.ones(GRID**2, np.float32), SIZE, crop=0.25)
+        quarter = SIZE // 4
+        inside = shown[quarter + 2 : -quarter - 2, quarter + 2 : -quarter - 2]
+        assert inside.min() > 20
+        assert (shown[: quarter - 2] == 30).all()
+
+
 class TestCompose:
     def test_sides_are_even_and_columns_equal(self):
         for columns in (1, 2, 3):
@@ -250,6 +277,17 @@ class TestCompose:
         assert has_color(random, SAMPLED)
         assert not has_color(random, ATTENDED)
         assert not has_color(random, AROUND)
+
+    def test_scores_are_shown_on_the_right_of_what_is_kept(self):
+        ranked = dataclasses.replace(selection(), scores=torch.linspace(0, 1, GRID**2))
+        plain, more = compose([clip(tokens=selection())], 0), compose([clip(tokens=ranked)], 0)
+        step = 512 + 512 // 20
+        assert abs(more.shape[1] - plain.shape[1] - step) <= 1  # sides are even
+        assert np.array_equal(more[:, :step], plain[:, :step])
+        # The highest score is in the lower right corner, the lowest in the upper left.
+        top = 512 * 84 // 512
+        heat = more[top : top + 512, step + 512 // 20 :][:, :512].astype(int)
+        assert heat[-20, -20].sum() > heat[20, 20].sum() + 200
 
     @pytest.mark.parametrize("pane", [200, 300, 512, 640])
     def test_the_legend_fits(self, pane):

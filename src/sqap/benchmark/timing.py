@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sqap.benchmark import tools
 from sqap.benchmark.candidates import CANDIDATES, Subject, example, weight_bytes
 from sqap.errors import SqapError
+from sqap.models.decoder import LayerOutput
 from sqap.policy import Policy
 from sqap.process import forget_peak, peak_rss_bytes
-from sqap.pruning import Selection, Selector
+from sqap.pruning import StepPruner
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Bench:
 
 
 class Stages:
-    """Times a policy's parts as they run: hooks around modules, and a selector that looks at the clock."""
+    """Times a policy's parts as they run: hooks around modules, and a pruner that looks at the clock."""
 
     def __init__(self, policy: Policy) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
@@ -89,7 +90,7 @@ class Stages:
         for name, part in (("projector", model.projector), ("decoder", model.decoder), ("model", model)):
             self._watch(name, part)
         if policy.selector is not None:
-            policy.selector = _TimedSelector(policy.selector, self._seconds)
+            policy.pruner = type("_", (_TimedPruner,), {"seconds": self._seconds})
 
     def clear(self) -> None:
         """Forget what was timed."""
@@ -120,15 +121,13 @@ class Stages:
         module.register_forward_hook(after)
 
 
-class _TimedSelector(Selector):
-    """Chooses as another selector does, and adds up how long that takes."""
+class _TimedPruner(StepPruner):
+    """Chooses as any other, and adds up how long that takes; looking ahead is part of it."""
 
-    def __init__(self, selector: Selector, seconds: dict[str, float]) -> None:
-        super().__init__(selector.settings, selector.grid, selector.top_k)
-        self._seconds = seconds
+    seconds: dict[str, float]
 
-    def select(self, *arguments: Any, **named: Any) -> Selection:
+    def keep(self, layer: int, output: LayerOutput) -> Tensor | None:
         start = time.perf_counter()
-        selection = super().select(*arguments, **named)
-        self._seconds["selection"] += time.perf_counter() - start
-        return selection
+        kept = super().keep(layer, output)
+        self.seconds["selection"] += time.perf_counter() - start
+        return kept

@@ -9,7 +9,14 @@ from string import Formatter
 from typing import Any
 
 from sqap.errors import CheckpointError
-from sqap.models import DecoderConfig, DiffusionHeadConfig, FlowHeadConfig, TokenHeadConfig, VisionConfig
+from sqap.models import (
+    DecoderConfig,
+    DiffusionHeadConfig,
+    FlowHeadConfig,
+    ModelConfig,
+    TokenHeadConfig,
+    VisionConfig,
+)
 from sqap.policy import Calibration, PolicyConfig
 from sqap.processing import ActionStatistics, ProprioStatistics
 from sqap.recipe import Recipe
@@ -60,21 +67,32 @@ def check_config(config: PolicyConfig, where: str) -> None:
         raise CheckpointError(f"{where}.{problem}")
 
 
-def check_calibration(calibration: Calibration | None, recipe: Recipe, tokens: int, where: str) -> None:
-    """Refuse numbers that calibration cannot have found, of a camera with ``tokens`` visual tokens.
+def check_calibration(
+    calibration: Calibration | None, recipe: Recipe, model: ModelConfig, where: str
+) -> None:
+    """Refuse numbers that calibration cannot have found.
 
     Raises:
         CheckpointError: with the first problem.
     """
     if calibration is None:
         return
-    budget = 0 if recipe.pruning is None else recipe.pruning.budget(tokens)
+    pruning = recipe.pruning
+    budget = 0 if pruning is None else pruning.budget(model.grid**2)
     if calibration.frames < 1:
         raise CheckpointError(f"{where}.frames must be at least 1, got {calibration.frames}")
     if calibration.top_k is not None and not 0 <= calibration.top_k <= budget:
         raise CheckpointError(f"{where}.top_k must be from 0 to {budget}, got {calibration.top_k}")
     if calibration.overlap is not None and not 0 <= calibration.overlap <= 1:
         raise CheckpointError(f"{where}.overlap must be in [0, 1], got {calibration.overlap}")
+    if calibration.recall is not None and not 0 <= calibration.recall <= 1:
+        raise CheckpointError(f"{where}.recall must be in [0, 1], got {calibration.recall}")
+    if calibration.layers is not None:
+        first, last = 0 if pruning is None else pruning.last_layer, model.decoder.depth - 1
+        if not calibration.layers or not all(first <= layer <= last for layer in calibration.layers):
+            raise CheckpointError(
+                f"{where}.layers must be from {first} to {last}, got {list(calibration.layers)}"
+            )
 
 
 def _problems(config: PolicyConfig) -> Iterator[str]:

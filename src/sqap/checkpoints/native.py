@@ -122,7 +122,7 @@ def _read(directory: Path, known_by: str) -> Policy:
         calibration = from_json(
             Calibration, manifest["calibration"], f"{where}: calibration", CheckpointError
         )
-    check_calibration(calibration, recipe, config.model.grid**2, f"{where}: calibration")
+    check_calibration(calibration, recipe, config.model, f"{where}: calibration")
     model = empty_model(config.model)  # in 32 bits a large one would not fit before it is quantized
     if recipe.quantization is not None:
         prepare_quantized(model, recipe.quantization)

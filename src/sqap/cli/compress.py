@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +34,7 @@ from sqap.errors import InputError
 from sqap.files import resolve
 from sqap.models.storage import stored_bytes
 from sqap.observation import Observation
-from sqap.policy import Policy
+from sqap.policy import Calibration, Policy
 from sqap.quantization import Partial
 from sqap.recipe import Recipe
 from sqap.report import tables
@@ -80,12 +81,8 @@ def compress(
             soft_wrap=True,
         )
         calibration = small.calibration
-        if calibration is not None and calibration.top_k is not None and calibration.overlap is not None:
-            console.print(
-                f"The attention ranking is trusted with {calibration.top_k} tokens: "
-                f"quantized and full precision agree on {tables.percent(calibration.overlap)} of them",
-                soft_wrap=True,
-            )
+        for sentence in _ranking(calibration):
+            console.print(sentence, soft_wrap=True)
         write_numbers(
             json_path,
             {
@@ -95,6 +92,23 @@ def compress(
                 "calibration": calibration and dataclasses.asdict(calibration),
                 "weight_bytes": {"before": before, "after": after},
             },
+        )
+
+
+def _ranking(calibration: Calibration | None) -> Iterator[str]:
+    """What calibration has found about the pruner's ranking."""
+    if calibration is None:
+        return
+    if calibration.layers is not None and calibration.recall is not None:
+        layers = ", ".join(str(layer + 1) for layer in calibration.layers)
+        yield (
+            f"Looking ahead at layers {layers} finds {tables.percent(calibration.recall)} of the tokens that "
+            "later layers attend to most"
+        )
+    if calibration.top_k is not None and calibration.overlap is not None:
+        yield (
+            f"The ranking is trusted with {calibration.top_k} tokens: quantized and full precision agree on "
+            f"{tables.percent(calibration.overlap)} of them"
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sqap import kernels
-from sqap.kernels.layer import Layer, Norm
+from sqap.kernels.layer import Layer, Norm, look
 
 CHANNELS, OUTPUTS, GROUP = 64, 40, 32
 TOKENS = 3, 37  # rows are multiplied one by one for few tokens, in tiles for many
@@ -25,6 +25,7 @@ SCALES = (
     ("group", "group"),
     ("tensor", "token"),
 )
+HEAD = 8  # channels of a head
 DEEP = 1100  # channels, more than are unpacked at a time
 
 
@@ -110,6 +111,7 @@ def _cases() -> Iterator[_Case]:
         yield _Case(f"a linear behind the function {function!r}", partial(_behind, function), tolerance=0.02)
     yield _Case("a decoder layer", partial(_layer, True), tolerance=0.02)
     yield _Case("an encoder block", partial(_layer, False), tolerance=0.02)
+    yield _Case("a look ahead", _look, tolerance=0.02)
 
 
 def _products(bits: int, channels: int, path: str) -> list[Tensor]:
@@ -137,13 +139,35 @@ def _behind(function: kernels.Function, path: str) -> list[Tensor]:
 
 def _layer(decoder: bool, path: str) -> list[Tensor]:
     """Outputs, and of a decoder's layer what rows attend to, keys and values."""
-    tokens, heads, width = TOKENS[-1], 4, 8  # of a head
+    layer, x = _bound(decoder, path), _floats(2, TOKENS[-1], CHANNELS)
+    if not decoder:
+        return [layer(x)[0]]
+    rope, rows = _seen()
+    room = torch.empty(2, 2, 2, TOKENS[-1], HEAD, dtype=torch.float32, device="cpu")
+    y, received = layer(x, rope, rows, (room[0], room[1]))
+    return [y, room] if received is None else [y, received, room]
+
+
+def _look(path: str) -> list[Tensor]:
+    """What rows would attend to in two layers."""
+    return [look([_bound(True, path)] * 2, _floats(1, TOKENS[-1], CHANNELS), *_seen())]
+
+
+def _seen() -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Rotary positions, and rows whose attention is wanted."""
+    angles = _floats(1, TOKENS[-1], HEAD)
+    return (angles.cos(), angles.sin()), torch.tensor([3, TOKENS[-1] - 1], device="cpu")
+
+
+def _bound(decoder: bool, path: str) -> Layer:
+    """A decoder's layer, or a block of an encoder."""
+    heads, width = 4, HEAD
     kv_heads = 2 if decoder else heads
     linear = partial(_Grids(8, 8).linear, path)
     queries, keys = heads * width, kv_heads * width
     one = _floats(CHANNELS)
     norm = Norm(one, None if decoder else one, 1e-5, rms=decoder)
-    layer = Layer(
+    return Layer(
         inputs=[linear(CHANNELS, n) for n in ((queries, keys, keys) if decoder else (3 * queries,))],
         out=linear(queries, CHANNELS),
         up=[linear(CHANNELS, 2 * CHANNELS)] * (2 if decoder else 1),
@@ -154,15 +178,6 @@ def _layer(decoder: bool, path: str) -> list[Tensor]:
         heads=(heads, kv_heads, width),
         causal=decoder,
     )
-    x = _floats(2, tokens, CHANNELS)
-    if not decoder:
-        return [layer(x)[0]]
-    angles = _floats(1, tokens, width)
-    room = torch.empty(2, 2, kv_heads, tokens, width, dtype=torch.float32, device="cpu")
-    y, received = layer(
-        x, (angles.cos(), angles.sin()), torch.tensor([3, tokens - 1], device="cpu"), (room[0], room[1])
-    )
-    return [y, room] if received is None else [y, received, room]
 
 
 @cache

@@ -53,9 +53,9 @@ class Layer:
         for parameter in (*parameters, *gains):
             if parameter is not None:
                 _check("a norm's or branch's parameter", parameter, (out.out_features,))
-        self.path, self._width, self._heads = out.path, out.out_features, heads
+        self.path, self.head_dim, self._width, self._heads = out.path, heads[2], out.out_features, heads
         self._kept = inputs, out, up, down, norms, gains  # the native code has their addresses
-        self._native = _native.Layer(
+        self.native = _native.Layer(
             [linear.native for linear in inputs],
             out.native,
             [linear.native for linear in up],
@@ -99,8 +99,33 @@ class Layer:
             _check("room for keys and values", part, (batch, kv_heads, tokens, head_dim))
         y = torch.empty_like(x)
         given = cos, sin, wanted, received, *(kept or (None, None))
-        self._native(array(x), array(y), batch, tokens, *map(array, given))
+        self.native(array(x), array(y), batch, tokens, *map(array, given))
         return y, received
+
+
+def look(layers: Sequence[Layer], x: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
+    """What ``rows`` would attend to in later layers, were ``x`` ``(1, tokens, width)`` their input.
+
+    Args:
+        layers: with linears of their own for queries and keys.
+        x: float32.
+        rope: cosines and sines of the rotary positions, ``(1, tokens, head_dim)``.
+        rows: ``(rows,)`` indices of the tokens that ask.
+
+    Returns:
+        ``(1, tokens)`` averaged over layers, heads and rows.
+
+    Raises:
+        ValueError: the tensors do not fit together, or there are no layers.
+    """
+    (batch, tokens, width), x = x.shape, x.contiguous()
+    _check("inputs", x, (1, tokens, width))
+    cos, sin = (_angles(part, (batch, tokens, layers[0].head_dim)) for part in rope)
+    wanted = torch.zeros(tokens, dtype=torch.uint8, device="cpu").index_fill_(0, rows.cpu(), 1)
+    received = x.new_empty(batch, tokens)
+    natives = [layer.native for layer in layers]
+    _native.look(natives, array(x), tokens, *map(array, (cos, sin, wanted, received)))
+    return received
 
 
 def _angles(part: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -6,7 +6,10 @@ a `KVFormat` says how keys and values are held. All are given from outside; noth
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +18,33 @@ from sqap.models.config import DecoderConfig
 from sqap.models.transformer import Fused, activated, attend
 
 
+@dataclass(frozen=True)
+class LayerOutput:
+    """What a pruner may go by behind a layer.
+
+    Args:
+        hidden: ``(batch, tokens, width)``, the layer's output.
+        embedded: what the first layer was given, of all tokens, those included that have been dropped.
+        received: ``(batch, tokens)``, the attention each token gets in this layer, averaged over heads and
+            the asked-for rows; None where none were asked for.
+        look_ahead: ``look_ahead(layers, rows)`` is the attention ``(batch, tokens)`` that tokens would get
+            from ``rows`` in later layers, were ``hidden`` their input, averaged over layers, heads and rows.
+    """
+
+    hidden: Tensor
+    embedded: Tensor
+    received: Tensor | None
+    look_ahead: Callable[[Sequence[int], Tensor], Tensor]
+
+
 class TokenPruner(Protocol):
-    """Decides between layers which positions of the sequence go on; its tensors may live on any device."""
+    """Decides between layers which tokens of the sequence go on; its tensors may live on any device."""
 
     def score_rows(self, layer: int) -> Tensor | None:
-        """Sequence positions ``(rows,)`` whose attention in this layer is wanted as scores, or None."""
+        """Places ``(rows,)`` in the sequence whose attention in this layer is wanted, or None."""
 
-    def keep(self, layer: int, received: Tensor) -> Tensor | None:
-        """Positions ``(batch, kept)``, ascending, that go on after this layer, or None for all.
-
-        ``received`` ``(batch, tokens)`` is the attention each position gets, averaged over heads and
-        over the asked-for rows.
-        """
+    def keep(self, layer: int, output: LayerOutput) -> Tensor | None:
+        """Places ``(batch, kept)`` in the sequence, ascending, that go on after this layer; None for all."""
 
 
 class KVFormat(Protocol):
@@ -129,8 +147,18 @@ class Attention(nn.Module):
         past, ahead = k.shape[2] - tokens, self.causal and tokens > 1
         mask = causal_mask(tokens, past, x.device) if ahead and past else None
         mixed = attend(q, k, v, causal=ahead and not past, mask=mask)
-        received = None if rows is None else attention_received(q, k, rows, causal=self.causal)
+        received = None
+        if rows is not None:
+            received = attention_received(q[:, :, rows.to(q.device)], k, rows + past, causal=self.causal)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, tokens, -1)), received
+
+    def look(self, x: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
+        """What ``rows`` of ``x`` ``(batch, tokens, width)`` would attend to: ``(batch, tokens)``."""
+        batch, tokens, _ = x.shape
+        q = self.q_proj(x[:, rows]).view(batch, len(rows), self.heads, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x).view(batch, tokens, self.kv_heads, self.head_dim).transpose(1, 2)
+        q = rotate(q, (rope[0][:, rows], rope[1][:, rows]))
+        return attention_received(q, rotate(k, rope), rows, causal=self.causal)
 
     def empty_kv(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Room for keys and values ``(batch, kv_heads, tokens, head_dim)`` of ``x``."""
@@ -142,19 +170,18 @@ def attention_received(q: Tensor, k: Tensor, rows: Tensor, *, causal: bool = Tru
     """Attention that each key gets from a few query rows: one row block, not a second full attention.
 
     Args:
-        q: ``(batch, heads, tokens, head_dim)`` rotated queries.
-        k: ``(batch, kv_heads, keys, head_dim)`` rotated keys, of which the last ``tokens`` are q's own.
-        rows: ``(rows,)`` indices of the queries that count.
+        q: ``(batch, heads, rows, head_dim)``, those rows' rotated queries.
+        k: ``(batch, kv_heads, keys, head_dim)`` rotated keys.
+        rows: ``(rows,)``, which of the keys are the queries' own.
         causal: whether a query sees only the keys up to its own.
 
     Returns:
         ``(batch, keys)`` probabilities averaged over heads and rows; each batch entry sums to one.
     """
-    past, rows = k.shape[2] - q.shape[2], rows.to(q.device)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    scores: Tensor = q[:, :, rows].float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
+    scores: Tensor = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
     if causal:
-        future = torch.arange(k.shape[2], dtype=torch.int64, device=k.device) > (rows + past)[:, None]
+        future = torch.arange(k.shape[2], dtype=torch.int64, device=k.device) > rows.to(k.device)[:, None]
         scores = scores.masked_fill(future, -torch.inf)
     return scores.softmax(-1).mean((1, 2))
 
@@ -203,9 +230,23 @@ class DecoderLayer(nn.Module):
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), received
 
+    def look(self, x: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
+        """What ``rows`` would attend to in this layer, were ``x`` its input: ``(batch, tokens)``."""
+        return self.self_attn.look(self.input_layernorm(x), rope, rows)
+
+
+class FusedLook(Protocol):
+    """Runs `Decoder.look_ahead` in one native call, or says None where it cannot."""
+
+    def __call__(
+        self, layers: Sequence[DecoderLayer], x: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor
+    ) -> Tensor | None: ...
+
 
 class Decoder(nn.Module):
     """Embeddings in, hidden states out."""
+
+    fused_look: FusedLook | None = None
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -235,18 +276,29 @@ class Decoder(nn.Module):
             cache.next_position += x.shape[1]
         ends = start, start + x.shape[1]
         positions = torch.arange(*ends, dtype=torch.int64, device=x.device).expand(x.shape[0], -1)
-        rope = rope_angles(positions, self.config, x.dtype)
+        rope, embedded = rope_angles(positions, self.config, x.dtype), x
         for i, layer in enumerate(self.layers):
             rows = pruner.score_rows(i) if pruner is not None else None
             x, received = layer(x, rope, i, cache, rows)
-            if pruner is not None and received is not None:
-                kept = pruner.keep(i, received)
+            if pruner is not None:
+                output = LayerOutput(x, embedded, received, partial(self.look_ahead, x, rope))
+                kept = pruner.keep(i, output)
                 if kept is not None:
                     kept = kept.to(x.device)
                     x = take_tokens(x, kept)
                     rope = take_tokens(rope[0], kept), take_tokens(rope[1], kept)
         out: Tensor = self.norm(x)
         return out
+
+    def look_ahead(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], layers: Sequence[int], rows: Tensor
+    ) -> Tensor:
+        """As `LayerOutput.look_ahead`, given what is behind a layer and its rotary positions."""
+        looked = [cast(DecoderLayer, self.layers[i]) for i in layers]
+        done = None if self.fused_look is None else self.fused_look(looked, x, rope, rows)
+        if done is not None:
+            return done
+        return torch.stack([layer.look(x, rope, rows.to(x.device)) for layer in looked]).mean(0)
 
 
 def take_tokens(x: Tensor, kept: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-"""Which visual tokens go on: three criteria that hold up on a quantized model, and their calibration."""
+"""Which visual tokens go on: look-ahead, the paper's criteria, their rivals, and calibration."""
 
-from sqap.pruning.selector import Selection, Selector, StepPruner
+from sqap.pruning.selector import Selection, Selector
+from sqap.pruning.step import StepPruner
 
 __all__ = ["Selection", "Selector", "StepPruner"]

@@ -8,20 +8,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sqap.models.decoder import LayerOutput
 from sqap.recipe import Pruning, ScoreQueries
 
 
 def score_layers(settings: Pruning) -> tuple[int, ...]:
-    """The decoder layers, counted from 0, whose attention ranks the tokens; none for the baselines."""
+    """The decoder layers, counted from 0, whose attention as it is ranks the tokens; none for most methods.
+
+    The last layer before a cut, or those that the settings name for the first cut.
+    """
     if settings.method not in ("sqap", "attention"):
         return ()
-    return settings.score_layers or (settings.after_layer - 1,)
+    first, *later = (cut.after_layer - 1 for cut in settings.cuts)
+    return *(settings.score_layers or (first,)), *later
 
 
 def query_rows(queries: ScoreQueries, visual: slice, length: int) -> Tensor:
     """Positions ``(rows,)`` whose attention counts, in ``length`` of which those in ``visual`` are visual."""
     first = visual.stop if queries == "text" else length - 1
     return torch.arange(first, length, dtype=torch.int64, device="cpu")
+
+
+def per_camera(received: Tensor, cameras: int) -> Tensor:
+    """Attention ``(..., visual)`` to scores ``(-1, N)`` of one camera each.
+
+    Each row sums to one, because cameras do not compete: each has a budget of its own.
+    """
+    return F.normalize(received.reshape(-1, received.shape[-1] // cameras), p=1.0, dim=-1)
 
 
 class AttentionWatcher:
@@ -41,18 +54,15 @@ class AttentionWatcher:
     def score_rows(self, layer: int) -> Tensor | None:
         return self._rows if layer in self._layers else None
 
-    def keep(self, layer: int, received: Tensor) -> None:
-        if layer in self._layers:
-            # A few numbers, chosen from on the CPU wherever the model runs.
-            self._received.append(received[:, self._visual].cpu())
+    def keep(self, layer: int, output: LayerOutput) -> None:
+        if output.received is not None and layer in self._layers:
+            self.add(output.received)
+
+    def add(self, received: Tensor) -> None:
+        """Remember what a layer's tokens receive, ``(batch, tokens)``."""
+        self._received.append(received[:, self._visual].cpu())
 
     @property
     def scores(self) -> Tensor | None:
-        """``(batch * cameras, N / cameras)``, averaged over the layers; None before the first layer.
-
-        Each row sums to one, because cameras do not compete: each has a budget of its own.
-        """
-        if not self._received:
-            return None
-        received = torch.stack(self._received).mean(0)
-        return F.normalize(received.view(-1, received.shape[-1] // self._cameras), p=1.0, dim=-1)
+        """``(batch * cameras, N / cameras)``, averaged over the layers; None before the first layer."""
+        return per_camera(torch.stack(self._received).mean(0), self._cameras) if self._received else None

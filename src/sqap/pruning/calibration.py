@@ -70,7 +70,7 @@ def attention_scores(
                 rows = watcher.score_rows(i)
                 hidden[frame], received = run_layer(model.decoder, layer, hidden[frame], rows)
                 if received is not None:
-                    watcher.keep(i, received)
+                    watcher.add(received)
     return torch.cat([watcher.scores for watcher in watchers if watcher.scores is not None])
 
 

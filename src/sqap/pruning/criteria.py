@@ -1,4 +1,4 @@
-"""The three criteria of SQAP-VLA (arXiv 2509.09090) and the two baselines they must beat.
+"""The three criteria of SQAP-VLA (arXiv 2509.09090), chance, and a uniform grid.
 
 Visual tokens lie on a square grid of ``N = grid * grid`` patches, row-major from the top left. Image
 coordinates are shares of the image's sides: (0, 0) is its top left corner, (1, 1) the bottom right.
@@ -38,7 +38,13 @@ def ring(grid: int, centre: tuple[float, float], inner: float, outer: float) -> 
     return (inner <= distance) & (distance <= outer)
 
 
-def farthest_points(grid: int, kept: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+def farthest_points(
+    grid: int,
+    kept: Tensor,
+    count: int,
+    generator: torch.Generator | None = None,
+    left: Tensor | None = None,
+) -> Tensor:
     """Farthest-point sampling (Gonzalez 1985): each next patch is the one farthest from all before it.
 
     A grid is full of ties, and a policy that looks again and again at the same sample never sees what it
@@ -49,6 +55,7 @@ def farthest_points(grid: int, kept: Tensor, count: int, generator: torch.Genera
             is the patch nearest the image's centre.
         count: patches to add, at most those not kept.
         generator: breaks ties; without it they go to the lower index.
+        left: mask ``(N,)`` of the patches to choose from; all if not given.
 
     Returns:
         ``(count,)`` indices in the order they were picked; none of them was kept before.
@@ -59,19 +66,24 @@ def farthest_points(grid: int, kept: Tensor, count: int, generator: torch.Genera
     if generator is None:
         rank, first = np.arange(tokens)[::-1], (grid - 1) // 2 * (grid + 1)
     else:
-        rank = _permutation(tokens, generator).numpy()
+        rank = permutation(tokens, generator).numpy()
         first = int(rank.argmax())
+    gone = np.zeros(tokens, dtype=bool) if left is None else ~left.numpy()
+    if gone[first]:
+        first = int(np.where(gone, -1, rank).argmax())
     picked = [] if seeds else [first]
     nearest = between[seeds + picked].min(axis=0)
+    nearest[gone] = -1
     while len(picked) < count:
         picked.append(int((nearest * tokens + rank).argmax()))
         np.minimum(nearest, between[picked[-1]], out=nearest)
     return torch.tensor(picked[:count], dtype=torch.int64, device="cpu")
 
 
-def random_tokens(tokens: int, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """``count`` of ``tokens`` indices, every subset equally likely."""
-    return _permutation(tokens, generator)[:count]
+def random_tokens(left: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """``count`` indices of those that the mask ``left`` ``(N,)`` leaves, every subset equally likely."""
+    order = permutation(len(left), generator)
+    return order[left[order]][:count]
 
 
 def uniform_grid(grid: int, count: int) -> Tensor:
@@ -91,7 +103,8 @@ def uniform_grid(grid: int, count: int) -> Tensor:
     return torch.from_numpy(np.concatenate(indices))
 
 
-def _permutation(tokens: int, generator: torch.Generator | None) -> Tensor:
+def permutation(tokens: int, generator: torch.Generator | None) -> Tensor:
+    """All of ``tokens`` indices in an order that is up to chance."""
     return torch.randperm(tokens, generator=generator, dtype=torch.int64, device="cpu")
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from sqap.errors import InputError
-from sqap.pruning import criteria
-from sqap.pruning.attention import AttentionWatcher, query_rows, score_layers
+from sqap.pruning import criteria, rivals
 from sqap.recipe import Pruning
 
 logger = logging.getLogger("sqap")
@@ -22,17 +20,19 @@ class Selection:
     """The visual tokens that go on, and why: three disjoint masks ``(N,)`` over the patch grid.
 
     Args:
-        top: kept for the attention they receive.
+        top: kept for their rank.
         ring: kept for being around the end effector.
-        sampled: kept to cover the rest of the scene, or by a baseline that looks at neither.
+        sampled: kept by chance or to cover the rest of the scene, or by a rival that does not rank.
         target: the end effector in image coordinates (u, v), if it is known. The image is what the policy
             looks at: a crop's corners are at (0, 0) and (1, 1).
+        scores: ``(N,)`` what tokens were ranked by, if they were.
     """
 
     top: Tensor
     ring: Tensor
     sampled: Tensor
     target: tuple[float, float] | None = None
+    scores: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -52,13 +52,15 @@ class Selector:
     Args:
         settings: the recipe's pruning.
         grid: patches along a side; there are ``grid * grid`` visual tokens.
-        top_k: how many tokens calibration trusts the attention ranking with; None trusts it with its
+        top_k: how many tokens of the last budget calibration trusts the ranking with; None trusts it with its
             whole share.
+        layers: decoder layers, counted from 0, that method "lookahead" looks at.
     """
 
     settings: Pruning
     grid: int
     top_k: int | None = None
+    layers: tuple[int, ...] = ()
     _warned: bool = field(default=False, init=False, repr=False, compare=False)
 
     @property
@@ -68,7 +70,7 @@ class Selector:
 
     @property
     def budget(self) -> int:
-        """Visual tokens after pruning."""
+        """Visual tokens behind the last cut."""
         return self.settings.budget(self.tokens)
 
     def select(
@@ -76,50 +78,73 @@ class Selector:
         scores: Tensor | None,
         target: tuple[float, float] | None = None,
         generator: torch.Generator | None = None,
+        *,
+        features: Tensor | None = None,
+        left: Tensor | None = None,
+        cut: int = -1,
     ) -> Selection:
-        """Choose exactly `budget` tokens.
+        """Choose exactly as many tokens as the budget of a cut.
 
         Args:
-            scores: ``(N,)`` attention received; only methods "random" and "uniform" do without.
+            scores: ``(N,)`` what the method ranks by.
             target: the end effector in image coordinates (u, v); without it the ring is left out and
-                its share is sampled.
-            generator: of method "random", and of ties in the sampling.
+                its share goes to the rest.
+            generator: of what is left to chance, ties of farthest points included.
+            features: ``(N, width)`` of the tokens, for methods that compare them with each other.
+            left: mask ``(N,)`` of the tokens that earlier cuts have left; all if not given.
+            cut: the cut's number; the last by default.
 
         Raises:
-            InputError: the method ranks by attention and there are no scores.
+            InputError: the method needs scores or features, and there are none.
         """
-        none = torch.zeros(self.tokens, dtype=torch.bool, device="cpu")
-        method = self.settings.method
+        if left is None:
+            left = torch.ones(self.tokens, dtype=torch.bool, device="cpu")
+        method, budget = self.settings.method, self.settings.budget(self.tokens, cut)
+        none = torch.zeros_like(left)
         if method == "random":
-            sampled = self._mask(criteria.random_tokens(self.tokens, self.budget, generator))
-            return Selection(none, none, sampled, target)
+            return Selection(none, none, self._mask(criteria.random_tokens(left, budget, generator)), target)
         if method == "uniform":
-            sampled = self._mask(criteria.uniform_grid(self.grid, self.budget))
-            return Selection(none, none, sampled, target)
+            return Selection(none, none, self._mask(criteria.uniform_grid(self.grid, budget)), target)
+        if method in rivals.BY_FEATURES:
+            chosen = rivals.choose(method, budget, left, features, scores)
+            return Selection(none, none, self._mask(chosen), target, scores)
         if scores is None:
             raise InputError(f"pruning method {method!r} ranks tokens by attention, but got no scores")
+        scores = scores.masked_fill(~left, -torch.inf)
         if method == "attention":
-            return Selection(self._mask(criteria.top_k(scores, self.budget)), none, none, target)
-        return self._select_sqap(scores, target, generator)
+            return Selection(self._mask(criteria.top_k(scores, budget)), none, none, target, scores)
+        return self._share(scores, target, generator, left, budget)
 
-    def _select_sqap(
-        self, scores: Tensor, target: tuple[float, float] | None, generator: torch.Generator | None
+    def _share(
+        self,
+        scores: Tensor,
+        target: tuple[float, float] | None,
+        generator: torch.Generator | None,
+        left: Tensor,
+        budget: int,
     ) -> Selection:
-        share = round(self.settings.top_share * self.budget)
-        top = self._mask(criteria.top_k(scores, share if self.top_k is None else min(self.top_k, share)))
-        ring = self._ring(top, target)
-        left = self.budget - int((top | ring).sum())
-        sampled = self._mask(criteria.farthest_points(self.grid, top | ring, left, generator))
-        return Selection(top, ring, sampled, target)
+        """The best by score, the ring, and the rest."""
+        share = round(self.settings.top_share * budget)
+        if self.top_k is not None:  # of the last budget
+            share = min(share, round(self.top_k * budget / self.budget))
+        top = self._mask(criteria.top_k(scores, share))
+        ring = self._ring(top, target, left, budget)
+        kept = top | ring
+        count = budget - int(kept.sum())
+        if self.settings.rest == "random":
+            rest = criteria.random_tokens(left & ~kept, count, generator)
+        else:
+            rest = criteria.farthest_points(self.grid, kept, count, generator, left)
+        return Selection(top, ring, self._mask(rest), target, scores)
 
-    def _ring(self, top: Tensor, target: tuple[float, float] | None) -> Tensor:
+    def _ring(self, top: Tensor, target: tuple[float, float] | None, left: Tensor, budget: int) -> Tensor:
         """Ring tokens not in ``top``, nearest to the end effector first: contact is at its fingers."""
-        if target is None:
+        if target is None or not self.settings.ring_share:
             self._warn_once()
             return torch.zeros_like(top)
-        free = criteria.ring(self.grid, target, *self.settings.ring) & ~top
+        free = criteria.ring(self.grid, target, *self.settings.ring) & ~top & left
         # The two shares are rounded separately and could together exceed the budget by one.
-        share = min(round(self.settings.ring_share * self.budget), self.budget - int(top.sum()))
+        share = min(round(self.settings.ring_share * budget), budget - int(top.sum()))
         closeness = -criteria.distances(self.grid, target).masked_fill(~free, torch.inf)
         return self._mask(criteria.top_k(closeness, min(share, int(free.sum()))))
 
@@ -135,68 +160,3 @@ class Selector:
         mask = torch.zeros(self.tokens, dtype=torch.bool, device="cpu")
         mask[indices] = True
         return mask
-
-
-class StepPruner:
-    """The decoder's `TokenPruner` for one forward pass over one observation.
-
-    A batch of several is refused: the first would decide which tokens of the others go on. Every camera has a
-    budget of its own, and the ring where its place and the end effector's are known.
-
-    Args:
-        selector: what to keep of each camera's tokens.
-        length: tokens in the decoder's sequence, visual ones included.
-        visual: positions of the visual ones.
-        targets: per camera, the end effector in its image's coordinates, if known.
-        generator: randomness of method "random", and of ties.
-
-    Attributes:
-        selections: what was kept, per camera; empty before the pruning layer, and if nothing is pruned.
-    """
-
-    def __init__(
-        self,
-        selector: Selector,
-        length: int,
-        visual: slice,
-        targets: Sequence[tuple[float, float] | None] = (None,),
-        generator: torch.Generator | None = None,
-    ) -> None:
-        settings = selector.settings
-        self.selections: tuple[Selection, ...] = ()
-        self._selector, self._length, self._visual = selector, length, visual
-        self._targets, self._generator = targets, generator
-        self._prunes_after = settings.after_layer - 1
-        rows = query_rows(settings.score_queries, visual, length)
-        self._watcher = AttentionWatcher(score_layers(settings), rows, visual, len(targets))
-        # The decoder asks what to keep only where scores were asked for; one row is the cheapest.
-        self._any_row = rows[-1:]
-
-    def score_rows(self, layer: int) -> Tensor | None:
-        if self._selector.budget == self._selector.tokens:
-            return None
-        rows = self._watcher.score_rows(layer)
-        return self._any_row if rows is None and layer == self._prunes_after else rows
-
-    def keep(self, layer: int, received: Tensor) -> Tensor | None:
-        """As `TokenPruner.keep`.
-
-        Raises:
-            InputError: there is more than one observation.
-        """
-        if len(received) != 1:
-            raise InputError(
-                f"a pruner chooses tokens for one observation, got a batch of {len(received)}: "
-                "run them one at a time, each with a pruner of its own"
-            )
-        self._watcher.keep(layer, received)
-        if layer != self._prunes_after:
-            return None
-        scores = self._watcher.scores
-        self.selections = tuple(
-            self._selector.select(None if scores is None else scores[i], target, self._generator)
-            for i, target in enumerate(self._targets)
-        )
-        kept = torch.ones(self._length, dtype=torch.bool, device="cpu")
-        kept[self._visual] = torch.cat([s.mask for s in self.selections])
-        return kept.nonzero().T

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import eq, is_
 from typing import Any
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sqap import kernels
-from sqap.kernels.layer import Layer, Norm
-from sqap.models.decoder import DecoderLayer, FloatKV, RMSNorm
+from sqap.kernels.layer import Layer, Norm, look
+from sqap.models.decoder import Decoder, DecoderLayer, FloatKV, RMSNorm
 from sqap.models.heads.diffusion import DiTBlock
 from sqap.models.vision import Block, LayerScale
 from sqap.quantization.linear import QuantizedLinear
@@ -80,6 +80,8 @@ def fuse(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FUSED):
             module.fused = run_fused
+        elif isinstance(module, Decoder):
+            module.fused_look = look_fused
 
 
 def run_fused(
@@ -96,6 +98,22 @@ def run_fused(
     """
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return None
+    native = _found(layer, x)
+    return None if native is None else native(x, rope, rows, kept)
+
+
+def look_fused(
+    layers: Sequence[nn.Module], x: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor
+) -> Tensor | None:
+    """What ``rows`` would attend to in later layers (`sqap.kernels.layer.look`); None as of `run_fused`."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or len(x) != 1:
+        return None
+    found = [native for native in (_found(layer, x) for layer in layers) if native is not None]
+    return look(found, x, rope, rows) if len(found) == len(layers) else None
+
+
+def _found(layer: nn.Module, x: Tensor) -> Layer | None:
+    """The native layer, bound anew where something has changed; None where it would not do."""
     found = _layers.get(layer)
     if found is None or not found.holds():
         found = _bind(layer)
@@ -104,7 +122,7 @@ def run_fused(
         _layers[layer] = found
     if torch.is_grad_enabled() and (x.requires_grad or found.trains()):
         return None
-    return found.native(x, rope, rows, kept)
+    return found.native
 
 
 def _bind(layer: nn.Module) -> _Bound | None:

@@ -1,8 +1,8 @@
-"""What the pruner did, drawn over the camera image.
+"""What the pruner did, drawn over the camera image, and what it went by.
 
 Pruned patches are dark. Kept ones are left as they are, and an outline says by which criterion: orange
-for the attention they receive, blue for being near the gripper, white for sampled. What lies around a
-crop is darker still, behind a thin gray frame.
+for their rank, blue for being near the gripper, white for sampled. What lies around a crop is darker still,
+behind a thin gray frame. The scores that tokens are ranked by are a heat map of their own.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ _COLORS = np.array((RIM, ATTENDED, AROUND, SAMPLED, FRAME), dtype=np.float32)  #
 PRUNED_BRIGHTNESS = 0.28
 PRUNED_SATURATION = 0.3
 UNSEEN_BRIGHTNESS = 0.4  # of a pruned pixel's
+# Of Matplotlib's inferno, whose lightness rises evenly.
+_HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], dtype=np.float32)
+HEAT_OPACITY = 0.75
 OUTLINE_OPACITY = 0.7
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
@@ -29,7 +32,6 @@ _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 def annotate(
     image: np.ndarray,
     selection: Selection | None,
-    grid: int,
     size: int,
     ring: tuple[float, float] | None,
     crop: float = 1.0,
@@ -38,8 +40,7 @@ def annotate(
 
     Args:
         image: ``(H, W, 3)`` uint8, RGB.
-        selection: of ``grid * grid`` visual tokens; None leaves the image as it is.
-        grid: patches along a side.
+        selection: None leaves the image as it is.
         size: pixels along a side of the result.
         ring: inner and outer radius as shares of the crop's side, drawn around the selection's target if
             that is known.
@@ -52,7 +53,7 @@ def annotate(
     if selection is None:
         return np.array(enlarged)
     pixels = np.array(enlarged, dtype=np.float32)
-    reason = _reasons(selection, grid, size, crop)
+    reason = _reasons(selection, size, crop)
     gray = (pixels @ _LUMA)[..., None]
     dark = PRUNED_BRIGHTNESS * (gray + PRUNED_SATURATION * (pixels - gray))
     dark = np.where((reason == UNSEEN)[..., None], UNSEEN_BRIGHTNESS * dark, dark)
@@ -65,19 +66,50 @@ def annotate(
     return pixels.round().astype(np.uint8)
 
 
-def _reasons(selection: Selection, grid: int, size: int, crop: float) -> np.ndarray:
-    """``(size, size)`` int: why each pixel's patch was kept (1 attention, 2 ring, 3 sampled), 0 if not.
+def heat_map(image: np.ndarray, scores: np.ndarray, size: int, crop: float = 1.0) -> np.ndarray:
+    """The camera image in gray, under the scores of its patches: black is none, yellow the highest.
+
+    Args:
+        image: ``(H, W, 3)`` uint8, RGB.
+        scores: ``(grid * grid,)``; the square root is shown, or all but the highest would be black. Patches
+            that were gone already have -inf.
+        size: pixels along a side of the result.
+        crop: share of the image's area that the policy looks at, from its centre; the grid covers it.
+
+    Returns:
+        ``(size, size, 3)`` uint8.
+    """
+    enlarged = Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS)
+    gray = np.repeat((np.array(enlarged, dtype=np.float32) @ _LUMA)[..., None], 3, axis=2)
+    shown = np.maximum(scores, 0)
+    shown = np.sqrt(shown / max(shown.max(), np.finfo(np.float32).tiny))
+    stops = np.linspace(0, 1, len(_HEAT))
+    colors = np.stack([np.interp(shown, stops, channel) for channel in _HEAT.T], axis=1)
+    patches = _patches(np.arange(len(scores)), size, crop)
+    heat = np.where((patches == UNSEEN)[..., None], 0, colors[patches])
+    pixels = gray + HEAT_OPACITY * (heat - gray)
+    return np.asarray(pixels.round(), dtype=np.uint8)
+
+
+def _reasons(selection: Selection, size: int, crop: float) -> np.ndarray:
+    """``(size, size)`` int: why each pixel's patch was kept (1 its rank, 2 ring, 3 sampled), 0 if not.
 
     `UNSEEN` where there is no patch.
     """
     masks = (selection.top, selection.ring, selection.sampled)
-    patches = sum(code * mask.numpy().astype(np.int64) for code, mask in enumerate(masks, start=1))
+    codes = sum(code * mask.numpy().astype(np.int64) for code, mask in enumerate(masks, start=1))
+    return _patches(np.asarray(codes), size, crop)
+
+
+def _patches(values: np.ndarray, size: int, crop: float) -> np.ndarray:
+    """``(size, size)``: the value ``(grid * grid,)`` of each pixel's patch; `UNSEEN` where there is none."""
+    grid = round(len(values) ** 0.5)
     # Centres of pixels as shares of the crop's side.
     along = 0.5 + ((np.arange(size) + 0.5) / size - 0.5) / crop**0.5
     patch_of = np.clip(np.floor(along * grid).astype(np.int64), -1, grid) + 1
-    padded = np.pad(np.reshape(patches, (grid, grid)), 1, constant_values=UNSEEN)
-    reasons: np.ndarray = padded[patch_of[:, None], patch_of]
-    return reasons
+    padded = np.pad(np.reshape(values, (grid, grid)), 1, constant_values=UNSEEN)
+    of_pixels: np.ndarray = padded[patch_of[:, None], patch_of]
+    return of_pixels
 
 
 def _outline(reason: np.ndarray, width: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from sqap.evaluation.rollout import Actor, Episode, run_episode
 from sqap.files import whole_file
 from sqap.observation import Observation
 from sqap.pruning.selector import Selection
-from sqap.report.overlay import AROUND, ATTENDED, SAMPLED, annotate
+from sqap.report.overlay import AROUND, ATTENDED, SAMPLED, annotate, heat_map
 
 FPS = 20
 PANE = 512  # pixels along a side of the camera image as it is shown
@@ -31,7 +31,7 @@ HOLD_SECONDS = 0.7  # how long the end of an episode stays in the picture
 BACKGROUND, INK, FAINT_INK = (19, 22, 27), (242, 244, 247), (160, 168, 180)
 SUCCESS, FAILURE = (0, 124, 90), (190, 78, 0)  # dark enough for white text
 LEGEND = (
-    ("most attended", "top", ATTENDED),
+    ("ranked highest", "top", ATTENDED),
     ("near gripper", "ring", AROUND),
     ("sampled", "sampled", SAMPLED),
 )
@@ -71,9 +71,21 @@ class Clip:
     crop: float = 1.0
 
     @property
+    def ranked(self) -> bool:
+        """Whether there are scores to show beside the kept tokens."""
+        return any(
+            frame.selection is not None and frame.selection.scores is not None for frame in self.frames
+        )
+
+    @property
     def seconds(self) -> float:
         """Simulated time until the end."""
         return self.episode.steps / self.hz
+
+    def image(self, frame: Frame) -> np.ndarray:
+        """The camera image ``(H, W, 3)`` that is shown of a frame."""
+        images = frame.observation.images
+        return next(iter(images.values())) if self.camera is None else images[self.camera]
 
     def at(self, seconds: float) -> Frame:
         """The latest frame not after ``seconds`` of simulated time."""
@@ -123,6 +135,8 @@ def record_episode(
 def compose(clips: Sequence[Clip], seconds: float, pane: int = PANE) -> np.ndarray:
     """One picture of several episodes side by side, ``seconds`` of simulated time after their start.
 
+    Where tokens are ranked, their scores are shown on the right of what is kept.
+
     Args:
         clips: from left to right.
         seconds: an episode that is over by then shows its end.
@@ -132,7 +146,11 @@ def compose(clips: Sequence[Clip], seconds: float, pane: int = PANE) -> np.ndarr
         ``(height, width, 3)`` uint8, both sides even, as video encoders want.
     """
     margin = pane // 20
-    panes = [_draw_pane(clip, seconds, pane) for clip in clips]
+    panes = []
+    for clip in clips:
+        panes.append(_draw_pane(clip, seconds, pane))
+        if clip.ranked:
+            panes.append(_draw_scores(clip, seconds, pane))
     width, height = (2 * ceil(side / 2) for side in (margin + len(panes) * (pane + margin), panes[0].height))
     canvas = Image.new("RGB", (width, height), BACKGROUND)
     for column, drawn in enumerate(panes):
@@ -197,15 +215,28 @@ def _draw_pane(clip: Clip, seconds: float, size: int) -> Image.Image:
     """One clip's camera image between a header and a legend."""
     frame = clip.at(seconds)
     header, footer = size * 84 // 512, size * 48 // 512
-    images = frame.observation.images
-    image = next(iter(images.values())) if clip.camera is None else images[clip.camera]
-    grid = 1 if frame.selection is None else round(frame.selection.mask.numel() ** 0.5)
     canvas = Image.new("RGB", (size, header + size + footer), BACKGROUND)
-    shown = annotate(image, frame.selection, grid, size, clip.ring, clip.crop)
+    shown = annotate(clip.image(frame), frame.selection, size, clip.ring, clip.crop)
     canvas.paste(Image.fromarray(shown), (0, header))
     draw = ImageDraw.Draw(canvas)
     _draw_header(draw, clip, frame, size, header)
     _draw_legend(draw, frame.selection, header + size + footer / 2, _font(size * 18 / 512))
+    return canvas
+
+
+def _draw_scores(clip: Clip, seconds: float, size: int) -> Image.Image:
+    """What the clip's tokens are ranked by, below a headline."""
+    selection, image = clip.at(seconds).selection, clip.image(clip.at(seconds))
+    header, footer = size * 84 // 512, size * 48 // 512
+    canvas = Image.new("RGB", (size, header + size + footer), BACKGROUND)
+    scores = None if selection is None else selection.scores
+    if scores is not None:
+        shown = heat_map(image, scores.float().numpy(), size, clip.crop)
+        canvas.paste(Image.fromarray(shown), (0, header))
+    draw = ImageDraw.Draw(canvas)
+    draw.text((0, header * 0.33), "what it goes by", INK, _font(size * 26 / 512), anchor="lm")
+    text = "the attention that tokens are ranked by"
+    draw.text((0, header * 0.74), text, FAINT_INK, _font(size * 19 / 512), anchor="lm")
     return canvas
 
 

@@ -79,6 +79,6 @@ bool runs_here() {
 
 }  // namespace
 
-const Path amx = {"amx", runs_here, quantize, linear<Amx>, matmul<Amx>, layer<Amx>};
+const Path amx = {"amx", runs_here, quantize, linear<Amx>, matmul<Amx>, layer<Amx>, look<Amx>};
 
 }  // namespace sqap

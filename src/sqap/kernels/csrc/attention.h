@@ -23,7 +23,8 @@ struct Attention {
     int64_t q_stride, kv_stride;
     int64_t heads, kv_heads, head_dim;  // head_dim a multiple of LANES
     bool causal;
-    float* mixed;  // (batch * tokens, heads * head_dim)
+    float* mixed;       // (batch * tokens, heads * head_dim); null where only what the rows attend to is wanted
+    int64_t first = 0;  // the token whose query comes first in q
 };
 
 inline Floats multiply_add(Floats a, Floats b, Floats c) {
@@ -150,15 +151,15 @@ inline void attend(const Attention& a, const Tokens& t, int64_t batch, int64_t h
     auto* queries = buffer<float>(Slot::queries, QUERIES * dim);
     auto* weights = buffer<float>(Slot::weights, QUERIES * padded);
     auto* key_tiles = buffer<float>(Slot::keys, dim * padded);
-    auto* value_tiles = buffer<float>(Slot::values, round_up(dim, TILE) * keys);
+    auto* value_tiles = a.mixed != nullptr ? buffer<float>(Slot::values, round_up(dim, TILE) * keys) : nullptr;
     pack_keys(a, t, start, kv, keys, queries, key_tiles);
-    pack_values(a, start, kv, keys, value_tiles);
+    if (a.mixed != nullptr) pack_values(a, start, kv, keys, value_tiles);
     const float factor = 1.0f / std::sqrt(static_cast<float>(dim));
     for (int64_t i = first; i < last; i += QUERIES) {
         const int64_t count = least(QUERIES, last - i), seen = a.causal ? i + count : t.tokens;
         for (int64_t r = 0; r < QUERIES; r++) {
             const int64_t token = start + least(i + r, last - 1);
-            turn(t, token, a.q + token * a.q_stride + head * dim, dim, factor, queries + r * dim);
+            turn(t, token, a.q + (token - a.first) * a.q_stride + head * dim, dim, factor, queries + r * dim);
         }
         score(queries, key_tiles, dim, padded, round_up(seen, TILE), weights);
         float inverse[QUERIES];
@@ -168,7 +169,7 @@ inline void attend(const Attention& a, const Tokens& t, int64_t batch, int64_t h
             if (t.rows == nullptr || r >= count || !t.rows[i + r]) continue;
             for (int64_t j = 0; j < visible; j++) received[j] += weights[r * padded + j] * inverse[r];
         }
-        for (int64_t d = 0; d < dim; d += TILE) {
+        for (int64_t d = 0; a.mixed != nullptr && d < dim; d += TILE) {
             Floats mixed[QUERIES][2];
             mix(weights, padded, value_tiles + d * keys, seen, inverse, mixed);
             for (int64_t r = 0; r < count; r++) {
@@ -189,6 +190,16 @@ inline void keep(const Attention& a, const Tokens& t) {
             std::memcpy(t.values + to, a.v + from, a.head_dim * sizeof(float));
         }
     });
+}
+
+// What the wanted rows, all before `last`, attend to, times `share`, is added to t.received.
+inline void look_at(const Attention& a, const Tokens& t, int64_t last, float share) {
+    auto* received = buffer<float>(Slot::received, a.heads * t.tokens);
+    std::memset(received, 0, a.heads * t.tokens * sizeof(float));
+    parallel(a.heads, [&](int64_t head) { attend(a, t, 0, head, a.first, last, received + head * t.tokens); });
+    for (int64_t head = 0; head < a.heads; head++) {
+        for (int64_t j = 0; j < t.tokens; j++) t.received[j] += received[head * t.tokens + j] * share;
+    }
 }
 
 inline void attention(const Attention& a, const Tokens& t) {

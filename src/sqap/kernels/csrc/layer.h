@@ -1,6 +1,8 @@
 // A whole transformer layer: norms, products, attention and residuals, with nothing in between but its own buffers.
 #pragma once
 
+#include <initializer_list>
+
 #include "attention.h"
 #include "engine.h"
 
@@ -55,6 +57,50 @@ void layer(const Layer& l, const Tokens& t) {
     multiply_all<Isa>(t.y, m, {&l.norm2}, l.up, ups, l.gated ? 2 : 1);
     const Output down{t.y, Dtype::f32, l.down.bias, l.gain2, t.y};
     multiply_all<Isa>(middle, m, {nullptr, l.function, l.gated ? middle + m * hidden : nullptr}, &l.down, &down, 1);
+}
+
+inline bool same_norm(const Norm& a, const Norm& b, int64_t width) {
+    const auto same = [&](const float* x, const float* y) {
+        return x == y || (x != nullptr && y != nullptr && std::memcmp(x, y, width * sizeof(float)) == 0);
+    };
+    return a.kind == b.kind && a.eps == b.eps && same(a.weight, b.weight) && same(a.bias, b.bias);
+}
+
+// Of a batch of one: what the wanted rows would attend to in each of some layers, were the tokens the input of all;
+// averaged over layers, heads and rows. Tokens are quantized once for all layers whose norms and grids are the same.
+template <class Isa>
+void look(const Layer* const* layers, int64_t count, const Tokens& t) {
+    int64_t first = 0, last = t.tokens, rows = 0;
+    while (first < last && !t.rows[first]) first++;
+    while (last > first && !t.rows[last - 1]) last--;
+    for (int64_t i = first; i < last; i++) rows += t.rows[i];
+    std::memset(t.received, 0, t.tokens * sizeof(float));
+    Levels levels{};
+    const Linear* before = nullptr;
+    const Norm* norm = nullptr;
+    for (int64_t i = 0; i < count && rows > 0; i++) {
+        const Layer& l = *layers[i];
+        const int64_t width = l.in[0].weight.k, queries = l.heads * l.head_dim, keys = l.kv_heads * l.head_dim;
+        auto* q = buffer<float>(Slot::in, (last - first) * queries + t.tokens * keys);
+        float* k = q + (last - first) * queries;
+        for (const bool asks : {false, true}) {
+            const Linear& in = l.in[asks ? 0 : 1];
+            Activations a{t.x, Dtype::f32, t.tokens, width, in.bits, in.symmetric, in.group,
+                          &l.norm1, Function::none, nullptr, in.hadamard};
+            if (before == nullptr || !same_grid(in, *before) || !same_norm(l.norm1, *norm, width)) levels = quantized(a);
+            before = &in, norm = &l.norm1;
+            Levels taken = levels;
+            if (asks) {
+                const int64_t skipped = first * a.groups();
+                a.x = t.x + first * width, a.m = last - first;
+                taken = {levels.q + first * width, levels.scale + skipped,
+                         levels.zero_point != nullptr ? levels.zero_point + skipped : nullptr};
+            }
+            multiply<Isa>(a, taken, in.weight, {asks ? q : k, Dtype::f32, in.bias});
+        }
+        const float share = 1.0f / static_cast<float>(count * l.heads * rows);
+        look_at({q, k, nullptr, queries, keys, l.heads, l.kv_heads, l.head_dim, l.causal, nullptr, first}, t, last, share);
+    }
 }
 
 }  // namespace

@@ -162,6 +162,27 @@ struct BoundLayer {
     }
 };
 
+// What rows would attend to in each of some layers.
+void look(const std::vector<const BoundLayer*>& bound, const Array& x, int64_t tokens, const Array& cos, const Array& sin,
+          const Array& rows, const Array& received) {
+    sqap::require(!bound.empty(), "there are no layers to look at");
+    std::vector<const sqap::Layer*> layers;
+    const sqap::Layer& first = bound.front()->layer;
+    for (const BoundLayer* b : bound) {
+        sqap::require(b->path == bound.front()->path, "layers to look at run on different paths");
+        sqap::require(!b->layer.fused_in, "layers to look at have queries and keys of their own");
+        sqap::require(b->layer.in[0].weight.k == first.in[0].weight.k && b->layer.head_dim == first.head_dim,
+                      "layers to look at differ in width");
+        layers.push_back(&b->layer);
+    }
+    sqap::Tokens t{sqap::values_of<float>("inputs", x, {tokens, first.in[0].weight.k}), nullptr, 1, tokens};
+    t.cos = sqap::values_of<float>("cosines", cos, {tokens, first.head_dim});
+    t.sin = sqap::values_of<float>("sines", sin, {tokens, first.head_dim});
+    t.rows = sqap::values_of<uint8_t>("rows", rows, {tokens});
+    t.received = sqap::values_of<float>("what rows attend to", received, {tokens});
+    run([&] { bound.front()->path->look(layers.data(), static_cast<int64_t>(layers.size()), t); });
+}
+
 void matmul(const std::string& path, const Array& q, int64_t m, int64_t k, const Array& weight, int weight_bits,
             int64_t n, const Array& y) {
     const Path& chosen = find(path);
@@ -178,6 +199,7 @@ NB_MODULE(_native, module) {
     module.def("compiled", compiled, "Paths that were compiled.");
     module.def("threads", threads, "How many threads a product uses: as many as PyTorch's.");
     module.def("matmul", matmul);
+    module.def("look", look);
     nb::class_<BoundNorm>(module, "Norm");
     module.def("norm", [](bool rms, const Array& weight, const Array& bias, float eps) {
         return BoundNorm{rms, weight, bias, eps};

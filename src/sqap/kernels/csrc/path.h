@@ -91,7 +91,7 @@ struct Layer {
 // What a layer is given, and where it puts what it makes of it.
 struct Tokens {
     const float* x;  // (batch * tokens, width)
-    float* y;        // the same
+    float* y;        // the same; null for a look ahead
     int64_t batch, tokens;
     const float *cos, *sin;  // of rotary positions, (batch * tokens, head_dim); or null
     const uint8_t* rows;     // (tokens), whose attention is wanted; or null
@@ -106,6 +106,7 @@ struct Path {
     void (*linear)(const Activations&, const Weight&, const Output&);
     void (*matmul)(const int8_t* q, int64_t m, const Weight&, int32_t* y);
     void (*layer)(const Layer&, const Tokens&);
+    void (*look)(const Layer* const*, int64_t count, const Tokens&);
 };
 
 extern const Path portable;

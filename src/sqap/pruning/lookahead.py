@@ -1,0 +1,155 @@
+"""Look-ahead: visual tokens ranked by the attention that later layers would pay them.
+
+Which tokens the first layers attend to says little about what later ones will read. Right behind a cut, each
+later layer's own norm, query and key projections are therefore applied to the hidden states as they are now.
+The score of a token is the attention that the text behind the image pays it there, averaged over rows, heads
+and layers (`sqap.models.decoder.Decoder.look_ahead`). On a quantized model these are its packed projections,
+so the scores are what the compressed policy thinks. Nothing is trained, and nothing is kept between steps.
+
+Layers agree little about what matters, so several are asked: all later ones where that costs next to nothing,
+else those that calibration finds, as many as `affordable` allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from sqap.defaults import defaults
+from sqap.errors import InputError
+from sqap.models import DecoderConfig
+from sqap.models.decoder import DecoderLayer, rope_angles
+from sqap.models.stages import embed_through, loaded, run_layer, streamed
+from sqap.models.storage import Weights
+from sqap.models.vla import VLA, ModelInputs
+from sqap.pruning.attention import query_rows
+from sqap.pruning.criteria import top_k
+from sqap.recipe import Pruning
+
+COST = 0.05  # of the pruned decoder's multiply-adds, at most
+GAIN = 0.005  # of recall that one more layer must bring
+
+
+def layers_to_look_at(
+    settings: Pruning, decoder: DecoderConfig, calibrated: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """The decoder layers, counted from 0, that method "lookahead" looks at; none for other methods.
+
+    Those that the settings name, else those that calibration has found, else as many as `affordable` allows,
+    evenly spaced.
+
+    Raises:
+        InputError: a named layer is none of the decoder's.
+    """
+    if settings.method != "lookahead":
+        return ()
+    if settings.score_layers is not None:
+        beyond = [layer for layer in settings.score_layers if layer >= decoder.depth]
+        if beyond:
+            raise InputError(
+                f"score_layers has layer {beyond[0]}, but the decoder has {decoder.depth} layers"
+            )
+        return settings.score_layers
+    if calibrated is not None:
+        return tuple(calibrated)
+    later = range(settings.last_layer, decoder.depth)
+    count = min(len(later), affordable(settings, decoder))
+    return tuple(later[(2 * i + 1) * len(later) // (2 * count)] for i in range(count))
+
+
+def affordable(settings: Pruning, decoder: DecoderConfig) -> int:
+    """How many layers may be looked at for `COST`; at least one.
+
+    A look is a product of every token with a layer's key projection; what the few rows cost is left out.
+    """
+    queries, keys = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
+    look = keys * decoder.width
+    layer = (2 * queries + 2 * keys + 3 * decoder.mlp_width) * decoder.width
+    ends = (*(cut.after_layer for cut in settings.cuts), decoder.depth)
+    ratios = 1.0, *(cut.keep_ratio for cut in settings.cuts)
+    layers = sum(ratio * (end - start) for ratio, start, end in zip(ratios, (0, *ends), ends, strict=False))
+    return max(1, int(COST * layers * layer / look))
+
+
+@defaults()
+def later_attention(
+    model: VLA,
+    inputs: Sequence[ModelInputs],
+    settings: Pruning,
+    weights: Weights | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What is seen by looking ahead behind the last cut, and what later layers then attend to.
+
+    Args:
+        model: run without pruning.
+        inputs: of one observation each.
+        settings: say where the cut is, and whose attention counts.
+        weights: where to read stages that ``model`` has on the meta device, one at a time.
+        layers: to look at; all behind the cut by default. Attention is then only read as far as the last.
+
+    Returns:
+        Both ``(layers, frames * cameras, tokens of one)``, layers ascending.
+    """
+    cameras, visual, decoder = model.config.cameras, model.config.visual, model.decoder
+    after = settings.last_layer
+    wanted = range(after, len(decoder.layers)) if layers is None else layers
+    hidden = [model.prefix(x) for x in embed_through(model, inputs, streamed(weights, model.dtype))]
+    rows = [query_rows(settings.score_queries, visual, x.shape[1]) for x in hidden]
+    behind: list[Tensor] = []
+    looked: list[Tensor] = []
+    attended: list[Tensor] = []
+    for i, layer in enumerate(decoder.layers[: max(wanted) + 1]):
+        if i == after:
+            behind = list(hidden)
+        with loaded(f"decoder.layers.{i}", layer, weights, model.dtype):
+            for frame, asked in enumerate(rows):
+                if i in wanted:
+                    x = behind[frame]
+                    positions = torch.arange(x.shape[1], dtype=torch.int64, device=x.device)[None]
+                    rope = rope_angles(positions, decoder.config, x.dtype)
+                    looked.append(cast(DecoderLayer, layer).look(x, rope, asked)[:, visual])
+                hidden[frame], received = run_layer(
+                    decoder, layer, hidden[frame], asked if i in wanted else None
+                )
+                if received is not None:
+                    attended.append(received[:, visual])
+    shape = len(wanted), len(inputs) * cameras, -1
+    return torch.cat(looked).float().view(shape), torch.cat(attended).float().view(shape)
+
+
+def recall(looked: Tensor, attended: Tensor, k: int) -> float:
+    """Share of the top ``k`` of later layers' mean attention that is in the top ``k`` by looking ahead.
+
+    Args:
+        looked: ``(layers, frames, N)``, of the layers that are looked at.
+        attended: ``(layers, frames, N)``, of all later layers.
+        k: the budget.
+    """
+    pairs = zip(looked.mean(0), attended.mean(0), strict=True)
+    found = [torch.isin(top_k(a, k), top_k(b, k)).float().mean() for a, b in pairs]
+    return float(torch.stack(found).mean())
+
+
+def choose_layers(looked: Tensor, attended: Tensor, k: int, most: int) -> tuple[int, ...]:
+    """Places in ``looked`` and ``attended`` ``(layers, frames, N)`` of at most so many layers to look at.
+
+    All, if that many are allowed; else greedily the one that brings the most `recall`, as long as it brings
+    `GAIN`.
+    """
+    if len(looked) <= most:
+        return tuple(range(len(looked)))
+    chosen: list[int] = []
+    best = 0.0
+    while len(chosen) < most:
+        others = [i for i in range(len(looked)) if i not in chosen]
+        recalls = [recall(looked[[*chosen, i]], attended, k) for i in others]
+        if chosen and max(recalls) < best + GAIN:
+            break
+        best = max(recalls)
+        chosen.append(others[recalls.index(best)])
+    return tuple(sorted(chosen))

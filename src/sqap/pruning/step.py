@@ -1,0 +1,125 @@
+"""The pruner of one step: which tokens of the decoder's sequence go on behind each cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sqap.errors import InputError
+from sqap.models.decoder import LayerOutput
+from sqap.pruning.attention import per_camera, query_rows, score_layers
+from sqap.pruning.rivals import BY_FEATURES, relevance
+from sqap.pruning.selector import Selection, Selector
+
+
+class StepPruner:
+    """The decoder's `TokenPruner` for one forward pass over one observation.
+
+    A batch of several is refused: the first would decide which tokens of the others go on. Every camera has a
+    budget of its own, and the ring where its place and the end effector's are known.
+
+    Args:
+        selector: what to keep of each camera's tokens.
+        length: tokens in the decoder's sequence, visual ones included.
+        visual: positions of the visual ones.
+        targets: per camera, the end effector in its image's coordinates, if known.
+        generator: of what is left to chance.
+
+    Attributes:
+        selections: what is left, per camera; empty before the first cut, and if nothing is pruned.
+    """
+
+    def __init__(
+        self,
+        selector: Selector,
+        length: int,
+        visual: slice,
+        targets: Sequence[tuple[float, float] | None] = (None,),
+        generator: torch.Generator | None = None,
+    ) -> None:
+        settings = selector.settings
+        self.selections: tuple[Selection, ...] = ()
+        self._selector, self._length, self._visual = selector, length, visual
+        self._targets, self._generator = targets, generator
+        self._cuts = {cut.after_layer - 1: i for i, cut in enumerate(settings.cuts)}
+        self._watched = score_layers(settings)
+        self._rows = query_rows(settings.score_queries, visual, length)
+        # Where in the whole sequence the tokens are that are left.
+        self._positions = torch.arange(length, dtype=torch.int64, device="cpu")
+        self._dropped = 0
+        self._received: list[Tensor] = []
+
+    def score_rows(self, layer: int) -> Tensor | None:
+        if layer not in self._watched or self._selector.budget == self._selector.tokens:
+            return None
+        return self._rows - self._dropped  # visual tokens come before all rows
+
+    def keep(self, layer: int, output: LayerOutput) -> Tensor | None:
+        """As `TokenPruner.keep`.
+
+        Raises:
+            InputError: there is more than one observation.
+        """
+        if output.received is not None and layer in self._watched:
+            self._received.append(self._visual_of(output.received[0]))
+        cut, tokens = self._cuts.get(layer), self._selector.tokens
+        if cut is None or self._selector.settings.budget(tokens, cut) == tokens:
+            return None
+        if len(output.hidden) != 1:
+            raise InputError(
+                f"a pruner chooses tokens for one observation, got a batch of {len(output.hidden)}: "
+                "run them one at a time, each with a pruner of its own"
+            )
+        scores, features = self._scores(output), self._features(output)
+        self._received = []
+        self.selections = tuple(
+            self._selector.select(
+                None if scores is None else scores[i],
+                target,
+                self._generator,
+                features=None if features is None else features[i],
+                left=self.selections[i].mask if self.selections else None,
+                cut=cut,
+            )
+            for i, target in enumerate(self._targets)
+        )
+        whole = torch.ones(self._length, dtype=torch.bool, device="cpu")
+        whole[self._visual] = torch.cat([s.mask for s in self.selections])
+        kept = whole[self._positions]
+        self._positions = self._positions[kept]
+        self._dropped = self._length - len(self._positions)
+        places: Tensor = kept.nonzero().T
+        return places
+
+    def _scores(self, output: LayerOutput) -> Tensor | None:
+        """``(cameras, N)``, what the method ranks by; None if it does not rank."""
+        method = self._selector.settings.method
+        if method == "lookahead":
+            rows = self._rows - self._dropped
+            received = output.look_ahead(self._selector.layers, rows)[0]
+            return per_camera(self._visual_of(received), len(self._targets))
+        if method == "cdpruner":
+            return self._by_camera(relevance(output.embedded[0], self._visual))
+        if not self._received:
+            return None
+        return per_camera(torch.stack(self._received).mean(0), len(self._targets))
+
+    def _features(self, output: LayerOutput) -> Tensor | None:
+        """``(cameras, N, width)``, what the method compares tokens by; None if it does not."""
+        method = self._selector.settings.method
+        if method == "dart":
+            return self._by_camera(self._visual_of(output.hidden[0]))
+        return self._by_camera(output.embedded[0, self._visual]) if method in BY_FEATURES else None
+
+    def _visual_of(self, values: Tensor) -> Tensor:
+        """Of the tokens that are left, the visual ones ``(visual, ...)`` on the CPU; 0 for those dropped."""
+        if not self._dropped:
+            return values[self._visual].cpu()
+        whole = values.new_zeros(self._length, *values.shape[1:], device="cpu")
+        whole[self._positions] = values.cpu()
+        return whole[self._visual]
+
+    def _by_camera(self, values: Tensor) -> Tensor:
+        return values.cpu().view(len(self._targets), -1, *values.shape[1:])

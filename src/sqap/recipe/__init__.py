@@ -1,0 +1,135 @@
+"""A recipe: everything that decides how a policy is compressed, as a frozen value and as JSON.
+
+Unknown keys and settings that contradict each other are refused with the reason, so that a recipe
+either does what it says or does not exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqap.errors import InputError
+from sqap.recipe.pruning import Cut, Pruning, PruningMethod, Rest, ScoreQueries
+from sqap.recipe.quantization import (
+    ActivationGranularity,
+    Override,
+    Quantization,
+    Rounding,
+    Scheme,
+    WeightGranularity,
+)
+from sqap.serialization import from_json, read_json
+
+__all__ = [
+    "ActivationGranularity",
+    "Cut",
+    "Override",
+    "Pruning",
+    "PruningMethod",
+    "Quantization",
+    "Recipe",
+    "Rest",
+    "Rounding",
+    "Scheme",
+    "ScoreQueries",
+    "WeightGranularity",
+]
+
+RECIPE_VERSION = 1
+# The linears that read or write actions, whatever the head: few weights, and nothing behind them to make good
+# for their errors.
+ACTIONS = "head.x_embedder|head.final_layer|head.fc2|head.lm_head|head.action_*_proj"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Quantization, pruning, or both. ``Recipe()`` leaves a policy as it is.
+
+    Raises:
+        InputError: a setting is out of range or contradicts another.
+    """
+
+    quantization: Quantization | None = field(default=None)
+    pruning: Pruning | None = field(default=None)
+    version: int = RECIPE_VERSION
+
+    def __post_init__(self) -> None:
+        _check_version(self.version)
+
+    @classmethod
+    def w4a8(cls, keep: float = 0.6) -> Recipe:
+        """4-bit weights, 8-bit activations, the whole policy; fast on CPUs."""
+        return cls(_whole(Scheme(4, 8)), _pruning(keep))
+
+    @classmethod
+    def w4a4(cls, keep: float = 0.6) -> Recipe:
+        """4-bit weights and activations in the decoder, 4-bit weights and 8-bit activations elsewhere.
+
+        32 channels of an activation share a scale: with a scale per token, 4 bits cost twice the error.
+        """
+        decoder = Scheme(4, 4, activation_granularity="group", activation_group_size=32)
+        return cls(_whole(decoder), _pruning(keep))
+
+    @classmethod
+    def paper(cls) -> Recipe:
+        """The paper's own setting: W4A4, 60 % of the tokens kept after layer 2, ranked by its attention.
+
+        How the paper shares the budget among its criteria is not known to us; half of it by attention and
+        up to three tenths around the end effector is our reading.
+        """
+        return cls(Quantization(4, 4), Pruning(keep_ratio=0.6, after_layer=2, method="sqap"))
+
+    @classmethod
+    def read(cls, path: str | Path) -> Recipe:
+        """Read a recipe from a JSON file.
+
+        Raises:
+            InputError: the file is missing, is not JSON, or is not a valid recipe.
+        """
+        return cls.from_json(read_json(Path(path), InputError))
+
+    @classmethod
+    def from_json(cls, data: Any) -> Recipe:
+        """The recipe that `to_json` wrote.
+
+        Raises:
+            InputError: a key is unknown or missing, or a value is not allowed.
+        """
+        version = data.get("version", RECIPE_VERSION) if isinstance(data, dict) else RECIPE_VERSION
+        _check_version(version)  # before the keys, which another version may well have others of
+        recipe: Recipe = from_json(cls, data, "recipe", InputError)
+        return recipe
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a JSON file."""
+        return dataclasses.asdict(self)
+
+
+def _check_version(version: Any) -> None:
+    if version != RECIPE_VERSION:
+        raise InputError(f"this sqap reads recipe version {RECIPE_VERSION}, the recipe is {version}")
+
+
+def _whole(decoder: Scheme) -> Quantization:
+    """The quantizer that measured best; see docs/quantizer.md."""
+    rest = Scheme(4, 8)
+    return Quantization(
+        **dataclasses.asdict(decoder),
+        vision=rest,
+        projector=rest,
+        head=rest,
+        overrides=(Override(ACTIONS),),
+        rounding="gptq",
+        clip=True,
+        rotation_seed=0,
+    )
+
+
+def _pruning(keep: float) -> Pruning | None:
+    """The mix of criteria that measured best on the reference policy; see docs/naive-vs-designed.md."""
+    if keep == 1:
+        return None
+    return Pruning(keep_ratio=keep, method="sqap", score_layers=(0, 1), top_share=0.25, ring_share=0.1)
