@@ -13,6 +13,7 @@ from sqap.cli.demo import demo
 from sqap.cli.evaluate import evaluate_command
 from sqap.cli.inspect import inspect
 from sqap.cli.sensitivity import sensitivity
+from sqap.cli.tune import tune
 from sqap.terminal import console, set_up
 
 app = typer.Typer(
@@ -43,6 +44,7 @@ def _settings(
 
 app.command()(compress)
 app.command()(sensitivity)
+app.command()(tune)
 app.command("eval")(evaluate_command)
 app.command()(inspect)
 app.command()(bench)

@@ -10,6 +10,7 @@ from rich.table import Table
 from sqap import kernels
 from sqap.quantization import LinearReport
 from sqap.sensitivity import Option
+from sqap.tune import Standing
 
 Column = tuple[str, Mapping[str, Any]]  # label, and a summary as `sqap.evaluation.summary` makes it
 
@@ -42,6 +43,27 @@ def success_table(columns: Sequence[Column]) -> Table:
     table.add_row("success", *(percent(s["success"]) for _, s in columns), style="bold")
     table.add_row("95 % interval", *(_interval(s["success_ci95"]) for _, s in columns))
     return table
+
+
+def standings_table(standings: Sequence[Standing]) -> Table:
+    """One row for each pruning setting that is still in, the most promising first."""
+    table = Table(title="Settings that go on", title_justify="left")
+    for column in ("keep", "decoder's cost", "pairs", "minus unpruned", "95 % interval"):
+        table.add_column(column, justify="left" if column == "keep" else "right")
+    for s in standings:
+        interval = f"{100 * s.low:+.1f} to {100 * s.high:+.1f}"
+        table.add_row(s.name, percent(s.cost), str(s.episodes), f"{100 * s.difference:+.1f}", interval)
+    return table
+
+
+def confirmed_line(standing: Standing, max_drop: float) -> str:
+    """What other seeds say about the setting that was found."""
+    says = "bears that out" if standing.difference >= -max_drop / 100 else "does not bear that out"
+    interval = f"{100 * standing.low:+.1f} to {100 * standing.high:+.1f} at 95 %"
+    return (
+        f"Keep {standing.name}: on {standing.episodes} pairs of other seeds "
+        f"{100 * standing.difference:+.1f} points ({interval}), which {says}"
+    )
 
 
 def cost_table(columns: Sequence[Column], extra: Mapping[str, Sequence[str]] | None = None) -> Table:
