@@ -69,7 +69,10 @@ def save_policy(policy: Policy, directory: Path) -> None:
 
 
 def load_policy(directory: Path) -> Policy:
-    """Read what `save_policy` wrote; the loaded policy gives bit-identical actions.
+    """Read what `save_policy` wrote.
+
+    What `compress` returned gives bit-identical actions. An original is stored in bfloat16 and computes in
+    float32, whatever it computed in before.
 
     Raises:
         CheckpointError: the directory is foreign, of another version, incomplete, truncated or altered, or
