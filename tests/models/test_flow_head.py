@@ -105,6 +105,16 @@ def test_actions_are_the_joint_pass_integrated_from_noise(model: VLA) -> None:
 
 
 @torch.inference_mode()
+def test_the_velocity_at_any_time_is_the_joint_passes(model: VLA) -> None:
+    inputs, head = random_inputs(CONFIG, 1), model.head
+    assert isinstance(head, FlowHead)
+    assert inputs.noise is not None
+    sequence = model.embed(inputs)
+    found = head.velocity(head.look(model.decoder, sequence), inputs.noise, 0.3, sequence.shape[1])
+    torch.testing.assert_close(found[0], joint(model, inputs, inputs.noise[0], 0.3), **TOLERANCE)
+
+
+@torch.inference_mode()
 def test_observations_of_a_batch_do_not_meet(model: VLA) -> None:
     inputs = random_inputs(CONFIG, 3)
     together = model(inputs)

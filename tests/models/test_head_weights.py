@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sqap.models.decoder import LayerOutput
+from sqap.models.heads import DiffusionHead
 from tests.families import FAMILIES, family_config, random_inputs, random_model
 
 
@@ -76,6 +77,17 @@ def test_the_pruner_is_asked_and_minded(family: str) -> None:
     assert pruner.asked == 1
     assert pruned.shape == whole.shape
     assert family == "tokens" or not torch.allclose(pruned, whole)
+
+
+@torch.no_grad()
+def test_a_diffusion_head_hears_the_last_token_alone() -> None:
+    config = family_config("diffusion")
+    model, inputs = random_model(config), random_inputs(config, 2)
+    head, sequence = model.head, model.embed(inputs)
+    assert isinstance(head, DiffusionHead)
+    assert inputs.noise is not None
+    expected = head.sample(model.decoder(sequence)[:, -1], inputs.noise)
+    assert torch.equal(head(model.decoder, sequence, inputs.noise, None), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
