@@ -219,8 +219,9 @@ def main() -> None:
         table.add_row(name, str(outcome.kills), kept, str(outcome.finals), str(outcome.equal))
     console.print(table)
     if options.json is not None:
-        numbers = {name: dataclasses.asdict(outcome) for name, outcome in outcomes.items()}
-        write_json(options.json, {"build": build_id(), "seed": options.seed, "commands": numbers})
+        settings = {"build": build_id(), "seed": options.seed}
+        numbers = {name: {**settings, **dataclasses.asdict(outcome)} for name, outcome in outcomes.items()}
+        write_json(options.json, numbers)
     if any(outcome.equal < outcome.finals for outcome in outcomes.values()):
         sys.exit("a result differs from the undisturbed one")
 
