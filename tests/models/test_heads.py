@@ -11,6 +11,8 @@ from torch import Tensor
 from sqap.models import DecoderConfig, RegressionHeadConfig, TokenHeadConfig
 from sqap.models.decoder import Decoder, LayerOutput
 from sqap.models.heads import RegressionHead, TokenHead
+from sqap.quantization import QuantizedLinear
+from sqap.recipe import Scheme
 
 TOKENS = TokenHeadConfig(action_dim=5, vocabulary=300, bins=256, last_token=290)
 DECODER = DecoderConfig(vocabulary=300, width=32, depth=3, heads=4, kv_heads=2, head_dim=8, mlp_width=48)
@@ -51,6 +53,41 @@ def test_tokens_are_bins_counted_from_the_end() -> None:
     expected = centres[[0, 1, 254, 254, 0]]
     assert head.actions(ids)[0].tolist() == expected.astype(np.float32).tolist()
     assert head.actions(torch.tensor([[12, 0, 40]])).tolist()[0][:2] == [pytest.approx(centres[-1])] * 2
+
+
+def test_what_is_not_finite_chooses_no_token_and_spoils_no_other(decoder: Decoder, sequence: Tensor) -> None:
+    head = token_head()
+    expected = head.generate(decoder, sequence)
+    sequence = sequence.clone()
+    sequence[0, 3] = torch.nan
+    found = head.generate(decoder, sequence)
+    assert found[0].tolist() == [-1] * 5
+    assert torch.equal(found[1], expected[1])
+    assert head.actions(found)[0].isnan().all()
+    assert head.actions(found)[1].isfinite().all()
+
+
+def test_the_first_token_of_the_vocabulary_is_read_as_itself(
+    decoder: Decoder, sequence: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head, read = token_head(), []
+    head.lm_head.weight.zero_()  # all tokens are as likely: the first is taken
+    embed = decoder.embed
+
+    def spy(ids: Tensor) -> Tensor:
+        read.append(ids)
+        return embed(ids)
+
+    monkeypatch.setattr(decoder, "embed", spy)
+    assert (head.generate(decoder, sequence) == 0).all()
+    assert torch.equal(torch.cat(read, dim=1), torch.zeros(2, 4, dtype=torch.int64))
+
+
+def test_a_quantized_output_matrix_reads_floats(sequence: Tensor) -> None:
+    head = token_head()
+    exact = head.logits(sequence)
+    head.lm_head = QuantizedLinear.from_linear(head.lm_head, Scheme(8, 8))
+    assert (head.logits(sequence) - exact).norm() < 0.05 * exact.norm()
 
 
 def test_tokens_become_one_action(decoder: Decoder, sequence: Tensor) -> None:
