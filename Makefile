@@ -38,8 +38,9 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/sqap/
 demo: setup
 	$(BIN)/sqap demo
 
+# One process for each core, up to four, with a thread of its own.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: setup
 	$(BIN)/ruff check .

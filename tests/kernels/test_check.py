@@ -18,7 +18,7 @@ ARM = "aarch64-linux-gnu-g++"
 
 def build(directory: Path, *options: str) -> Path:
     configure = [*CMAKE, "-S", ROOT, "-B", directory, "-DSQAP_CHECK=ON", *options]
-    for command in (configure, [*CMAKE, "--build", directory]):
+    for command in (configure, [*CMAKE, "--build", directory, "--parallel", "2"]):
         made = subprocess.run(command, capture_output=True, text=True)
         assert made.returncode == 0, made.stdout + made.stderr
     return directory / "check"
