@@ -37,7 +37,7 @@ METHODS = get_args(PruningMethod)
 def prunings(draw: st.DrawFn) -> Pruning:
     after_layer = draw(st.integers(1, 32))
     method = draw(st.sampled_from(METHODS))
-    keep = draw(st.floats(0, 1, exclude_min=True))
+    keep = draw(st.floats(1e-6, 1))
     later = () if method == "uniform" else draw(st.sampled_from([(), (Cut(after_layer + 2, keep / 2),)]))
     first, last = 0, after_layer - 1
     if method == "lookahead":

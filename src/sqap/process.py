@@ -19,7 +19,7 @@ from typing import Any
 from sqap.errors import SqapError
 
 Answer = Callable[[Any], Any]
-GRACE_SECONDS = 10.0  # for a process to leave in good order
+GRACE_SECONDS = 10  # for a process to leave in good order
 
 
 class Worker:
@@ -76,8 +76,13 @@ class Worker:
     def close(self) -> None:
         """End the process, whatever it does. Safe to call twice."""
         if self._process is not None:
-            self._process.terminate()  # it leaves in good order, and gives back what its libraries hold
-            self._process.join(GRACE_SECONDS)
+            # It leaves in good order, and gives back what its libraries hold. It is told again and again: a
+            # signal that comes right before a system call does not interrupt it.
+            for _ in range(GRACE_SECONDS):
+                self._process.terminate()
+                self._process.join(1)
+                if self._process.exitcode is not None:
+                    break
             self._process.kill()
             self._process.join()
         if self._pipe is not None:
@@ -105,10 +110,15 @@ def _interrupts_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _leave(*_: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+    sys.exit(0)
+
+
 def _serve(pipe: Connection, name: str, make: Callable[[Any], Answer], spec: Any) -> None:
     """Answer requests until the parent hangs up; an error is an answer too, and the last."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, _leave)
     try:
         answer = make(spec)
         for request in _requests(pipe):
