@@ -65,9 +65,7 @@ def compress(
     """
     if policy.recipe != Recipe():
         raise InputError("the policy is compressed already; compress the original it was made from")
-    _check_frames(recipe, frames)
-    if recipe.pruning is not None:
-        check_pruning(recipe.pruning, policy.config.model)
+    _check(policy, recipe, frames)
     with _finished_stages(resume) as partial:
         return _compress(policy, recipe, frames, progress, partial)
 
@@ -123,14 +121,9 @@ def reprune(
         InputError: the setting does not fit the policy, or frames are needed.
     """
     recipe = dataclasses.replace(small.recipe, pruning=pruning)
-    _check_frames(Recipe(pruning=pruning), frames)
-    if pruning is not None:
-        check_pruning(pruning, policy.config.model)
+    _check(policy, Recipe(pruning=pruning), frames)
     inputs = [model_inputs(policy, frame, seed) for seed, frame in enumerate(frames)]
-    weights = policy.weights
-    full = _ranking(
-        policy.model if weights is None else empty_model(policy.config.model), pruning, inputs, weights
-    )
+    full = _ranking(policy.model, pruning, inputs, policy.weights)
     other = dataclasses.replace(small, recipe=recipe, calibration=None, fingerprint=None)
     if not frames:
         return other
@@ -221,7 +214,10 @@ def _calibrate(
     return dataclasses.replace(found, top_k=top_k, overlap=overlap, layers=full.layers, recall=full.recall)
 
 
-def _check_frames(recipe: Recipe, frames: Sequence[Observation]) -> None:
+def _check(policy: Policy, recipe: Recipe, frames: Sequence[Observation]) -> None:
+    """Make sure that the recipe fits the policy, and that there are frames where it needs some."""
+    if recipe.pruning is not None:
+        check_pruning(recipe.pruning, policy.config.model)
     if frames:
         return
     if recipe.quantization is not None and recipe.quantization.rounding == "gptq":

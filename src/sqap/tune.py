@@ -15,7 +15,7 @@ from math import ceil
 from sqap.errors import InputError
 from sqap.evaluation.statistics import paired_difference
 from sqap.models import DecoderConfig
-from sqap.pruning.lookahead import layers_to_look_at
+from sqap.pruning.lookahead import layers_to_look_at, look_cost, whole_layers
 from sqap.recipe import Cut, Pruning
 
 RUNGS = (2, 4, 8)  # episodes per task, in all, after each
@@ -74,12 +74,9 @@ def decoder_cost(pruning: Pruning, decoder: DecoderConfig) -> float:
 
     Of visual tokens alone, and without what grows with the square of their number.
     """
-    queries, keys = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
-    look = len(layers_to_look_at(pruning, decoder)) * keys / (2 * queries + 2 * keys + 3 * decoder.mlp_width)
-    ratios = (1.0, *(cut.keep_ratio for cut in pruning.cuts))
-    ends = (0, *(cut.after_layer for cut in pruning.cuts), decoder.depth)
-    layers = sum(ratio * (end - start) for ratio, start, end in zip(ratios, ends, ends[1:], strict=False))
-    return (layers + look * sum(ratios[: len(pruning.cuts)])) / decoder.depth
+    look = len(layers_to_look_at(pruning, decoder)) * look_cost(decoder)
+    seen = 1 + sum(cut.keep_ratio for cut in pruning.cuts[:-1])  # by the looks at all cuts
+    return (whole_layers(pruning, decoder) + look * seen) / decoder.depth
 
 
 def halve(

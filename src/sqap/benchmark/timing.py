@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ class Stages:
         for name, part in (("projector", model.projector), ("decoder", model.decoder), ("model", model)):
             self._watch(name, part)
         if policy.selector is not None:
-            policy.pruner = type("_", (_TimedPruner,), {"seconds": self._seconds})
+            policy.pruner = partial(_TimedPruner, self._seconds)
 
     def clear(self) -> None:
         """Forget what was timed."""
@@ -124,10 +125,12 @@ class Stages:
 class _TimedPruner(StepPruner):
     """Chooses as any other, and adds up how long that takes; looking ahead is part of it."""
 
-    seconds: dict[str, float]
+    def __init__(self, seconds: dict[str, float], *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._seconds = seconds
 
     def keep(self, layer: int, output: LayerOutput) -> Tensor | None:
         start = time.perf_counter()
         kept = super().keep(layer, output)
-        self.seconds["selection"] += time.perf_counter() - start
+        self._seconds["selection"] += time.perf_counter() - start
         return kept

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,8 +77,12 @@ def tune(
                 small = sqap.compress(policy, quantization, observations, progress=advance, resume=partial)
             model, saved = policy.config.model, _Saved(work / build_id()["package"][:8], env, chosen, workers)
 
+            @functools.cache  # a setting is calibrated once, however many rungs it runs in
+            def pruned(pruning: Pruning | None) -> sqap.Policy:
+                return reprune(policy, small, pruning, observations)
+
             def play(pruning: Pruning | None, episodes: int, seed: int) -> dict[tuple[str, int], bool]:
-                return saved.play(reprune(policy, small, pruning, observations), episodes, seed)
+                return saved.play(pruned(pruning), episodes, seed)
 
             standings: list[Any] = []
             for standings in halve(
@@ -100,7 +105,7 @@ def tune(
                 play(best.pruning, confirm, CONFIRMATION),
                 play(None, confirm, CONFIRMATION),
             )
-            reprune(policy, small, best.pruning, observations).save(out)
+            pruned(best.pruning).save(out)
             partial.remove()
         console.print(tables.confirmed_line(confirmed, max_drop), soft_wrap=True)
         console.print(f"The policy is in {out}, episodes are in {saved.place}", soft_wrap=True)

@@ -49,9 +49,14 @@ def run_layer(
     decoder: Decoder, layer: nn.Module, x: Tensor, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """One of the decoder's layers on a whole sequence ``(batch, tokens, width)``, and what ``rows`` see."""
-    positions = torch.arange(x.shape[1], dtype=torch.int64, device=x.device)[None]
-    out: tuple[Tensor, Tensor | None] = layer(x, rope_angles(positions, decoder.config, x.dtype), rows=rows)
+    out: tuple[Tensor, Tensor | None] = layer(x, whole_rope(decoder, x), rows=rows)
     return out
+
+
+def whole_rope(decoder: Decoder, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary positions of a whole sequence ``(batch, tokens, width)``, for any batch (`rope_angles`)."""
+    positions = torch.arange(x.shape[1], dtype=torch.int64, device=x.device)[None]
+    return rope_angles(positions, decoder.config, x.dtype)
 
 
 def fill_around(model: VLA, weights: Weights) -> None:

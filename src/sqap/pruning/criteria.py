@@ -66,7 +66,7 @@ def farthest_points(
     if generator is None:
         rank, first = np.arange(tokens)[::-1], (grid - 1) // 2 * (grid + 1)
     else:
-        rank = permutation(tokens, generator).numpy()
+        rank = _permutation(tokens, generator).numpy()
         first = int(rank.argmax())
     gone = np.zeros(tokens, dtype=bool) if left is None else ~left.numpy()
     if gone[first]:
@@ -82,7 +82,7 @@ def farthest_points(
 
 def random_tokens(left: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
     """``count`` indices of those that the mask ``left`` ``(N,)`` leaves, every subset equally likely."""
-    order = permutation(len(left), generator)
+    order = _permutation(len(left), generator)
     return order[left[order]][:count]
 
 
@@ -103,8 +103,7 @@ def uniform_grid(grid: int, count: int) -> Tensor:
     return torch.from_numpy(np.concatenate(indices))
 
 
-def permutation(tokens: int, generator: torch.Generator | None) -> Tensor:
-    """All of ``tokens`` indices in an order that is up to chance."""
+def _permutation(tokens: int, generator: torch.Generator | None) -> Tensor:
     return torch.randperm(tokens, generator=generator, dtype=torch.int64, device="cpu")
 
 

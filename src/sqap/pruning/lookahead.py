@@ -13,6 +13,7 @@ else those that calibration finds, as many as `affordable` allows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -21,8 +22,8 @@ from torch import Tensor
 from sqap.defaults import defaults
 from sqap.errors import InputError
 from sqap.models import DecoderConfig
-from sqap.models.decoder import DecoderLayer, rope_angles
-from sqap.models.stages import embed_through, loaded, run_layer, streamed
+from sqap.models.decoder import DecoderLayer
+from sqap.models.stages import embed_through, loaded, run_layer, streamed, whole_rope
 from sqap.models.storage import Weights
 from sqap.models.vla import VLA, ModelInputs
 from sqap.pruning.attention import query_rows
@@ -65,13 +66,20 @@ def affordable(settings: Pruning, decoder: DecoderConfig) -> int:
 
     A look is a product of every token with a layer's key projection; what the few rows cost is left out.
     """
-    queries, keys = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
-    look = keys * decoder.width
-    layer = (2 * queries + 2 * keys + 3 * decoder.mlp_width) * decoder.width
-    ends = (*(cut.after_layer for cut in settings.cuts), decoder.depth)
+    return max(1, int(COST * whole_layers(settings, decoder) / look_cost(decoder)))
+
+
+def whole_layers(settings: Pruning, decoder: DecoderConfig) -> float:
+    """How many decoder layers over all visual tokens the pruned decoder's multiply-adds amount to."""
     ratios = 1.0, *(cut.keep_ratio for cut in settings.cuts)
-    layers = sum(ratio * (end - start) for ratio, start, end in zip(ratios, (0, *ends), ends, strict=False))
-    return max(1, int(COST * layers * layer / look))
+    ends = (0, *(cut.after_layer for cut in settings.cuts), decoder.depth)
+    return sum(ratio * (end - start) for ratio, (start, end) in zip(ratios, pairwise(ends), strict=True))
+
+
+def look_cost(decoder: DecoderConfig) -> float:
+    """Multiply-adds of a layer's key projection, as a share of the layer's."""
+    queries, keys = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
+    return keys / (2 * queries + 2 * keys + 3 * decoder.mlp_width)
 
 
 @defaults()
@@ -110,8 +118,7 @@ def later_attention(
             for frame, asked in enumerate(rows):
                 if i in wanted:
                     x = behind[frame]
-                    positions = torch.arange(x.shape[1], dtype=torch.int64, device=x.device)[None]
-                    rope = rope_angles(positions, decoder.config, x.dtype)
+                    rope = whole_rope(decoder, x)
                     looked.append(cast(DecoderLayer, layer).look(x, rope, asked)[:, visual])
                 hidden[frame], received = run_layer(
                     decoder, layer, hidden[frame], asked if i in wanted else None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from sqap import kernels
 from sqap.quantization import LinearReport
 from sqap.sensitivity import Option
-from sqap.tune import Standing
+
+if TYPE_CHECKING:  # only `sqap tune` needs what it imports
+    from sqap.tune import Standing
 
 Column = tuple[str, Mapping[str, Any]]  # label, and a summary as `sqap.evaluation.summary` makes it
 
