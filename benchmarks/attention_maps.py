@@ -1,4 +1,4 @@
-"""What quantizing does to the maps that tokens are ranked by: python benchmarks/attention_maps.py
+"""Attention maps of quantized policies beside full precision: python benchmarks/attention_maps.py
 
 SQAP-VLA draws the attention of a quantized policy as scattered and moved away from what matters. Here are
 maps of real frames, of the policy in full precision and quantized in three ways: the attention that the

@@ -86,7 +86,7 @@ def run(source: str, out: Path, workers: int, console: Console) -> dict[str, Any
 
 
 def interaction(full: Mapping[str, Success], quantized: Mapping[str, Success], cell: str) -> dict[str, Any]:
-    """What quantizing costs under pruning beyond what it costs without, and a 95 % bootstrap over tasks.
+    """The cost of quantizing under pruning beyond its cost without, and a 95 % bootstrap over tasks.
 
     Negative where the two together lose more than one by one.
     """

@@ -1,4 +1,4 @@
-"""Which tokens to keep, in closed loop: python benchmarks/pruning.py --json docs/pruning.json
+"""Pruning criteria in closed loop: python benchmarks/pruning.py --json docs/pruning.json
 
 On each bundled policy, W4A8, every criterion keeps a quarter of the visual tokens behind the third decoder
 layer: look-ahead and its rivals, all on the same seeds with the same diffusion noise. Unpruned, look-ahead
