@@ -49,7 +49,7 @@ def prunings(draw: st.DrawFn) -> Pruning:
         keep_ratio=keep,
         after_layer=after_layer,
         method=method,
-        score_queries=draw(st.sampled_from(["text", "last"])),
+        score_queries=draw(st.sampled_from(["text", "last", None])),
         score_layers=draw(st.none() | layers),
         top_share=top_share,
         overlap=draw(st.floats(0, 1)),

@@ -20,7 +20,7 @@ from sqap.models.stages import fill_around, stages, widen_around
 from sqap.models.storage import Rounded, Weights, check_finite, hash_tensors, round_to_storage
 from sqap.observation import Observation
 from sqap.policy import Calibration, Policy, check_pruning, hash_frames
-from sqap.pruning.attention import score_layers
+from sqap.pruning.attention import score_layers, score_queries
 from sqap.pruning.calibration import attention_scores, choose_k, overlap_curve
 from sqap.pruning.lookahead import affordable, choose_layers, later_attention, recall
 from sqap.quantization import Partial, quantize_model, share
@@ -173,7 +173,8 @@ def ranking(
     if weights is not None:
         fill_around(model, weights)
     if pruning.method != "lookahead":
-        return Ranking(attention_scores(model, inputs, score_layers(pruning), pruning.score_queries, weights))
+        queries = score_queries(pruning, model.config.head)
+        return Ranking(attention_scores(model, inputs, score_layers(pruning), queries, weights))
     layers = layers or pruning.score_layers
     if layers is not None and weights is None:
         return Ranking(later_attention(model, inputs, pruning, layers=layers)[0].mean(0), layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import threading
@@ -29,6 +30,7 @@ from sqap.processing import (
     unnormalize,
 )
 from sqap.pruning import Selection, Selector, StepPruner
+from sqap.pruning.attention import score_queries
 from sqap.pruning.geometry import into_crop, project
 from sqap.pruning.lookahead import layers_to_look_at
 from sqap.recipe import Pruning, Recipe
@@ -141,6 +143,9 @@ class Policy:
             check_pruning(pruning, self.config.model)
             found = self.calibration or Calibration(0, "")
             layers = layers_to_look_at(pruning, self.config.model.decoder, found.layers)
+            pruning = dataclasses.replace(
+                pruning, score_queries=score_queries(pruning, self.config.model.head)
+            )
             self.selector = Selector(pruning, self.config.model.grid, found.top_k, layers)
 
     def act(self, observation: Observation, *, seed: int | None = None) -> np.ndarray:
@@ -285,6 +290,7 @@ def check_pruning(pruning: Pruning, config: ModelConfig) -> None:
         )
     pruning.budget(config.grid**2)
     layers_to_look_at(pruning, config.decoder)
+    score_queries(pruning, config.head)
 
 
 def _check_ids(ids: torch.Tensor, config: ModelConfig) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from sqap.errors import InputError
 from sqap.models import VLA, DecoderConfig, ModelInputs
-from sqap.models.decoder import LayerOutput
+from sqap.models.decoder import LayerOutput, rotate
+from sqap.models.heads import FlowHead
 from sqap.pruning import Selector, StepPruner
-from sqap.pruning.attention import AttentionWatcher, per_camera, query_rows
+from sqap.pruning.attention import AttentionWatcher, per_camera, query_rows, score_queries
 from sqap.pruning.lookahead import affordable, choose_layers, later_attention, layers_to_look_at, recall
 from sqap.recipe import Cut, Pruning
 from tests.families import FAMILIES, family_config, random_inputs, random_model
@@ -99,6 +100,84 @@ def test_later_attention_is_what_a_step_sees(family: str, queries: str) -> None:
     torch.testing.assert_close(alone[0], looked[1:])
 
 
+@torch.inference_mode()
+def test_an_expert_looks_with_its_own_action_tokens() -> None:
+    """Scores of a step, with the noise it starts from, and the expert's attention in an unpruned pass."""
+    config = family_config("flow")
+    model, inputs = random_model(config), [random_inputs(config, 1, seed) for seed in (1, 2)]
+    head = model.head
+    assert isinstance(head, FlowHead)
+    settings = Pruning(0.5, 1, top_share=1)
+    assert score_queries(settings, config.head) == "actions"
+    looked, attended = later_attention(model, inputs, settings)
+    torch.testing.assert_close(looked[0], attended[0])  # the next layer's is what it will be
+    for i, given in enumerate(inputs):
+        assert given.noise is not None
+        paid = watched_expert(model, given)
+        frame = slice(i * config.cameras, (i + 1) * config.cameras)
+        for j, layer in enumerate((1, 2)):
+            torch.testing.assert_close(attended[j, frame].flatten(), paid[layer], rtol=1e-4, atol=1e-6)
+        resolved = dataclasses.replace(settings, score_queries="actions")
+        pruner = StepPruner(
+            Selector(resolved, config.grid, layers=(1, 2)), model.length(5), config.visual, [None] * 2
+        )
+        model(given, pruner)
+        for camera, selection in enumerate(pruner.selections):
+            expected = looked[:, i * config.cameras + camera].mean(0)
+            torch.testing.assert_close(selection.scores, expected / expected.sum(), rtol=1e-4, atol=1e-6)
+        other = dataclasses.replace(given, noise=given.noise + 1)
+        assert not torch.allclose(later_attention(model, [other], settings)[0], looked[:, frame])
+
+
+def watched_expert(model: VLA, inputs: ModelInputs) -> list[Tensor]:
+    """Attention of each expert layer's action tokens to the visual tokens in the first denoising step.
+
+    Out of the inputs that the expert's own layers are given, in float64, head by head. The state's token,
+    which comes last, is left out: no pruner sees it.
+    """
+    head, decoder = model.head, model.config.decoder
+    assert isinstance(head, FlowHead)
+    given: list[tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = []
+    hooks = [
+        layer.self_attn.register_forward_pre_hook(lambda _, args: given.append(args))
+        for layer in head.experts
+    ]
+    sequence = model.embed(inputs)
+    seen = [(k[:, :, :-1], v[:, :, :-1]) for k, v in head.look(model.decoder, sequence)]  # without the state
+    assert inputs.noise is not None
+    head.velocity(seen, inputs.noise, 1.0, sequence.shape[1])
+    for hook in hooks:
+        hook.remove()
+    paid = []
+    for layer, (x, (keys, _), rope) in zip(head.experts, given, strict=False):
+        q = rotate(layer.self_attn.q_proj(x).unflatten(-1, (decoder.heads, -1)).transpose(1, 2), rope)[0]
+        keys = keys[0]
+        heads = [
+            (q[h].double() @ keys[h * decoder.kv_heads // decoder.heads].double().T / decoder.head_dim**0.5)
+            for h in range(decoder.heads)
+        ]
+        paid.append(
+            torch.stack([scores.softmax(-1) for scores in heads]).mean((0, 1))[model.config.visual].float()
+        )
+    return paid
+
+
+@pytest.mark.parametrize("family", ["diffusion", "tokens", "regression"])
+def test_only_an_expert_has_action_tokens_to_look_from(family: str) -> None:
+    head = family_config(family).head
+    assert score_queries(Pruning(0.5, 1), head) == "text"
+    with pytest.raises(InputError, match="score_queries 'actions' needs an action expert"):
+        score_queries(Pruning(0.5, 1, score_queries="actions"), head)
+
+
+def test_attention_as_it_is_has_no_action_tokens_yet() -> None:
+    assert score_queries(Pruning(0.5, 1, method="attention"), family_config("flow").head) == "text"
+    with pytest.raises(
+        InputError, match="score_queries 'actions' needs method 'lookahead'; 'attention' reads"
+    ):
+        Pruning(0.5, 1, method="attention", score_queries="actions")
+
+
 def test_the_state_of_now_is_looked_from(model: VLA, pixels: list[Tensor], token_ids: Tensor) -> None:
     """Behind a later layer, looking ahead comes nearer to what is then seen."""
     inputs = [ModelInputs(pixels, token_ids)]
@@ -119,4 +198,4 @@ def test_nothing_is_looked_at_where_nothing_is_pruned(
         raise AssertionError("looked ahead")
 
     x = torch.zeros(1, 22, 16)
-    assert pruner.keep(1, LayerOutput(x, x, None, refuse)) is None
+    assert pruner.keep(1, LayerOutput(x, x, None, (x, x), refuse)) is None

@@ -27,14 +27,17 @@ class LayerOutput:
         embedded: what the first layer was given, of all tokens, those included that have been dropped.
         received: ``(batch, tokens)``, the attention each token gets in this layer, averaged over heads and
             the asked-for rows; None where none were asked for.
+        rope: rotary positions of ``hidden`` (`rope_angles`).
         look_ahead: ``look_ahead(layers, rows)`` is the attention ``(batch, tokens)`` that tokens would get
             from ``rows`` in later layers, were ``hidden`` their input, averaged over layers, heads and rows.
+            None for ``rows`` means the action expert's tokens, where there is an expert.
     """
 
     hidden: Tensor
     embedded: Tensor
     received: Tensor | None
-    look_ahead: Callable[[Sequence[int], Tensor], Tensor]
+    rope: tuple[Tensor, Tensor]
+    look_ahead: Callable[[Sequence[int], Tensor | None], Tensor]
 
 
 class TokenPruner(Protocol):
@@ -154,11 +157,14 @@ class Attention(nn.Module):
 
     def look(self, x: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
         """What ``rows`` of ``x`` ``(batch, tokens, width)`` would attend to: ``(batch, tokens)``."""
-        batch, tokens, _ = x.shape
-        q = self.q_proj(x[:, rows]).view(batch, len(rows), self.heads, self.head_dim).transpose(1, 2)
-        k = self.k_proj(x).view(batch, tokens, self.kv_heads, self.head_dim).transpose(1, 2)
+        q = self.q_proj(x[:, rows]).view(len(x), len(rows), self.heads, self.head_dim).transpose(1, 2)
         q = rotate(q, (rope[0][:, rows], rope[1][:, rows]))
-        return attention_received(q, rotate(k, rope), rows, causal=self.causal)
+        return attention_received(q, self.keys(x, rope), rows, causal=self.causal)
+
+    def keys(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotated keys ``(batch, kv_heads, tokens, head_dim)`` of ``x`` ``(batch, tokens, width)``."""
+        k = self.k_proj(x).view(*x.shape[:2], self.kv_heads, self.head_dim).transpose(1, 2)
+        return rotate(k, rope)
 
     def empty_kv(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Room for keys and values ``(batch, kv_heads, tokens, head_dim)`` of ``x``."""
@@ -234,6 +240,10 @@ class DecoderLayer(nn.Module):
         """What ``rows`` would attend to in this layer, were ``x`` its input: ``(batch, tokens)``."""
         return self.self_attn.look(self.input_layernorm(x), rope, rows)
 
+    def keys(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """The keys ``(batch, kv_heads, tokens, head_dim)`` of this layer, were ``x`` its input."""
+        return self.self_attn.keys(self.input_layernorm(x), rope)
+
 
 class FusedLook(Protocol):
     """Runs `Decoder.look_ahead` in one native call, or says None where it cannot."""
@@ -281,7 +291,7 @@ class Decoder(nn.Module):
             rows = pruner.score_rows(i) if pruner is not None else None
             x, received = layer(x, rope, i, cache, rows)
             if pruner is not None:
-                output = LayerOutput(x, embedded, received, partial(self.look_ahead, x, rope))
+                output = LayerOutput(x, embedded, received, rope, partial(self.look_ahead, x, rope))
                 kept = pruner.keep(i, output)
                 if kept is not None:
                     kept = kept.to(x.device)
@@ -291,9 +301,10 @@ class Decoder(nn.Module):
         return out
 
     def look_ahead(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], layers: Sequence[int], rows: Tensor
+        self, x: Tensor, rope: tuple[Tensor, Tensor], layers: Sequence[int], rows: Tensor | None
     ) -> Tensor:
         """As `LayerOutput.look_ahead`, given what is behind a layer and its rotary positions."""
+        assert rows is not None, "the decoder alone has no action expert"
         looked = [cast(DecoderLayer, self.layers[i]) for i in layers]
         done = None if self.fused_look is None else self.fused_look(looked, x, rope, rows)
         if done is not None:

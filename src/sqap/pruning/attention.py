@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sqap.errors import InputError
+from sqap.models.config import FlowHeadConfig, HeadConfig
 from sqap.models.decoder import LayerOutput
 from sqap.recipe import Pruning, ScoreQueries
 
@@ -23,9 +25,26 @@ def score_layers(settings: Pruning) -> tuple[int, ...]:
     return *(settings.score_layers or (first,)), *later
 
 
+def score_queries(settings: Pruning, head: HeadConfig) -> ScoreQueries:
+    """Whose attention counts, on a policy with this head.
+
+    Raises:
+        InputError: the settings name the action expert's tokens, and there is no expert.
+    """
+    expert = isinstance(head, FlowHeadConfig)
+    if settings.score_queries == "actions" and not expert:
+        raise InputError(
+            "score_queries 'actions' needs an action expert, which reads every layer's keys (a flow head); "
+            "this policy's head does not: use 'text' or 'last'"
+        )
+    if settings.score_queries is None:
+        return "actions" if expert and settings.method == "lookahead" else "text"
+    return settings.score_queries
+
+
 def query_rows(queries: ScoreQueries, visual: slice, length: int) -> Tensor:
-    """Positions ``(rows,)`` whose attention counts, in ``length`` of which those in ``visual`` are visual."""
-    first = visual.stop if queries == "text" else length - 1
+    """Positions ``(rows,)`` of the last token or of all text, in ``length`` of which some are ``visual``."""
+    first = length - 1 if queries == "last" else visual.stop
     return torch.arange(first, length, dtype=torch.int64, device="cpu")
 
 

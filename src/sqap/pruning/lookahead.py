@@ -3,7 +3,9 @@
 Which tokens the first layers attend to says little about what later ones will read. Right behind a cut, each
 later layer's own norm, query and key projections are therefore applied to the hidden states as they are now.
 The score of a token is the attention that the text behind the image pays it there, averaged over rows, heads
-and layers (`sqap.models.decoder.Decoder.look_ahead`). On a quantized model these are its packed projections,
+and layers (`sqap.models.decoder.Decoder.look_ahead`). With a flow head, whose action expert reads the keys of
+every layer, it is the attention that the action tokens of the first denoising step would pay
+(`sqap.models.heads.flow.ActionRows`). On a quantized model these are its packed projections,
 so the scores are what the compressed policy thinks. Nothing is trained, and nothing is kept between steps.
 
 Layers agree little about what matters, so several are asked: all later ones where that costs next to nothing,
@@ -23,11 +25,11 @@ from sqap.defaults import defaults
 from sqap.errors import InputError
 from sqap.models import DecoderConfig
 from sqap.models.decoder import DecoderLayer
-from sqap.models.stages import embed_through, loaded, run_layer, streamed, whole_rope
+from sqap.models.stages import embed_through, loaded, streamed
 from sqap.models.storage import Weights
 from sqap.models.vla import VLA, ModelInputs
-from sqap.pruning.attention import query_rows
 from sqap.pruning.criteria import top_k
+from sqap.pruning.readers import readers_of
 from sqap.recipe import Pruning
 
 COST = 0.05  # of the pruned decoder's multiply-adds, at most
@@ -103,29 +105,23 @@ def later_attention(
     Returns:
         Both ``(layers, frames * cameras, tokens of one)``, layers ascending.
     """
-    cameras, visual, decoder = model.config.cameras, model.config.visual, model.decoder
-    after = settings.last_layer
-    wanted = range(after, len(decoder.layers)) if layers is None else layers
-    hidden = [model.prefix(x) for x in embed_through(model, inputs, streamed(weights, model.dtype))]
-    rows = [query_rows(settings.score_queries, visual, x.shape[1]) for x in hidden]
-    behind: list[Tensor] = []
+    visual, after = model.config.visual, settings.last_layer
+    wanted = range(after, len(model.decoder.layers)) if layers is None else layers
+    sequences = embed_through(model, inputs, streamed(weights, model.dtype))
     looked: list[Tensor] = []
     attended: list[Tensor] = []
-    for i, layer in enumerate(decoder.layers[: max(wanted) + 1]):
-        if i == after:
-            behind = list(hidden)
-        with loaded(f"decoder.layers.{i}", layer, weights, model.dtype):
-            for frame, asked in enumerate(rows):
-                if i in wanted:
-                    x = behind[frame]
-                    rope = whole_rope(decoder, x)
-                    looked.append(cast(DecoderLayer, layer).look(x, rope, asked)[:, visual])
-                hidden[frame], received = run_layer(
-                    decoder, layer, hidden[frame], asked if i in wanted else None
-                )
-                if received is not None:
-                    attended.append(received[:, visual])
-    shape = len(wanted), len(inputs) * cameras, -1
+    with readers_of(model, sequences, inputs, settings, weights) as readers:
+        behind = readers
+        for i, layer in enumerate(model.decoder.layers[: max(wanted) + 1]):
+            if i == after:
+                behind = [reader.copy() for reader in readers]
+            with loaded(f"decoder.layers.{i}", layer, weights, model.dtype):
+                for past, reader in zip(behind, readers, strict=True):
+                    if i in wanted:
+                        looked.append(past.look(i, cast(DecoderLayer, layer))[:, visual])
+                    received = reader.run(i, cast(DecoderLayer, layer))
+                    attended += [received[:, visual]] if i in wanted else []
+    shape = len(wanted), len(inputs) * model.config.cameras, -1
     return torch.cat(looked).float().view(shape), torch.cat(attended).float().view(shape)
 
 

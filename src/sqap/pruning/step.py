@@ -45,7 +45,7 @@ class StepPruner:
         self._targets, self._generator = targets, generator
         self._cuts = {cut.after_layer - 1: i for i, cut in enumerate(settings.cuts)}
         self._watched = score_layers(settings)
-        self._rows = query_rows(settings.score_queries, visual, length)
+        self._rows = query_rows(settings.score_queries or "text", visual, length)
         # Where in the whole sequence the tokens are that are left.
         self._positions = torch.arange(length, dtype=torch.int64, device="cpu")
         self._dropped = 0
@@ -97,7 +97,8 @@ class StepPruner:
         """``(cameras, N)``, what the method ranks by; None if it does not rank."""
         method = self._selector.settings.method
         if method == "lookahead":
-            rows = self._rows - self._dropped
+            actions = self._selector.settings.score_queries == "actions"
+            rows = None if actions else self._rows - self._dropped
             received = output.look_ahead(self._selector.layers, rows)[0]
             return per_camera(self._visual_of(received), len(self._targets))
         if method == "cdpruner":

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast, get_args
 from sqap.errors import InputError
 
 PruningMethod = Literal["lookahead", "sqap", "attention", "random", "uniform", "divprune", "dart", "cdpruner"]
-ScoreQueries = Literal["text", "last"]
+ScoreQueries = Literal["text", "last", "actions"]
 Rest = Literal["random", "farthest"]
 
 # Methods whose budget is shared: the best by score, the ring around the end effector, and the rest.
@@ -48,7 +48,10 @@ class Pruning:
         keep_ratio: share of visual tokens kept, in (0, 1].
         after_layer: number of decoder layers that still see every token; at least 1.
         method: the criterion.
-        score_queries: whose attention counts: every token after the image ("text"), or the last alone.
+        score_queries: whose attention counts: every token after the image ("text"), the last alone ("last"),
+            or the action expert's tokens in the first denoising step ("actions"; of "lookahead" with flow
+            heads, whose experts read keys and values of every layer). None: "actions" where it can be,
+            else "text".
         score_layers: the decoder layers, counted from 0, whose attention is averaged into the scores. With
             "lookahead" they are those behind the last cut that are looked ahead at; None leaves the choice to
             calibration. With "sqap" and "attention" they are below ``after_layer``; None is the last layer
@@ -72,7 +75,7 @@ class Pruning:
     keep_ratio: float = 0.6
     after_layer: int = 2
     method: PruningMethod = "lookahead"
-    score_queries: ScoreQueries = "text"
+    score_queries: ScoreQueries | None = None
     score_layers: tuple[int, ...] | None = None
     top_share: float = _AS_THE_METHOD
     overlap: float = 0.8
@@ -89,6 +92,11 @@ class Pruning:
                 object.__setattr__(self, name, value)
         if self.after_layer < 1:
             raise InputError(f"after_layer must be at least 1, got {self.after_layer}")
+        if self.score_queries == "actions" and self.method != "lookahead":
+            raise InputError(
+                f"score_queries 'actions' needs method 'lookahead'; {self.method!r} reads the attention of "
+                "layers that run before any action token does"
+            )
         self._check_cuts()
         self._check_score_layers()
         for name in ("top_share", "overlap", "ring_share"):

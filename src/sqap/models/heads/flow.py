@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 from sqap.models.config import DecoderConfig, FlowHeadConfig
 from sqap.models.decoder import (
     Decoder,
+    DecoderLayer,
     KVCache,
+    LayerOutput,
     RMSNorm,
     SwiGLU,
     TokenPruner,
+    attention_received,
     causal_mask,
     rope_angles,
     rotate,
@@ -61,6 +65,19 @@ class ExpertAttention(nn.Module):
         mixed = attend(q, k, v, mask=mask)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return out
+
+    def attention(self, x: Tensor, keys: Tensor, rope: Rope) -> Tensor:
+        """Attention ``(batch, tokens)`` that ``x`` pays the decoder's tokens, averaged over heads and rows.
+
+        Args:
+            x: ``(batch, horizon, width)``.
+            keys: ``(batch, kv_heads, tokens, head_dim)``, the decoder's.
+            rope: rotary positions of ``x``.
+        """
+        if self.cross:
+            keys = self._split(self.k_proj(keys.transpose(1, 2).flatten(2)), self.kv_heads)
+        q = rotate(self._split(self.q_proj(x), self.heads), rope)
+        return attention_received(q, keys, torch.empty(0), causal=False)
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
@@ -111,7 +128,7 @@ class FlowHead(nn.Module):
     ) -> Tensor:
         """``(batch, tokens, width)`` to actions ``(batch, horizon, action_dim)``."""
         assert noise is not None, "flow matching starts from noise"
-        past = self.read(self.look(decoder, sequence, pruner))
+        past = self.read(self.look(decoder, sequence, pruner, noise))
         return self.integrate(lambda x, time: self.move(x, time, past, sequence.shape[1]), noise)
 
     @property
@@ -119,13 +136,28 @@ class FlowHead(nn.Module):
         """The layers."""
         return [cast(ExpertLayer, layer) for layer in self.layers]
 
-    def look(self, decoder: Decoder, sequence: Tensor, pruner: TokenPruner | None = None) -> list[KeysValues]:
-        """The keys and values of each of the decoder's layers, in the expert's type."""
+    def look(
+        self,
+        decoder: Decoder,
+        sequence: Tensor,
+        pruner: TokenPruner | None = None,
+        noise: Tensor | None = None,
+    ) -> list[KeysValues]:
+        """The keys and values of each of the decoder's layers, in the expert's type.
+
+        A pruner that looks ahead from the action tokens needs the ``noise`` that they start from.
+        """
         cache = KVCache(len(decoder.layers))
+        if pruner is not None and noise is not None:
+            pruner = ActionRows(pruner, self, decoder, cache, noise, sequence.shape[1])
         decoder(sequence[:, :-1], cache=cache, pruner=pruner)
         decoder(sequence[:, -1:], cache=cache)
-        stored = (cache.stored(i) for i in range(len(decoder.layers)))
-        return [(k.to(self.norm.weight), v.to(self.norm.weight)) for k, v in stored]
+        return [self.stored(cache, i) for i in range(len(decoder.layers))]
+
+    def stored(self, cache: KVCache, layer: int) -> KeysValues:
+        """Keys and values of a decoder layer, in the expert's type."""
+        k, v = cache.stored(layer)
+        return k.to(self.norm.weight), v.to(self.norm.weight)
 
     def read(self, seen: Sequence[KeysValues]) -> list[KeysValues]:
         """What each layer makes of the decoder's keys and values, whatever the noise is."""
@@ -144,16 +176,81 @@ class FlowHead(nn.Module):
 
     def move(self, x: Tensor, time: float, past: Sequence[KeysValues], tokens: int) -> Tensor:
         """`velocity`, given what `read` makes of what was seen."""
-        action = self.action_in_proj(x)
-        when = time_embedding(time, self.config).to(action).expand_as(action)
-        h = self.action_time_mlp_in(torch.cat([action, when], dim=-1))
-        h = self.action_time_mlp_out(F.silu(h))
-        alone = torch.arange(x.shape[1], dtype=torch.int64, device=x.device)[None]
-        ropes = [rope_angles(p, self.decoder_config, x.dtype) for p in (alone + tokens, alone)]
+        h, ropes = self.embed(x, time), self.ropes(x, tokens)
         for layer, kv in zip(self.experts, past, strict=True):
             h = layer(h, kv, ropes[int(layer.self_attn.cross)])
         out: Tensor = self.action_out_proj(self.norm(h))
         return out
+
+    def embed(self, x: Tensor, time: float) -> Tensor:
+        """Action tokens ``(batch, horizon, width)`` of ``x`` ``(batch, horizon, action_dim)`` at ``time``."""
+        action = self.action_in_proj(x)
+        when = time_embedding(time, self.config).to(action).expand_as(action)
+        h = self.action_time_mlp_in(torch.cat([action, when], dim=-1))
+        out: Tensor = self.action_time_mlp_out(F.silu(h))
+        return out
+
+    def ropes(self, x: Tensor, tokens: int) -> tuple[Rope, Rope]:
+        """Rotary positions of action tokens ``x``: behind so many ``tokens``, and alone (cross-attention)."""
+        alone = torch.arange(x.shape[1], dtype=torch.int64, device=x.device)[None]
+        behind, cross = (rope_angles(p, self.decoder_config, x.dtype) for p in (alone + tokens, alone))
+        return behind, cross
+
+
+class FirstStep:
+    """The first denoising step beside the decoder, layer by layer: whom its action tokens attend to.
+
+    Args:
+        head: the expert.
+        noise: ``(batch, horizon, action_dim)`` that it starts from.
+        tokens: in the decoder's whole sequence, which action tokens are behind.
+    """
+
+    def __init__(self, head: FlowHead, noise: Tensor, tokens: int) -> None:
+        self.head, noise = head, noise.to(head.norm.weight)
+        self.x, self.ropes = head.embed(noise, 1.0), head.ropes(noise, tokens)
+
+    def run(self, i: int, stored: KeysValues) -> None:
+        """Go through layer ``i``, given the keys and values of the decoder's."""
+        layer = self.head.experts[i]
+        self.x = layer(self.x, layer.self_attn.read(stored), self.ropes[int(layer.self_attn.cross)])
+
+    def attention(self, i: int, keys: Tensor) -> Tensor:
+        """Attention ``(batch, tokens)`` paid in layer ``i``, were this its input, to the decoder's keys."""
+        layer = self.head.experts[i]
+        rope = self.ropes[int(layer.self_attn.cross)]
+        return layer.self_attn.attention(layer.input_layernorm(self.x), keys.to(self.x), rope)
+
+
+@dataclass
+class ActionRows:
+    """A `TokenPruner` that lets another look ahead from the action tokens of the first denoising step.
+
+    They have read the layers so far, but for the robot's state, which comes behind the visual tokens.
+    """
+
+    pruner: TokenPruner
+    head: FlowHead
+    decoder: Decoder
+    cache: KVCache
+    noise: Tensor
+    tokens: int
+
+    def score_rows(self, layer: int) -> Tensor | None:
+        return self.pruner.score_rows(layer)
+
+    def keep(self, layer: int, output: LayerOutput) -> Tensor | None:
+        def look_ahead(layers: Sequence[int], rows: Tensor | None) -> Tensor:
+            if rows is not None:
+                return output.look_ahead(layers, rows)
+            step = FirstStep(self.head, self.noise, self.tokens)
+            for i in range(layer + 1):
+                step.run(i, self.head.stored(self.cache, i))
+            later = ((i, cast(DecoderLayer, self.decoder.layers[i])) for i in layers)
+            paid = [step.attention(i, found.keys(output.hidden, output.rope)) for i, found in later]
+            return torch.stack(paid).mean(0)
+
+        return self.pruner.keep(layer, replace(output, look_ahead=look_ahead))
 
 
 def time_embedding(time: float, config: FlowHeadConfig) -> Tensor:
