@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sqap.models import VLA, ModelInputs
+from sqap.models.decoder import LayerOutput
 from sqap.pruning.attention import AttentionWatcher, query_rows
 from sqap.pruning.calibration import attention_scores, choose_k, overlap_at_k, overlap_curve
 
@@ -61,6 +62,18 @@ def test_scores_are_what_a_pruner_sees(model: VLA, pixels: list[Tensor], token_i
     model(replace(inputs, noise=torch.zeros(1, 2, 2)), watcher)
     assert watcher.scores is not None
     torch.testing.assert_close(attention_scores(model, [inputs], (1, 3), "text"), watcher.scores)
+
+
+def test_a_watcher_remembers_its_own_layers_alone() -> None:
+    watcher = AttentionWatcher((1,), query_rows("text", slice(1, 17), 22), slice(1, 17))
+    x = torch.zeros(1, 22, 4)
+
+    def refuse(*_: object) -> Tensor:
+        raise AssertionError("looked ahead")
+
+    watcher.keep(2, LayerOutput(x, x, torch.ones(1, 22), (x, x), refuse))
+    watcher.keep(1, LayerOutput(x, x, None, (x, x), refuse))
+    assert watcher.scores is None
 
 
 def test_scores_of_frames_come_in_their_order(model: VLA, pixels: list[Tensor], token_ids: Tensor) -> None:

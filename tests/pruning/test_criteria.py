@@ -109,6 +109,28 @@ def test_farthest_points_leave_what_they_are_given_alone() -> None:
     assert torch.equal(first, criteria.farthest_points(4, kept, 6))
 
 
+@given(partly_kept(), st.integers(0, 2**31), st.booleans())
+def test_farthest_points_are_chosen_of_what_is_left(
+    case: tuple[int, torch.Tensor, int], seed: int, chance: bool
+) -> None:
+    grid, kept, count = case
+    left = torch.rand(len(kept), generator=torch.Generator().manual_seed(seed)) < 0.5
+    left |= kept
+    count = min(count, int((left & ~kept).sum()))
+    generator = torch.Generator().manual_seed(seed) if chance else None
+    found = criteria.farthest_points(grid, kept, count, generator, left).tolist()
+    assert len(set(found)) == count
+    assert all(left[i] and not kept[i] for i in found)
+
+
+def test_the_first_farthest_point_is_left_where_the_middle_is_gone() -> None:
+    none, left = torch.zeros(2, 16, dtype=torch.bool)
+    left[15] = True  # whose rank is lowest
+    assert criteria.farthest_points(4, none, 1, left=left).tolist() == [15]
+    left[3] = True
+    assert criteria.farthest_points(4, none, 2, left=left).tolist() == [3, 15]
+
+
 def test_random_tokens_follow_their_generator() -> None:
     def draw(seed: int) -> list[int]:
         return criteria.random_tokens(

@@ -64,6 +64,8 @@ def test_layers_are_chosen_for_what_they_find_together() -> None:
     assert choose_layers(layers, attended, 8, 3) == (1, 3)  # a third would bring nothing
     assert choose_layers(layers, attended, 8, 2) == (1, 3)
     assert choose_layers(layers, attended, 8, 1) in ((1,), (3,))
+    twice = torch.stack([first, second, first, second])
+    assert choose_layers(twice, attended, 8, 3) == (0, 1)  # a layer that brings nothing is left out
 
 
 @pytest.mark.parametrize("family", FAMILIES)

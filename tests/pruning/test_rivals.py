@@ -87,6 +87,21 @@ def test_relevance_is_the_cosine_to_the_text_behind_the_image() -> None:
 
 
 @pytest.mark.parametrize("method", rivals.BY_FEATURES)
+def test_a_selection_tells_what_it_went_by(method: str) -> None:
+    scores, target = features(1, 16, 1)[:, 0], (0.2, 0.7)
+    selector = Selector(Pruning(0.5, method=method), 4)  # type: ignore[arg-type]
+    found = selector.select(scores, target, features=features(0, 16))
+    assert found.target == target
+    assert found.scores is scores
+    assert not (found.top | found.ring).any()
+
+
+def test_cdpruner_needs_relevance() -> None:
+    with pytest.raises(InputError, match="'cdpruner' compares the tokens' features, but got none"):
+        Selector(Pruning(method="cdpruner"), 4).select(None, features=features(0, 16))
+
+
+@pytest.mark.parametrize("method", rivals.BY_FEATURES)
 def test_no_features_are_refused(method: str) -> None:
     with pytest.raises(InputError, match=f"'{method}' compares the tokens' features, but got none"):
         Selector(Pruning(method=method), 4).select(torch.ones(16))  # type: ignore[arg-type]
