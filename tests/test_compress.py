@@ -21,6 +21,7 @@ from sqap.models.stages import stages
 from sqap.processing import ActionUnits
 from sqap.quantization import Partial, list_linears
 from sqap.recipe import Pruning, PruningMethod, Quantization
+from tests.torch_settings import SETTINGS
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_an_interrupted_compression_leaves_what_it_has_and_a_finished_one_nothin
     assert all(torch.equal(whole[name], value) for name, value in resumed.items())
 
 
-def interrupted(policy, frames, place, stages=2):
+def interrupted(policy, frames, place, stages=2, recipe=None):
     """Leave ``stages`` finished ones in ``place``."""
     seen = []
 
@@ -71,7 +72,7 @@ def interrupted(policy, frames, place, stages=2):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sqap.compress(policy, Recipe.w4a8(), frames, progress=interrupt, resume=place)
+        sqap.compress(policy, recipe or Recipe.w4a8(), frames, progress=interrupt, resume=place)
     return {path.name: path.read_bytes() for path in place.glob("*.safetensors")}
 
 
@@ -110,6 +111,25 @@ def test_stages_of_another_policy_are_discarded_with_a_warning(policy, frames, t
     place = tmp_path / "partial"
     interrupted(policy, frames, place)
     assert len(interrupted(OTHERS[name](policy), frames, place, stages=1)) == 1
+    assert "stages of another compression" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "seeds"),
+    [
+        (Recipe(Quantization(4, 8, clip=False)), (0, 1, 2)),
+        (Recipe.w4a8(keep=0.5), (0, 1, 2)),
+        (Recipe.w4a8(), (0, 1, 3)),
+        (Recipe.w4a8(), (0, 2, 1)),
+        (Recipe.w4a8(), (0, 1)),
+    ],
+)
+def test_stages_of_another_recipe_or_other_frames_are_discarded(
+    policy, frames, observe, tmp_path, caplog, recipe, seeds
+):
+    place, others = tmp_path / "partial", [observe(seed) for seed in seeds]
+    assert len(interrupted(policy, frames, place)) == 2
+    assert len(interrupted(policy, others, place, stages=1, recipe=recipe)) == 1
     assert "stages of another compression" in caplog.text
 
 
@@ -249,6 +269,23 @@ def test_the_original_is_left_alone(policy, frames, observe):
 def test_exactly_the_budget_is_kept(policy, frames, observe, keep, method):
     small = sqap.compress(policy, Recipe(pruning=Pruning(keep_ratio=keep, method=method)), frames)
     assert len(small.step(observe(7), seed=1).selection.kept) == round(keep * 16)
+
+
+@pytest.mark.parametrize("method", get_args(PruningMethod))
+def test_every_method_keeps_the_same_under_any_setting_of_the_callers(policy, frames, observe, method):
+    recipe = Recipe(pruning=Pruning(keep_ratio=0.6, method=method))
+
+    def act():
+        small = sqap.compress(policy, recipe, frames)
+        return small.calibration, small.step(observe(7), seed=1)
+
+    calibration, wanted = act()
+    for name, setting in SETTINGS.items():
+        with setting():
+            calibrated, step = act()
+        assert np.array_equal(step.chunk, wanted.chunk), name
+        assert torch.equal(step.selection.kept, wanted.selection.kept), name
+        assert calibrated == calibration, name
 
 
 def test_eight_bits_stay_closer_than_four(policy, frames, observe):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from fnmatch import fnmatch
 from functools import cache, partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from sqap.policy import PolicyConfig
 from sqap.processing import ActionStatistics, ProprioStatistics
 from sqap.recipe import ACTIONS, Override, Pruning, Quantization, Recipe, Scheme
 from tests.families import family_config, random_model
+from tests.torch_settings import SETTINGS
 
 from .test_compress_published import write_frames
 
@@ -173,35 +173,6 @@ def test_pruning_alone_leaves_the_weights_on_disk(directory: Callable[[str], Pat
     assert small.step(observe(policy), seed=0).selection is not None
 
 
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def default_device() -> Iterator[None]:
-    torch.set_default_device("meta")
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
-SETTINGS: dict[str, Callable[[], AbstractContextManager[object]]] = {
-    "bfloat16": partial(default_dtype, torch.bfloat16),
-    "float16": partial(default_dtype, torch.float16),
-    "float64": partial(default_dtype, torch.float64),
-    "device": default_device,
-    "autocast": partial(torch.autocast, "cpu", dtype=torch.bfloat16),
-    "inference": torch.inference_mode,
-}
-
-
 def use(path: Path, out: Path, recipe: Recipe) -> tuple[dict[str, Tensor], list[np.ndarray]]:
     """What a compressed policy is, and how the original and it act, through the public face."""
     policy = load(path)
@@ -226,7 +197,10 @@ def expected(
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize(("name", "recipe"), [("smolvla", "gptq"), ("openvla-bf16", "nearest")])
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [("smolvla", "gptq"), ("openvla-bf16", "nearest"), ("cogact-bf16", "nearest"), ("oft-film", "nearest")],
+)
 def test_no_setting_of_the_callers_changes_anything(
     directory: Callable[[str], Path],
     expected: Callable[[str, str], tuple[dict[str, Tensor], list[np.ndarray]]],

@@ -68,7 +68,8 @@ def least_duplicated(features: Tensor, count: int) -> Tensor:
     Half of the published pivots are text tokens; here all of them are visual.
     """
     chosen = top_k(features.abs().sum(-1), min(PIVOTS, count)).tolist()
-    similar, free = _similarity(features), torch.ones(len(features), dtype=torch.bool)
+    similar = _similarity(features)
+    free = torch.ones(len(features), dtype=torch.bool, device=features.device)
     free[chosen] = False
     pivots, rest = list(chosen), count - len(chosen)
     for i, pivot in enumerate(pivots):
