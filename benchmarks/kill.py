@@ -53,6 +53,7 @@ class Command:
         result: what the command has written, to be compared.
         progress: how much of its work is on disk.
         whole: what that comes to at the end.
+        program: what Python is told to run.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Command:
     result: Callable[[], Any]
     progress: Callable[[], int]
     whole: int
+    program: tuple[str, ...] = ("-m", "sqap")
 
 
 @dataclass
@@ -147,7 +149,7 @@ def evaluating(root: Path) -> Command:
 def start(command: Command) -> subprocess.Popen[bytes]:
     """Start the command, and return when there is work to lose."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "sqap", *command.arguments],
+        [sys.executable, *command.program, *command.arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,

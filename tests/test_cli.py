@@ -129,6 +129,13 @@ def test_a_mistake_is_one_sentence_and_exit_code_one(saved, tmp_path, arguments,
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize("command", ["compress", "eval", "bench", "sensitivity", "inspect", "tune"])
+def test_how_a_published_policy_is_read_can_be_said_to_every_command(command):
+    words = set(runner.invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output.split())
+    options = {"--unnorm-key", "--cameras", "--tokenizer", "--crop", "--chunk", "--bounds", "--ema"}
+    assert words >= options | {"--film", "--no-film"}
+
+
 def test_keep_without_pruning_is_a_contradiction(saved, tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps({"quantization": {"weight_bits": 8}}))
     out = run("compress", saved, "--out", tmp_path / "x", "--recipe", tmp_path / "recipe.json",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,6 +91,28 @@ def test_a_place_that_cannot_be_taken_is_refused_before_the_work(command, tmp_pa
     assert code == 1
     assert sentence in output
     assert tree(tmp_path) == before
+
+
+# As a user who may not write: root may write everywhere.
+CHECK = """
+import os, sys
+from pathlib import Path
+from sqap.checkpoints.place import check_place
+from sqap.errors import CheckpointError
+if os.getuid() == 0:
+    os.setuid(65534)
+try:
+    check_place(Path(sys.argv[1]))
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_a_place_where_nothing_may_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path / "kept").mkdir(mode=0o555)
+    place = tmp_path / "kept" / "small"
+    done = subprocess.run([sys.executable, "-c", CHECK, str(place)], capture_output=True, text=True)
+    assert f"cannot write {place}: nothing can be made in /" in done.stdout, done.stderr
 
 
 @pytest.mark.usefixtures("no_work")

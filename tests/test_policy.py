@@ -127,6 +127,21 @@ def test_actions_that_are_not_finite_are_never_returned(policy, observe, value, 
         policy.act(observe(), seed=0)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("binarize", [(), (3,)])
+def test_one_number_that_is_not_finite_is_named(policy, observe, value, binarize):
+    """Of the model's output: what it becomes in robot units may be finite."""
+    actions = dataclasses.replace(policy.config.actions, binarize=binarize)
+    policy.config = dataclasses.replace(policy.config, actions=actions)
+    chunk = torch.zeros(1, 8, 4)
+    chunk[0, 0, 3] = value
+    policy.model.head.sample = lambda condition, noise: chunk
+    with pytest.raises(NonFiniteActionError, match=rf"dimension 3 of action 0 would be {value}, which no"):
+        policy.act(observe(), seed=0)
+    chunk[0, 0, 3] = 1
+    assert np.isfinite(policy.act(observe(), seed=0)).all()
+
+
 def test_statistics_that_are_not_finite_lead_nowhere(policy, observe):
     actions = dataclasses.replace(policy.config.actions, high=(np.nan, 1.0, 2.0, 1.0))
     policy.config = dataclasses.replace(policy.config, actions=actions)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -105,6 +107,27 @@ def test_reads_a_file(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text(json.dumps({"a": [1, 2.5, None]}))
     assert read_json(path, InputError) == {"a": [1, 2.5, None]}
+
+
+READ = """
+import sys
+from pathlib import Path
+from sqap.errors import InputError
+from sqap.serialization import read_json
+print(ascii(read_json(Path(sys.argv[1]), InputError)))
+"""
+
+
+def test_a_file_is_utf_8_whatever_the_locale_says(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('{"x": "größe"}', encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(path)],
+        env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == ascii({"x": "größe"}) + "\n", done.stderr
 
 
 def test_missing_file(tmp_path: Path) -> None:

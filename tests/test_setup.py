@@ -21,9 +21,10 @@ case "$*" in *g++*) /bin/cp "$HERE/true" "$HERE/g++" ;; esac
 # Python's own checks, as another release.
 PYTHON = f"""#!/bin/sh
 exec {sys.executable} -c '
-import ctypes.util, sys
+import ctypes.util, sys, sysconfig
 sys.version_info = ({{}}, 0)
 ctypes.util.find_library = lambda name: {{}}
+{{}}
 code, sys.argv = sys.argv[2], sys.argv[2:]
 exec(code)' "$@"
 """
@@ -42,8 +43,8 @@ class Machine:
         (self.path / name).write_text(text)
         (self.path / name).chmod(0o755)
 
-    def python(self, version: str, osmesa: str) -> None:
-        self.put("python3", PYTHON.format(version, osmesa))
+    def python(self, version: str, osmesa: str, more: str = "") -> None:
+        self.put("python3", PYTHON.format(version, osmesa, more))
 
     def run(self, *needs: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -139,6 +140,23 @@ def test_python_is_installed_or_refused(machine):
     )
 
 
+@pytest.mark.parametrize(
+    ("lacking", "package"),
+    [
+        ('sys.modules["ensurepip"] = None', "python3-venv"),
+        ('sys.modules["venv"] = None', "python3-venv"),
+        ('sysconfig.get_path = lambda name: "/"', "python3-dev"),
+    ],
+)
+def test_a_python_without_all_its_parts_is_noticed(machine, lacking: str, package: str):
+    be_a_user(machine)
+    machine.put("apt-get", APT)
+    machine.python("3, 12", "None", lacking)
+    done = machine.run("python")
+    assert done.returncode == 1
+    assert done.stderr.endswith(f"Install it: sudo apt-get install {package}\n")
+
+
 # Makes an environment of itself, and writes down what it is told.
 FAKE_PYTHON = """#!/bin/sh
 echo "$*" >> {log}
@@ -146,30 +164,62 @@ if [ "$2" = venv ]; then mkdir -p .venv/bin && cp "$0" .venv/bin/python; fi
 """
 
 
-def test_setup_is_done_anew_when_the_list_of_modules_changes(tmp_path):
-    """An editable install has the list of modules of the day it was made."""
+class Project:
+    """What `make setup` needs of the repository, with one module, and a Python that does nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.log, self.modules = path, path / "log", path / "src" / "sqap"
+        python = path / "python"
+        python.write_text(FAKE_PYTHON.format(log=self.log))
+        python.chmod(0o755)
+        for name in ("Makefile", "pyproject.toml", "constraints.txt", "CMakeLists.txt"):
+            shutil.copy(ROOT / name, path)
+        shutil.copytree(ROOT / "scripts", path / "scripts")
+        self.modules.mkdir(parents=True)
+        (self.modules / "a.py").touch()
+
+    def setup(self, compiler: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """By the make that is here, whatever PATH there is."""
+        usual = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+        return subprocess.run(
+            [str(shutil.which("make")), "setup", f"PYTHON={self.path / 'python'}", f"CXX={compiler}"],
+            cwd=self.path,
+            env=usual | {"MUJOCO_GL": "egl"} | environment,
+            capture_output=True,
+            text=True,
+        )
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
     if shutil.which("make") is None:
         pytest.skip("there is no make")
-    log, python = tmp_path / "log", tmp_path / "python"
-    python.write_text(FAKE_PYTHON.format(log=log))
-    python.chmod(0o755)
-    for name in ("Makefile", "pyproject.toml", "constraints.txt", "CMakeLists.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
-    modules = tmp_path / "src" / "sqap"
-    modules.mkdir(parents=True)
-    (modules / "a.py").touch()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    return Project(tmp_path)
+
+
+def test_nothing_is_made_or_downloaded_where_something_lacks(project: Project, tmp_path: Path):
+    """Neither apt-get nor sudo nor a compiler is on this PATH."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("sh", "uname", "find", "sort", "cksum", "cut", "mkdir", "cp", "rm", "touch"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    done = project.setup("no-compiler", PATH=str(tools))
+    assert done.returncode != 0
+    assert "sqap needs what this system lacks: a C++ compiler." in done.stderr
+    assert "-m venv" not in project.log.read_text()
+    assert "-m pip" not in project.log.read_text()
+    assert not (tmp_path / ".venv").exists()
+    assert project.setup("sh", PATH=str(tools)).returncode == 0, "nothing else lacks"
+
+
+def test_setup_is_done_anew_when_the_list_of_modules_changes(project: Project):
+    """An editable install has the list of modules of the day it was made."""
+    modules = project.modules
 
     def installs() -> int:
-        subprocess.run(
-            ["make", "setup", f"PYTHON={python}", "CXX=sh"],
-            cwd=tmp_path,
-            env=environment | {"MUJOCO_GL": "egl"},
-            check=True,
-            capture_output=True,
-        )
-        return log.read_text().count("pip install")
+        done = project.setup("sh")
+        assert done.returncode == 0, done.stderr
+        return project.log.read_text().count("pip install")
 
     assert [installs(), installs()] == [1, 1]
     (modules / "a.py").write_text("changed = True")

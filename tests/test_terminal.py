@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import subprocess
 import sys
 
 import pytest
@@ -66,6 +67,11 @@ def test_a_character_that_the_terminal_lacks_stops_nothing(encoding, monkeypatch
 def test_the_version_is_shown():
     result = runner.invoke(app, ["--version"])
     assert (result.exit_code, result.stdout) == (0, f"sqap {sqap.__version__}\n")
+
+
+def test_python_can_run_it_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "sqap", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"sqap {sqap.__version__}\n"), done.stderr
 
 
 def test_verbose_says_where_an_error_was_found():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,31 @@ def test_a_language_model_that_computes_something_else_is_refused(
     directory = publish("openvla")
     edit_text(directory, **said)
     with pytest.raises(CheckpointError, match=message):
+        config(directory)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "supported"),
+    [
+        ("use_sliding_window", True, "False"),
+        ("is_encoder_decoder", True, "False"),
+        ("attn_logit_softcapping", 50.0, "none"),
+        ("final_logit_softcapping", 30.0, "none"),
+        ("embedding_multiplier", 12.0, "1.0"),
+        ("attention_multiplier", 0.0078125, "none"),
+        ("residual_multiplier", 0.22, "1.0"),
+        ("logits_scaling", 8.0, "1.0"),
+        ("use_qk_norm", True, "False"),
+        ("pruned_heads", {"0": [1]}, "{}"),
+    ],
+)
+def test_keys_of_other_language_models_are_refused(
+    publish: Publish, key: str, value: object, supported: str
+) -> None:
+    directory = publish("openvla")
+    edit_text(directory, **{key: value})
+    sentence = f"text_config: {key} is {value!r}; supported is {supported}"
+    with pytest.raises(CheckpointError, match=re.escape(sentence)):
         config(directory)
 
 

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 
 # First, because it chooses MuJoCo's OpenGL platform, which mujoco fixes when it is imported.
+from sqap import environments
 from sqap.environments.metaworld import ACTION_METRES, ACTION_REPEAT, CAMERA, MAX_STEPS, MetaWorld
 
 try:
@@ -184,6 +186,17 @@ class TestSteps:
             return env.observe().end_effector
 
         np.testing.assert_array_equal(place(50.0), place(1.0))
+
+
+def test_what_decides_an_episode_besides_its_seed_is_told(monkeypatch):
+    told = environments.describe("metaworld")
+    assert (told["mujoco"], told["metaworld"]) == (mujoco.__version__, version("metaworld"))
+    assert (told["numpy"], told["max_steps"]) == (np.__version__, str(MAX_STEPS))
+    for renderer in ("egl", "osmesa"):
+        monkeypatch.setenv("MUJOCO_GL", renderer)
+        assert environments.describe("metaworld") == told | {"renderer": renderer}
+    monkeypatch.setattr("sqap.environments.metaworld.ACTION_REPEAT", ACTION_REPEAT + 1)
+    assert environments.describe("metaworld")["action_repeat"] != told["action_repeat"]
 
 
 def test_close_can_be_called_twice():

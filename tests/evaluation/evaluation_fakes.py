@@ -111,6 +111,11 @@ def load_walker(path: str, choices: object = None, fingerprint: str = "") -> Wal
     return Walker()
 
 
+def load_stroller(path: str, choices: object = None, fingerprint: str = "") -> Walker:
+    """A walker that takes a while."""
+    return Walker(pause=0.1)
+
+
 def make(env: str, task: str) -> Corridor:
     """What stands for `sqap.environments.make` in worker processes."""
     return Corridor(task)

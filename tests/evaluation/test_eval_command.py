@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from functools import partial
+from pkgutil import resolve_name
 
 import evaluation_fakes as fakes
 import numpy as np
@@ -79,6 +80,39 @@ def test_episodes_from_the_log_are_counted_and_another_builds_are_not_used(comma
     code, output = command("--log", log)
     assert code == 1
     assert "was written with build.package=" in output
+
+
+def test_episodes_from_the_log_are_told_from_those_run_now(command, tmp_path):
+    assert command()[0] == 0
+    code, output = command("--episodes", 3, "--json", "e.json")
+    assert code == 0
+    assert "1 of 3 episodes are from the log of" in output
+    assert json.loads((tmp_path / "e.json").read_text())["from_log"]["episodes"] == 1
+
+
+# A part of the settings -> what tells it, and what it says on another machine.
+MACHINES = {
+    "simulator.mujoco": ("sqap.environments.describe", lambda told: told | {"mujoco": "another"}),
+    "build.processor": ("sqap.kernels.describe", lambda told: told | {"processor": "another"}),
+    "build.instructions": ("torch.backends.cpu.get_cpu_capability", lambda told: "another"),
+}
+
+
+@pytest.mark.parametrize("part", MACHINES)
+def test_episodes_of_another_simulator_or_processor_are_not_used(command, monkeypatch, tmp_path, part):
+    assert command()[0] == 0
+    (log,) = (tmp_path / "runs").iterdir()
+    place, change = MACHINES[part]
+    tell = resolve_name(place)
+    monkeypatch.setattr(place, lambda *given: change(tell(*given)))
+    code, output = command()
+    assert code == 0
+    assert "from the log" not in output
+    assert f"not used: runs/{log.name}" in output
+    code, output = command("--log", log)
+    assert code == 1
+    assert f"was written with {part}=" in output
+    assert "now it is another" in output
 
 
 def test_a_worker_refuses_a_policy_that_is_not_the_one_it_labels(saved):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +127,26 @@ def test_a_list_may_begin_with_a_byte_order_mark(root):
     path = root / "metadata.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert identify(read_directory(root, ["front"], 1)[0].images["front"]) == 3
+
+
+READ = """
+import sys
+from pathlib import Path
+from sqap.frames import read_directory
+print(ascii(read_directory(Path(sys.argv[1]), ["front"], 1)[0].instruction))
+"""
+
+
+def test_a_list_is_utf_8_whatever_the_locale_says(root):
+    line = json.dumps(record(0, instruction="öffne die Tür"), ensure_ascii=False)
+    (root / "metadata.jsonl").write_text(line, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(root)],
+        env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == ascii("öffne die Tür") + "\n", done.stderr
 
 
 def test_a_list_that_is_not_text_is_refused(root):

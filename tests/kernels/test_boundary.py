@@ -146,6 +146,83 @@ def test_the_native_code_believes_no_size(path: str) -> None:
         kernels._native.matmul(path, (ADDRESS, 128), 2, 64, (ADDRESS, 96), 4, 3, (ADDRESS, 8))
 
 
+def native_layer(path: str, fused: bool = False, **changed: Any) -> Any:
+    """Of width 64, with four query heads of 16 and two of keys, with these of its arrays changed."""
+
+    def linear(outputs: int) -> Any:
+        sizes = {"weight": (ADDRESS, 64 * outputs), "n": outputs, "scale": (ADDRESS, 4 * outputs)}
+        return native_linear(path, **sizes, weight_bits=8, groups=1, bias=(0, 0))
+
+    arrays = ("weight1", "bias1", "weight2", "bias2", "gain1", "gain2")
+    given: dict[str, Any] = dict.fromkeys(arrays, (ADDRESS, 256)) | changed
+    norms = [kernels._native.norm(False, given[f"weight{i}"], given[f"bias{i}"], 1e-5) for i in (1, 2)]
+    inputs = [linear(128)] if fused else [linear(64), linear(32), linear(32)]
+    rest = linear(64), [linear(64)], linear(64), *norms, given["gain1"], given["gain2"]
+    return kernels._native.Layer(inputs, *rest, 0, 4, 2, 16, True)
+
+
+# What a layer is given for two times three tokens, and what looking at layers is for three.
+LAYER: dict[str, Any] = {
+    "x": (ADDRESS, 1536), "y": (ADDRESS, 1536), "batch": 2, "tokens": 3, "cos": (ADDRESS, 384),
+    "sin": (ADDRESS, 384), "rows": (ADDRESS, 3), "received": (ADDRESS, 24), "keys": (ADDRESS, 768),
+    "values": (ADDRESS, 768),
+}  # fmt: skip
+LOOK: dict[str, Any] = {
+    "x": (ADDRESS, 768), "tokens": 3, "cos": (ADDRESS, 192), "sin": (ADDRESS, 192), "rows": (ADDRESS, 3),
+    "received": (ADDRESS, 12),
+}  # fmt: skip
+
+
+@every_path
+def test_the_native_code_believes_no_size_of_a_layer(path: str) -> None:
+    for kind, called in (("weight", "a norm's weight"), ("bias", "a norm's bias"), ("gain", "a gain")):
+        for name in (f"{kind}1", f"{kind}2"):
+            with pytest.raises(ValueError, match=f"{called}: 252 bytes where 256"):
+                native_layer(path, **{name: (ADDRESS, 252)})
+    layer, none = native_layer(path), (0, 0)
+    for changed, sentence in (
+        ({"x": (ADDRESS, 1532)}, "inputs: 1532 bytes where 1536"),
+        ({"y": (ADDRESS, 1532)}, "outputs: 1532 bytes where 1536"),
+        ({"cos": (ADDRESS, 192)}, "cosines: 192 bytes where 384"),
+        ({"sin": (ADDRESS, 192)}, "sines: 192 bytes where 384"),
+        ({"sin": none}, "cosines without sines"),
+        ({"cos": none}, "sines without cosines"),
+        ({"rows": (ADDRESS, 2)}, "rows: 2 bytes where 3"),
+        ({"received": (ADDRESS, 12)}, "what rows attend to: 12 bytes where 24"),
+        ({"received": none}, "what rows attend to: no bytes where 24"),
+        ({"keys": (ADDRESS, 384)}, "keys: 384 bytes where 768"),
+        ({"values": (ADDRESS, 384)}, "values: 384 bytes where 768"),
+        ({"keys": none}, "values without keys"),
+        ({"values": none}, "keys without values"),
+        ({"batch": -2}, "negative"),
+        ({"tokens": 2**60}, "too large"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            layer(*{**LAYER, **changed}.values())
+
+
+@every_path
+def test_the_native_code_believes_no_size_of_what_is_looked_at(path: str) -> None:
+    layer, none = native_layer(path), (0, 0)
+    for changed, sentence in (
+        ({"x": (ADDRESS, 764)}, "inputs: 764 bytes where 768"),
+        ({"cos": (ADDRESS, 188)}, "cosines: 188 bytes where 192"),
+        ({"sin": (ADDRESS, 188)}, "sines: 188 bytes where 192"),
+        ({"sin": none}, "sines: no bytes where 192"),
+        ({"rows": (ADDRESS, 2)}, "rows: 2 bytes where 3"),
+        ({"received": (ADDRESS, 8)}, "what rows attend to: 8 bytes where 12"),
+        ({"tokens": -3}, "negative"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            kernels._native.look([layer, layer], *{**LOOK, **changed}.values())
+    for layers, sentence in (
+        ([], "no layers to look at"),
+        ([layer, native_layer(path, fused=True)], "queries and keys of their own"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            kernels._native.look(layers, *LOOK.values())
+
+
 OUT_OF_MEMORY = """
 import resource, sys
 import torch

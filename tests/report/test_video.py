@@ -14,6 +14,8 @@ from sqap.errors import InputError
 from sqap.evaluation.rollout import Episode
 from sqap.observation import Observation
 from sqap.pruning.selector import Selection
+from sqap.recipe import Recipe
+from sqap.report.comparison import record_comparison
 from sqap.report.overlay import AROUND, ATTENDED, PRUNED_BRIGHTNESS, SAMPLED, annotate, heat_map
 from sqap.report.video import (
     BACKGROUND,
@@ -184,6 +186,17 @@ class TestRecord:
         bright = [int((picture.min(-1) == 200).sum()) for picture in pictures]
         assert bright[0] == 0
         assert bright[1] > 3 * bright[2] > 0
+
+    def test_a_comparison_shows_what_each_policy_looks_at(self, monkeypatch):
+        monkeypatch.setattr("sqap.environments.make", lambda env, task: self.Walk())
+        policies = [self.Looks(), self.Looks()]
+        for policy, camera, crop in zip(policies, ("wrist", "camera"), (0.5, 1.0), strict=True):
+            policy.recipe, policy.config = Recipe(), SimpleNamespace(cameras=(camera, "other"), crop=crop)
+        columns = record_comparison(policies, "metaworld", ["door-open", "door-close"], seed=0)
+        assert [[(shown.camera, shown.crop) for shown in column] for column in columns] == [
+            [("wrist", 0.5)] * 2,
+            [("camera", 1.0)] * 2,
+        ]
 
     def record(self, hz):
         policy = self.Looks()
