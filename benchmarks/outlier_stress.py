@@ -131,7 +131,7 @@ class Robot:
     def see(self) -> Seen:
         seen, visual = Seen([], []), self.model.config.visual
         for given in self.evaluation:
-            rows = query_rows("text", visual, self.model.length(given.token_ids.shape[1]))
+            rows = query_rows("text", visual, self.model.layout(given).blocks[0].stop)
             watcher = Watcher(rows, visual)
             seen.outputs.append(self.model(given, watcher))
             seen.attention.extend(watcher.scores)

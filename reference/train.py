@@ -47,7 +47,8 @@ class Trainee(nn.Module):
     def features(self, pixels: Tensor, ids: Tensor, last: Tensor) -> Tensor:
         """Cognition tokens ``(batch, width)`` of right-padded ``ids``; ``last`` is each one's end."""
         hidden = self.vla.decoder(self.vla.embed(ModelInputs([pixels], ids)))
-        return hidden[torch.arange(len(ids)), last + self.vla.config.visual_tokens]
+        text = self.vla.config.layout(ids.shape[1]).span("text")  # of which BOS is none
+        return hidden[torch.arange(len(ids)), text.start + last - 1]
 
 
 class DataSet:

@@ -59,7 +59,8 @@ def families() -> Iterator[tuple[str, Tensor]]:
                     selector = Selector(pruning, config.grid, layers=(2,))
                     generator = torch.Generator().manual_seed(seed)
                     targets = [(0.4, 0.6)] * config.cameras
-                    pruner = StepPruner(selector, model.length(5), config.visual, targets, generator)
+                    length = config.layout(5).blocks[0].stop
+                    pruner = StepPruner(selector, length, config.visual, targets, generator)
                     yield f"{family}.{name}.{seed}.{cut}", model(given, pruner)
 
 

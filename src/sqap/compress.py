@@ -173,7 +173,7 @@ def ranking(
     if weights is not None:
         fill_around(model, weights)
     if pruning.method != "lookahead":
-        queries = score_queries(pruning, model.config.head)
+        queries = score_queries(pruning, model.config)
         return Ranking(attention_scores(model, inputs, score_layers(pruning), queries, weights))
     layers = layers or pruning.score_layers
     if layers is not None and weights is None:

@@ -16,9 +16,10 @@ from tokenizers import Tokenizer
 
 from sqap.defaults import defaults
 from sqap.errors import InputError, NonFiniteActionError
-from sqap.models import VLA, DiffusionHeadConfig, FlowHeadConfig, ModelConfig, ModelInputs
+from sqap.models import VLA, ModelConfig, ModelInputs
 from sqap.models.stages import stages
 from sqap.models.storage import Rounded, Weights, fill, unify, widen
+from sqap.models.through import Through, direct
 from sqap.observation import Observation
 from sqap.processing import (
     ActionStatistics,
@@ -122,6 +123,7 @@ class Policy:
     Attributes:
         selector: chooses visual tokens, as the recipe says; None if nothing is pruned.
         pruner: makes the pruner of a step out of the selector.
+        through: runs the model's stages in a step.
     """
 
     model: VLA = field(repr=False)
@@ -139,13 +141,12 @@ class Policy:
         pruning = self.recipe.pruning
         self.selector: Selector | None = None
         self.pruner: Callable[..., StepPruner] = StepPruner
+        self.through: Through = direct
         if pruning is not None:
             check_pruning(pruning, self.config.model)
             found = self.calibration or Calibration(0, "")
             layers = layers_to_look_at(pruning, self.config.model.decoder, found.layers)
-            pruning = dataclasses.replace(
-                pruning, score_queries=score_queries(pruning, self.config.model.head)
-            )
+            pruning = dataclasses.replace(pruning, score_queries=score_queries(pruning, self.config.model))
             self.selector = Selector(pruning, self.config.model.grid, found.top_k, layers)
 
     def act(self, observation: Observation, *, seed: int | None = None) -> np.ndarray:
@@ -175,10 +176,11 @@ class Policy:
             generator.manual_seed(seed)
         inputs = self.inputs(observation, generator)
         pruner = self._pruner(observation, inputs.token_ids.shape[1], generator)
-        normalised = self.model(inputs, pruner)[0].float().numpy()
+        (actions,) = self.model.run([inputs], self.through, [pruner])
+        normalised = actions[0].float().numpy()
         chunk = unnormalize(normalised, self.config.actions)
-        for actions in (normalised, chunk):  # what is clipped or turned into 0 and 1 hides what it was
-            _check_actions(actions)
+        for found in (normalised, chunk):  # what is clipped or turned into 0 and 1 hides what it was
+            _check_actions(found)
         return Step(chunk, pruner.selections if pruner is not None else ())
 
     def inputs(self, observation: Observation, generator: torch.Generator) -> ModelInputs:
@@ -194,7 +196,7 @@ class Policy:
         ids = prompt_ids(observation.instruction, config.prompt, self.tokenizer, config.append_tokens)
         _check_ids(ids, config.model)
         noise = None
-        if isinstance(head, DiffusionHeadConfig | FlowHeadConfig):
+        if head.noisy:
             shape = 1, head.horizon, head.action_dim
             noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
         return ModelInputs(self.pixels(observation), ids, noise, self.proprio(observation))
@@ -265,8 +267,8 @@ class Policy:
         if self.selector is None:
             return None
         targets = [self._target(observation, camera) for camera in self.config.cameras]
-        length, visual = self.model.length(text_tokens), self.config.model.visual
-        return self.pruner(self.selector, length, visual, targets, generator)
+        layout = self.config.model.layout(text_tokens)
+        return self.pruner(self.selector, layout.blocks[0].stop, layout.span("visual"), targets, generator)
 
     def _target(self, observation: Observation, camera: str) -> tuple[float, float] | None:
         """Where the end effector is in what is looked at of a camera's image, if the observation tells."""
@@ -290,12 +292,12 @@ def check_pruning(pruning: Pruning, config: ModelConfig) -> None:
         )
     pruning.budget(config.grid**2)
     layers_to_look_at(pruning, config.decoder)
-    score_queries(pruning, config.head)
+    score_queries(pruning, config)
 
 
 def _check_ids(ids: torch.Tensor, config: ModelConfig) -> None:
     """Make sure that the model embeds the token ids ``(1, tokens)``, and has one for either end."""
-    highest, least = int(ids.max()) if ids.numel() else 0, 1 if config.image_first else 2
+    highest, least = int(ids.max()) if ids.numel() else 0, config.least_text
     if highest >= config.decoder.vocabulary:
         raise InputError(
             f"the tokenizer makes token {highest} of the instruction, but the model embeds tokens up to "

@@ -14,7 +14,7 @@ from torch import nn
 from sqap import kernels
 from sqap.kernels.layer import Layer, Norm
 from sqap.models.config import DecoderConfig, VisionConfig
-from sqap.models.decoder import Decoder, DecoderLayer, KVCache, rope_angles
+from sqap.models.decoder import Decoder, DecoderLayer, KVCache, Stream, rope_angles
 from sqap.models.heads.diffusion import DiTBlock
 from sqap.models.vision import Block
 from sqap.quantization import QuantizedLinear
@@ -123,12 +123,12 @@ def test_a_look_ahead(path: str, causal: bool, activations: Any, equal_norms: bo
     for rows in (torch.arange(70, 77), torch.tensor([76]), torch.tensor([3, 40, 41])):
         for layers in ([0, 1, 2], [2], [1, 0]):
             decoder.fused_look = None
-            expected = decoder.look_ahead(x, rope, layers, rows)
+            expected = decoder.look_ahead(Stream((x,), (rope,), x), layers, rows)
             fuse(decoder)
             assert decoder.fused_look is not None
             found = decoder.fused_look([decoder.layers[i] for i in layers], x, rope, rows)
             assert found is not None
-            assert torch.equal(found, decoder.look_ahead(x, rope, layers, rows))
+            assert torch.equal(found, decoder.look_ahead(Stream((x,), (rope,), x), layers, rows))
             # Modules take the scale of a tensor from the rows alone.
             assert torch.allclose(found, expected, atol=2e-3 if activations == "token" else 8e-3)
             assert found.sum().item() == pytest.approx(1)

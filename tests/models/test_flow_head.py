@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sqap.errors import InputError
-from sqap.models import VLA, FlowHeadConfig, ModelConfig, ModelInputs
+from sqap.models import VLA, FlowHeadConfig, ModelInputs
 from sqap.models.decoder import DecoderLayer
 from sqap.models.heads import FlowHead
 from sqap.models.heads.flow import ExpertLayer, time_embedding
@@ -45,6 +45,13 @@ def look(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     k, v = (x.repeat_interleave(len(q) // len(x), dim=0) for x in (k, v))
     scores = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
     return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+
+
+def seen(model: VLA, inputs: ModelInputs, pruner: StepPruner | None = None) -> list[tuple[Tensor, Tensor]]:
+    """The keys and values of the decoder's layers, as the expert is given them."""
+    assert isinstance(model.head, FlowHead)
+    (stream,) = model.decoder.run(model.streams([inputs], pruners=[pruner]))
+    return model.head.seen(stream)
 
 
 def heads(x: Tensor, width: int) -> Tensor:
@@ -109,8 +116,7 @@ def test_the_velocity_at_any_time_is_the_joint_passes(model: VLA) -> None:
     inputs, head = random_inputs(CONFIG, 1), model.head
     assert isinstance(head, FlowHead)
     assert inputs.noise is not None
-    sequence = model.embed(inputs)
-    found = head.velocity(head.look(model.decoder, sequence), inputs.noise, 0.3, sequence.shape[1])
+    found = head.velocity(seen(model, inputs), inputs.noise, 0.3, model.layout(inputs).decoder.length)
     torch.testing.assert_close(found[0], joint(model, inputs, inputs.noise[0], 0.3), **TOLERANCE)
 
 
@@ -129,14 +135,10 @@ def test_observations_of_a_batch_do_not_meet(model: VLA) -> None:
 
 @torch.inference_mode()
 def test_only_actions_depend_on_the_state(model: VLA) -> None:
-    head = model.head
-    assert isinstance(head, FlowHead)
     inputs = random_inputs(CONFIG, 1)
     assert inputs.proprio is not None
     other = replace(inputs, proprio=inputs.proprio + 1)
-    for (k, v), (k2, v2) in zip(
-        *(head.look(model.decoder, model.embed(x)) for x in (inputs, other)), strict=True
-    ):
+    for (k, v), (k2, v2) in zip(*(seen(model, x) for x in (inputs, other)), strict=True):
         torch.testing.assert_close(k[:, :, :-1], k2[:, :, :-1])
         torch.testing.assert_close(v[:, :, :-1], v2[:, :, :-1])
         assert not torch.allclose(v[:, :, -1], v2[:, :, -1])
@@ -147,13 +149,10 @@ def test_only_actions_depend_on_the_state(model: VLA) -> None:
 def test_the_expert_sees_what_pruning_leaves(model: VLA) -> None:
     inputs = random_inputs(CONFIG, 1)
     selector = Selector(Pruning(keep_ratio=0.5, after_layer=2, method="attention"), CONFIG.grid)
-    length = model.length(inputs.token_ids.shape[1])
-    assert length == model.prefix(model.embed(inputs)).shape[1] == 2 * 16 + 5
+    length = model.layout(inputs).blocks[0].stop
+    assert length == 2 * 16 + 5
     pruner = StepPruner(selector, length, CONFIG.visual, (None, None))
-    head = model.head
-    assert isinstance(head, FlowHead)
-    seen = head.look(model.decoder, model.embed(inputs), pruner)
-    assert [k.shape[2] for k, _ in seen] == [38, 38, 22]
+    assert [k.shape[2] for k, _ in seen(model, inputs, pruner)] == [38, 38, 22]
     assert [len(s.kept) for s in pruner.selections] == [8, 8]
     assert torch.isfinite(model(inputs, StepPruner(selector, length, CONFIG.visual, (None, None)))).all()
 
@@ -167,16 +166,50 @@ def test_time_is_told_by_periods_from_the_shortest_to_the_longest() -> None:
     torch.testing.assert_close(embedded[:half].square() + embedded[half:].square(), torch.ones(half))
 
 
+@torch.inference_mode()
+def test_actions_see_each_other_where_the_model_says_so(model: VLA) -> None:
+    """The first action depends on the last one's noise only if attention among actions is not causal."""
+    assert isinstance(CONFIG.head, FlowHeadConfig)
+    inputs = random_inputs(CONFIG, 1)
+    assert inputs.noise is not None
+    noise = inputs.noise.clone()
+    noise[:, -1] += 1
+    both = random_model(replace(CONFIG, head=replace(CONFIG.head, causal_actions=False)))
+    for policy, depends in ((model, False), (both, True)):
+        before, after = policy(inputs)[:, 0], policy(replace(inputs, noise=noise))[:, 0]
+        assert torch.allclose(before, after) is not depends
+
+
 @pytest.mark.parametrize(
-    "wrong",
-    [{"image_first": False}, {"proprio_dim": None}, {"decoder": replace(CONFIG.decoder, causal=True)}],
+    "other",
+    [
+        {"image_first": False},
+        {"proprio_dim": None},
+        {"decoder": replace(CONFIG.decoder, causal=True)},
+        {"state_in": "text"},
+    ],
 )
-def test_what_does_not_go_together_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="goes with image_first, a robot's state and a decoder"):
-        replace(CONFIG, **wrong)
+@torch.inference_mode()
+def test_an_expert_goes_with_any_order_of_tokens(other: dict[str, Any]) -> None:
+    config = replace(CONFIG, **other)
+    policy, inputs = random_model(config), random_inputs(config, 2)
+    assert policy(inputs).isfinite().all()
+    settings = Pruning(0.5, 1, score_queries="actions")
+    pruner = StepPruner(
+        Selector(settings, config.grid, layers=(1, 2)),
+        config.layout(5).blocks[0].stop,
+        config.visual,
+        (None, None),
+    )
+    assert policy(random_inputs(config, 1), pruner).isfinite().all()
+    assert [len(s.kept) for s in pruner.selections] == [8, 8]
 
 
-def test_a_causal_policy_cannot_put_its_images_first() -> None:
-    other = family_config("regression")
-    with pytest.raises(InputError, match="image_first"):
-        ModelConfig(other.vision, other.projector, other.decoder, other.head, image_first=True)
+def test_only_an_expert_can_read_the_state_itself() -> None:
+    with pytest.raises(InputError, match="state_in 'expert' needs an action expert"):
+        replace(family_config("diffusion"), state_in="expert")
+
+
+def test_placeholders_cannot_stand_behind_images() -> None:
+    with pytest.raises(InputError, match="a head that reads placeholders stands behind BOS"):
+        replace(family_config("regression"), image_first=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from sqap.models import DecoderConfig, RegressionHeadConfig, TokenHeadConfig
 from sqap.models.decoder import Decoder, LayerOutput
 from sqap.models.heads import RegressionHead, TokenHead
+from sqap.models.layout import Layout, Segment
 from sqap.quantization import QuantizedLinear
 from sqap.recipe import Scheme
 
@@ -39,7 +40,7 @@ def test_tokens_are_greedy_whether_cached_or_not(decoder: Decoder, sequence: Ten
     for _ in range(5):
         expected.append(head.lm_head(decoder(x)[:, -1]).argmax(-1))
         x = torch.cat([x, decoder.embed_tokens(expected[-1])[:, None]], dim=1)
-    found = head.generate(decoder, sequence)
+    found = head.generate(decoder, head.read(decoder, sequence))
     assert torch.equal(found, torch.stack(expected, dim=1))
     assert len(found.unique()) > 2
 
@@ -57,10 +58,10 @@ def test_tokens_are_bins_counted_from_the_end() -> None:
 
 def test_what_is_not_finite_chooses_no_token_and_spoils_no_other(decoder: Decoder, sequence: Tensor) -> None:
     head = token_head()
-    expected = head.generate(decoder, sequence)
+    expected = head.generate(decoder, head.read(decoder, sequence))
     sequence = sequence.clone()
     sequence[0, 3] = torch.nan
-    found = head.generate(decoder, sequence)
+    found = head.generate(decoder, head.read(decoder, sequence))
     assert found[0].tolist() == [-1] * 5
     assert torch.equal(found[1], expected[1])
     assert head.actions(found)[0].isnan().all()
@@ -79,7 +80,7 @@ def test_the_first_token_of_the_vocabulary_is_read_as_itself(
         return embed(ids)
 
     monkeypatch.setattr(decoder, "embed", spy)
-    assert (head.generate(decoder, sequence) == 0).all()
+    assert (head.generate(decoder, head.read(decoder, sequence)) == 0).all()
     assert torch.equal(torch.cat(read, dim=1), torch.zeros(2, 4, dtype=torch.int64))
 
 
@@ -92,9 +93,10 @@ def test_a_quantized_output_matrix_reads_floats(sequence: Tensor) -> None:
 
 def test_tokens_become_one_action(decoder: Decoder, sequence: Tensor) -> None:
     head = token_head()
-    actions = head(decoder, sequence, None, None)
+    prompt = head.read(decoder, sequence)
+    actions = head.act(decoder, prompt)
     assert actions.shape == (2, 1, 5)
-    assert torch.equal(actions[:, 0], head.actions(head.generate(decoder, sequence)))
+    assert torch.equal(actions[:, 0], head.actions(head.generate(decoder, prompt)))
 
 
 def test_what_is_pruned_stays_out_of_the_cache(decoder: Decoder, sequence: Tensor) -> None:
@@ -110,7 +112,9 @@ def test_what_is_pruned_stays_out_of_the_cache(decoder: Decoder, sequence: Tenso
             return torch.tensor([[0, 6, 7, 8]]).expand(len(output.hidden), -1)
 
     head = token_head()
-    assert not torch.equal(head.generate(decoder, sequence, Keep()), head.generate(decoder, sequence))
+    whole, pruned = (head.read(decoder, sequence, pruner) for pruner in (None, Keep()))
+    assert [k.shape[2] for k, _ in pruned.stored] == [9, *[4] * (len(decoder.layers) - 1)]
+    assert not torch.equal(head.generate(decoder, pruned), head.generate(decoder, whole))
 
 
 def test_regression_reads_each_action_one_place_early(decoder: Decoder) -> None:
@@ -123,6 +127,8 @@ def test_regression_reads_each_action_one_place_early(decoder: Decoder) -> None:
     def norm(x: Tensor, name: str) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
 
+    layout = Layout((Segment("text", 4), Segment("actions", 6), Segment("end", 1)))
+    (stream,) = decoder.run([decoder.start(sequence)])
     hidden = decoder(sequence)[:, 3:9]
     for step in range(2):
         x = torch.cat([hidden[:, 3 * step + i] for i in range(3)], dim=-1)
@@ -131,7 +137,8 @@ def test_regression_reads_each_action_one_place_early(decoder: Decoder) -> None:
             inner = norm(x, f"blocks.{i}.norm") @ w[f"blocks.{i}.fc.weight"].T + w[f"blocks.{i}.fc.bias"]
             x = x + torch.relu(inner)
         expected = norm(x, "norm2") @ w["fc2.weight"].T + w["fc2.bias"]
-        torch.testing.assert_close(head(decoder, sequence, None, None)[:, step], expected)
+        found = head.act(decoder, head.state(decoder, stream, layout, None))
+        torch.testing.assert_close(found[:, step], expected)
 
 
 def test_without_causality_every_token_sees_every_other(sequence: Tensor) -> None:

@@ -50,7 +50,7 @@ def test_shapes(family: str) -> None:
     assert config.visual_tokens == 16 * config.cameras
 
     assert model.see(inputs.pixels, model.language(inputs.token_ids)).shape == (3, config.visual_tokens, 32)
-    assert model.prefix(model.embed(inputs)).shape == (3, model.length(5), 32)
+    assert model.embed(inputs).shape == (3, config.layout(5).decoder.length, 32)
     actions = model(inputs)
     assert actions.shape == (3, config.head.horizon, 4)
     assert actions.dtype == torch.float32
@@ -190,7 +190,7 @@ def test_no_tensor_is_tied_to_the_cpu(family: str) -> None:
         inputs.noise if inputs.noise is None else inputs.noise.to("meta"),
         inputs.proprio if inputs.proprio is None else inputs.proprio.to("meta"),
     )
-    pruner = KeepFirst(config.visual_tokens, 4, model.length(5))
+    pruner = KeepFirst(config.visual_tokens, 4, config.layout(5).blocks[0].stop)
     assert model(empty, pruner).device.type == "meta"
 
 

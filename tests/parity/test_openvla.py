@@ -71,7 +71,8 @@ def test_logits(openvla: Upstream) -> None:
 def test_a_hundred_observations_give_the_same_tokens(openvla: Upstream) -> None:
     model = openvla.policy.model
     assert isinstance(model.head, TokenHead)
-    ids = [model.head.generate(model.decoder, model.embed(openvla.inputs(i)))[0] for i in range(100)]
+    prompts = (model.head.read(model.decoder, model.embed(openvla.inputs(i))) for i in range(100))
+    ids = [model.head.generate(model.decoder, prompt)[0] for prompt in prompts]
     assert torch.equal(torch.stack(ids).int(), openvla.arrays["ids"])
     assert len(openvla.arrays["ids"].unique()) > 100
 

@@ -65,7 +65,7 @@ def test_hidden_states(oft: Upstream, name: str) -> None:
     assert isinstance(model.head, RegressionHead)
     for i, expected in enumerate(oft.arrays["hidden"]):
         hidden = model.decoder(model.embed(oft.inputs(i)))
-        read = model.head.gather(hidden).reshape(-1, hidden.shape[-1])
+        read = model.head.gather(hidden, model.layout(oft.inputs(i))).reshape(-1, hidden.shape[-1])
         torch.testing.assert_close(read[:: STRIDES[name], ::8], expected, **TOLERANCE)
 
 

@@ -33,7 +33,11 @@ def run(
 ) -> tuple[torch.Tensor, StepPruner]:
     generator = torch.Generator().manual_seed(0)
     pruner = StepPruner(
-        Selector(settings, 4, layers=(1, 2)), model.length(5), CONFIG.visual, targets, generator
+        Selector(settings, 4, layers=(1, 2)),
+        model.config.layout(5).blocks[0].stop,
+        CONFIG.visual,
+        targets,
+        generator,
     )
     with torch.inference_mode():
         return model.decoder(model.embed(inputs), pruner=pruner), pruner
@@ -44,7 +48,7 @@ def test_each_camera_keeps_exactly_its_budget(model: VLA, inputs: ModelInputs, m
     settings = Pruning(keep_ratio=0.4, method=method, after_layer=1)  # type: ignore[arg-type]
     hidden, pruner = run(model, inputs, settings, [(0.5, 0.5), None])
     assert [len(selection.kept) for selection in pruner.selections] == [6, 6]
-    assert hidden.shape[1] == model.length(5) - 32 + 12
+    assert hidden.shape[1] == model.config.layout(5).blocks[0].stop - 32 + 12
 
 
 def test_the_ring_is_drawn_where_the_camera_is_known(model: VLA, inputs: ModelInputs) -> None:
@@ -91,7 +95,9 @@ def test_several_observations_are_refused_where_one_would_decide_for_all(family:
     def pruner(keep_ratio: float) -> StepPruner:
         settings = Pruning(keep_ratio=keep_ratio, method=method, after_layer=1)  # type: ignore[arg-type]
         selector = Selector(settings, config.grid)
-        return StepPruner(selector, model.length(5), config.visual, [None] * config.cameras)
+        return StepPruner(
+            selector, model.config.layout(5).blocks[0].stop, config.visual, [None] * config.cameras
+        )
 
     with torch.inference_mode():
         with pytest.raises(InputError, match="one observation, got a batch of 2: run them one at a time"):

@@ -78,7 +78,7 @@ def test_later_attention_is_what_a_step_sees(family: str, queries: str) -> None:
     settings = Pruning(0.5, 1, score_queries=queries, top_share=1)  # type: ignore[arg-type]
     looked, attended = later_attention(model, inputs, settings)
     assert looked.shape == attended.shape == (2, 2 * config.cameras, config.grid**2)
-    length = model.length(5)
+    length = model.config.layout(5).blocks[0].stop
     rows = query_rows(settings.score_queries, config.visual, length)
     for i, given in enumerate(inputs):
         frame = slice(i * config.cameras, (i + 1) * config.cameras)
@@ -110,7 +110,7 @@ def test_an_expert_looks_with_its_own_action_tokens() -> None:
     head = model.head
     assert isinstance(head, FlowHead)
     settings = Pruning(0.5, 1, top_share=1)
-    assert score_queries(settings, config.head) == "actions"
+    assert score_queries(settings, config) == "actions"
     looked, attended = later_attention(model, inputs, settings)
     torch.testing.assert_close(looked[0], attended[0])  # the next layer's is what it will be
     for i, given in enumerate(inputs):
@@ -121,7 +121,10 @@ def test_an_expert_looks_with_its_own_action_tokens() -> None:
             torch.testing.assert_close(attended[j, frame].flatten(), paid[layer], rtol=1e-4, atol=1e-6)
         resolved = dataclasses.replace(settings, score_queries="actions")
         pruner = StepPruner(
-            Selector(resolved, config.grid, layers=(1, 2)), model.length(5), config.visual, [None] * 2
+            Selector(resolved, config.grid, layers=(1, 2)),
+            model.config.layout(5).blocks[0].stop,
+            config.visual,
+            [None] * 2,
         )
         model(given, pruner)
         for camera, selection in enumerate(pruner.selections):
@@ -134,8 +137,7 @@ def test_an_expert_looks_with_its_own_action_tokens() -> None:
 def watched_expert(model: VLA, inputs: ModelInputs) -> list[Tensor]:
     """Attention of each expert layer's action tokens to the visual tokens in the first denoising step.
 
-    Out of the inputs that the expert's own layers are given, in float64, head by head. The state's token,
-    which comes last, is left out: no pruner sees it.
+    Out of the inputs that the expert's own layers are given, in float64, head by head.
     """
     head, decoder = model.head, model.config.decoder
     assert isinstance(head, FlowHead)
@@ -144,10 +146,9 @@ def watched_expert(model: VLA, inputs: ModelInputs) -> list[Tensor]:
         layer.self_attn.register_forward_pre_hook(lambda _, args: given.append(args))
         for layer in head.experts
     ]
-    sequence = model.embed(inputs)
-    seen = [(k[:, :, :-1], v[:, :, :-1]) for k, v in head.look(model.decoder, sequence)]  # without the state
+    (stream,) = model.decoder.run(model.streams([inputs]))
     assert inputs.noise is not None
-    head.velocity(seen, inputs.noise, 1.0, sequence.shape[1])
+    head.velocity(head.seen(stream), inputs.noise, 1.0, model.layout(inputs).decoder.length)
     for hook in hooks:
         hook.remove()
     paid = []
@@ -166,14 +167,14 @@ def watched_expert(model: VLA, inputs: ModelInputs) -> list[Tensor]:
 
 @pytest.mark.parametrize("family", ["diffusion", "tokens", "regression"])
 def test_only_an_expert_has_action_tokens_to_look_from(family: str) -> None:
-    head = family_config(family).head
-    assert score_queries(Pruning(0.5, 1), head) == "text"
+    config = family_config(family)
+    assert score_queries(Pruning(0.5, 1), config) == "text"
     with pytest.raises(InputError, match="score_queries 'actions' needs an action expert"):
-        score_queries(Pruning(0.5, 1, score_queries="actions"), head)
+        score_queries(Pruning(0.5, 1, score_queries="actions"), config)
 
 
 def test_attention_as_it_is_has_no_action_tokens_yet() -> None:
-    assert score_queries(Pruning(0.5, 1, method="attention"), family_config("flow").head) == "text"
+    assert score_queries(Pruning(0.5, 1, method="attention"), family_config("flow")) == "text"
     with pytest.raises(
         InputError, match="score_queries 'actions' needs method 'lookahead'; 'attention' reads"
     ):

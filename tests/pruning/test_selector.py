@@ -99,6 +99,21 @@ def test_chance_comes_from_the_generator_alone(method: str) -> None:
     assert len({tuple(draw(seed)) for seed in range(8)}) > 1
 
 
+@pytest.mark.parametrize("method", ["lookahead", "sqap"])
+def test_the_rest_of_the_budget_is_left_to_chance_or_covers_the_image(method: str) -> None:
+    scores, drawn = torch.arange(64.0), {}
+    for rest in ("random", "farthest"):
+        settings = Pruning(0.25, method=method, top_share=0.5, ring_share=0, rest=rest)  # type: ignore[arg-type]
+        selection = Selector(settings, 8).select(scores, None, torch.Generator().manual_seed(0))
+        assert selection.top.nonzero().flatten().tolist() == list(range(56, 64))
+        drawn[rest] = selection.sampled
+    left = ~selection.top
+    expected = criteria.random_tokens(left, 8, torch.Generator().manual_seed(0))
+    assert drawn["random"].nonzero().flatten().tolist() == sorted(expected.tolist())
+    covered = criteria.farthest_points(8, selection.top, 8, torch.Generator().manual_seed(0))
+    assert drawn["farthest"].nonzero().flatten().tolist() == sorted(covered.tolist())
+
+
 def test_two_shares_rounded_up_do_not_overrun_the_budget() -> None:
     # Half of three rounds to two, twice.
     settings = Pruning(keep_ratio=0.75, top_share=0.5, ring=(0.0, 2.0), ring_share=0.5)
@@ -150,6 +165,9 @@ def test_attention_keeps_the_best_and_the_baselines_do_not_look() -> None:
 
     scores = torch.arange(16.0)
     assert kept("attention", scores) == [12, 13, 14, 15]
+    ranked = Selector(Pruning(0.25, method="attention"), 4).select(scores, (0.1, 0.2))
+    assert ranked.target == (0.1, 0.2)
+    assert torch.equal(torch.as_tensor(ranked.scores), scores)
     for method in ("random", "uniform"):
         assert kept(method, scores) == kept(method, None)
 

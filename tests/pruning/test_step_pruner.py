@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sqap.models import VLA, ModelInputs
 from sqap.models.decoder import Decoder, KVCache, LayerOutput, rope_angles, rotate
-from sqap.pruning import Selector, StepPruner
+from sqap.pruning import Selector, StepPruner, rivals
 from sqap.quantization import quantize_model
 from sqap.recipe import Cut, Pruning, PruningMethod, Quantization
 
@@ -158,6 +158,26 @@ def test_cuts_follow_each_other(model: VLA, x: Tensor, method: str) -> None:
     assert torch.isin(kept[2], kept[0]).all()
     by_hand, _ = explicit(model.decoder, x, kept)
     torch.testing.assert_close(pruned, by_hand)
+
+
+@pytest.mark.parametrize("method", rivals.BY_FEATURES)
+def test_rivals_compare_tokens_as_they_were_published_to(model: VLA, x: Tensor, method: str) -> None:
+    """DART compares the hidden states behind the layer, the others what the decoder reads."""
+    pruner, behind = make(Pruning(0.25, 2, method=method)), []  # type: ignore[arg-type]
+
+    class Recorder:
+        score_rows = staticmethod(pruner.score_rows)
+
+        def keep(self, layer: int, output: LayerOutput) -> Tensor | None:
+            behind.append(output.hidden[0])
+            return pruner.keep(layer, output)
+
+    model.decoder(x, pruner=Recorder())
+    visual = slice(1, 1 + VISUAL)
+    features = behind[1][visual] if method == "dart" else x[0, visual]
+    left = torch.ones(VISUAL, dtype=torch.bool)
+    chosen = rivals.choose(method, VISUAL // 4, left, features, rivals.relevance(x[0], visual))
+    assert pruner.selections[0].kept.tolist() == sorted(chosen.tolist())
 
 
 def later_maps(decoder: Decoder, x: Tensor, positions: Tensor, layers: Iterable[int]) -> Tensor:

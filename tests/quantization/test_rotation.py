@@ -21,9 +21,8 @@ from sqap.quantization.rotation import (
     Rotation,
     is_rotated,
     rotate_input,
-    rotate_layer,
     rotate_norm,
-    rotate_output,
+    rotate_stage,
 )
 from sqap.recipe import Quantization
 
@@ -141,11 +140,11 @@ def test_stages_rotated_one_by_one_are_the_whole(make_model: MakeModel, seed: in
     rotate_decoder(whole, seed)
     rotation = Rotation.of(staged.config.decoder, seed)
     rotate_input(staged.decoder.embed_tokens, None, rotation)
-    rotate_output(staged.projector, rotation)
+    rotate_stage(staged.projector, rotation)
     staged.decoder.norm = rotate_norm(staged.decoder.norm, rotation)
     for layer in reversed(staged.decoder.layers):
         assert isinstance(layer, DecoderLayer)
-        rotate_layer(layer, rotation)
+        rotate_stage(layer, rotation)
     for name, weight in whole.state_dict().items():
         assert torch.equal(staged.state_dict()[name], weight), name
 
@@ -157,7 +156,7 @@ def test_one_layer_reads_and_writes_the_rotated_stream(seed: int | None) -> None
     layer = random_decoder(config).layers[0]
     rotated, rotation = copy.deepcopy(layer), Rotation.of(config, seed)
     assert isinstance(rotated, DecoderLayer)
-    rotate_layer(rotated, rotation)
+    rotate_stage(rotated, rotation)
     x, rope = torch.randn(2, 5, 96), rope_angles(torch.arange(5)[None], config, torch.float32)
     expected = rotation.residual.apply(layer(x, rope)[0])
     torch.testing.assert_close(rotated(rotation.residual.apply(x), rope)[0], expected, rtol=0, atol=1e-4)
@@ -257,7 +256,7 @@ def test_rotating_twice_is_refused(make_model: MakeModel) -> None:
         lambda: rotate_decoder(model),
         lambda: rotate_decoder(model.decoder),
         lambda: prepare_rotated(model),
-        lambda: rotate_layer(layer, Rotation.of(model.config.decoder)),
+        lambda: rotate_stage(layer, Rotation.of(model.config.decoder)),
     ):
         with pytest.raises(InputError, match="already rotated"):
             again()

@@ -8,7 +8,7 @@ a step gives them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from sqap.errors import SqapError
 from sqap.models.decoder import DecoderLayer
-from sqap.models.heads import DiffusionHead, FlowHead, TokenHead
 from sqap.policy import Policy
 
 Arrays = Sequence[np.ndarray]
@@ -57,6 +56,18 @@ class _ExportedLayer(nn.Module):
         return self.exported(x, *rope), None
 
 
+class _Whole(nn.Module):
+    """A vision encoder as one network."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, pixels: Tensor, language: Tensor | None = None) -> Tensor:
+        out: Tensor = self.encoder(pixels, language)
+        return out
+
+
 class _Layer(nn.Module):
     """A decoder layer as a function of tensors alone."""
 
@@ -84,15 +95,19 @@ def export(
         SqapError: its head reads the decoder's keys and values.
     """
     model = policy.model
-    if isinstance(model.head, TokenHead | FlowHead):
+    if model.head.keeps:
         raise SqapError("a decoder that keeps keys and values for its head is not exported")
     policy = Policy(model, policy.config, policy.tokenizer)
     owners: list[tuple[nn.Module, str]] = [(model, "projector")]
     for parts in (model.vision, model.decoder.layers):
         owners += [(parts, str(i)) for i in range(len(parts))]
-    if isinstance(model.head, DiffusionHead):
-        model.head.blocks = nn.ModuleList([nn.Sequential(*model.head.blocks)])
-        owners.append((model.head.blocks, "0"))
+    if model.head.chain:
+        blocks = cast(nn.ModuleList, getattr(model.head, model.head.chain))
+        together = nn.ModuleList([nn.Sequential(*blocks)])
+        setattr(model.head, model.head.chain, together)
+        owners.append((together, "0"))
+    for i, encoder in enumerate(model.vision):
+        model.vision[i] = _Whole(encoder)
     networks = [owner.get_submodule(name) for owner, name in owners]
     examples = _inputs(networks, lambda: step(policy))
     for (owner, name), network in zip(owners, networks, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from sqap.benchmark import tools
 from sqap.benchmark.candidates import CANDIDATES, Subject, example, weight_bytes
 from sqap.errors import SqapError
 from sqap.models.decoder import LayerOutput
+from sqap.models.through import direct
 from sqap.policy import Policy
 from sqap.process import forget_peak, peak_rss_bytes
 from sqap.pruning import StepPruner
@@ -80,46 +82,45 @@ class Bench:
 
 
 class Stages:
-    """Times a policy's parts as they run: hooks around modules, and a pruner that looks at the clock."""
+    """Times a policy's parts as they run: the policy's `through`, and a pruner that looks at the clock."""
 
     def __init__(self, policy: Policy) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
-        self._started: dict[str, float] = {}
-        model = policy.model
-        for encoder in model.vision:
-            self._watch("vision", encoder)
-        for name, part in (("projector", model.projector), ("decoder", model.decoder), ("model", model)):
-            self._watch(name, part)
+        self._ready = 0.0  # when the stage before ended
+        policy.through = self._through
         if policy.selector is not None:
             policy.pruner = partial(_TimedPruner, self._seconds)
 
     def clear(self) -> None:
-        """Forget what was timed."""
+        """Forget what was timed: a step begins."""
         self._seconds.clear()
+        self._ready = 0.0
 
     def split(self, ms: float) -> dict[str, float]:
-        """Milliseconds of each stage of a step that took ``ms``; together they are the step."""
-        spent = {name: 1000 * seconds for name, seconds in self._seconds.items()}
-        selection = spent.get("selection", 0.0)
-        vision, projector, decoder = (spent[name] for name in ("vision", "projector", "decoder"))
+        """Milliseconds of each stage of a step that took ``ms``; together they are the step.
+
+        What is computed between two stages counts as the later one's, and before the first and behind the
+        last as processing: images to pixels, and chunks to actions.
+        """
+        spent = {name: 1000 * self._seconds[name] for name in ("vision", "projector", "decoder", "head")}
+        selection = 1000 * self._seconds["selection"]
         return {
-            "preprocess": ms - spent["model"],
-            "vision": vision,
-            "projector": projector,
-            "decoder": decoder - selection,
+            "preprocess": ms - sum(spent.values()),
+            "vision": spent["vision"],
+            "projector": spent["projector"],
+            "decoder": spent["decoder"] - selection,
             "selection": selection,
-            "head": spent["model"] - vision - projector - decoder,
+            "head": spent["head"],
         }
 
-    def _watch(self, name: str, module: nn.Module) -> None:
-        def before(*_: Any) -> None:
-            self._started[name] = time.perf_counter()
-
-        def after(*_: Any) -> None:
-            self._seconds[name] += time.perf_counter() - self._started[name]
-
-        module.register_forward_pre_hook(before)
-        module.register_forward_hook(after)
+    def _through(
+        self, name: str, stage: nn.Module, states: Sequence[Any], call: Callable[..., Any]
+    ) -> list[Any]:
+        begin = self._ready or time.perf_counter()
+        out = direct(name, stage, states, call)
+        self._ready = time.perf_counter()
+        self._seconds[name.partition(".")[0]] += self._ready - begin
+        return out
 
 
 class _TimedPruner(StepPruner):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,11 @@ class VlaCpp(Elsewhere):
         super().__init__(nbytes)
         self._model, self._pixel_format, self._config = model, pixel_format, config
 
-    def forward(self, inputs: ModelInputs, pruner: None = None) -> Tensor:
-        """Normalised actions ``(1, horizon, action_dim)``."""
+    def run(self, inputs: Sequence[ModelInputs], *_: object) -> list[Tensor]:
+        """Normalised actions ``(1, horizon, action_dim)`` for each of ``inputs``."""
+        return [self(given) for given in inputs]
+
+    def forward(self, inputs: ModelInputs) -> Tensor:
         assert inputs.proprio is not None
         actions = self._model.predict(
             [image.contiguous().numpy() for image in self._images(inputs.pixels[0])],

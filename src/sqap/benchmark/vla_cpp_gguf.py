@@ -21,15 +21,14 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor, nn
 
 from sqap.benchmark.dense import dense_weight
-from sqap.benchmark.vla_cpp import PRECISIONS
 from sqap.errors import InputError
 from sqap.models import VLA, RegressionHeadConfig
+from sqap.models.edges import edges_of
 from sqap.models.vision import VisionEncoder
 from sqap.policy import Policy
 from sqap.quantization.rotation import RotatedNorm
 
 ARCHITECTURE = "openvla_oft"
-TYPES = {precision: Type[precision.upper()] for precision in PRECISIONS}
 REGISTERS = 4  # vla.cpp drops a class token and as many registers from its first encoder
 EMBEDDING = "token_embd.weight"
 
@@ -59,9 +58,6 @@ LINEARS = {
     "aex.head.fc1": "head.fc1",
     "aex.head.fc2": "head.fc2",
 }
-# Linears that read the decoder's residual stream, and those that write to it.
-READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-WRITERS = ("o_proj", "down_proj", "projector.layers.2", "proprio.layers.1")
 NORMS = {"aex.head.ln1": "head.norm1", "aex.head.ln2": "head.norm2", "lm.output_norm": "decoder.norm"}
 
 
@@ -95,7 +91,7 @@ def write(policy: Policy, path: Path, precision: str) -> int:
     """
     _check(policy.model)
     entries = [*_vision(policy.model), *_decoder(policy.model), *_rest(policy.model)]
-    kinds = [entry.kind(TYPES[precision]) for entry in entries]
+    kinds = [entry.kind(Type[precision.upper()]) for entry in entries]
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     writer.add_string(f"{ARCHITECTURE}.architecture", ARCHITECTURE)
     for name, value in keys(policy).items():
@@ -225,15 +221,17 @@ def _tensors(model: VLA, names: Mapping[str, str]) -> Iterator[Entry]:
 
 def _weight(model: VLA, path: str) -> Tensor:
     """The weight ``(out, in)`` of a linear, packed or not, as PyTorch's candidates have it."""
-    weight = dense_weight(cast(nn.Linear, model.get_submodule(path)))
-    if path.endswith(READERS):
+    weight, edge = dense_weight(cast(nn.Linear, model.get_submodule(path))), edges_of(model).get(path)
+    if edge is None:
+        return weight
+    if edge.reads == "residual":
         return _back(model, weight)
-    return _back(model, weight.T).T if path.endswith(WRITERS) else weight
+    return _back(model, weight.T).T if edge.writes == "residual" else weight
 
 
 def _bias(model: VLA, path: str) -> Tensor:
-    bias = cast(Tensor, model.get_submodule(path).bias).float()
-    return _back(model, bias) if path.endswith(WRITERS) else bias
+    bias, edge = cast(Tensor, model.get_submodule(path).bias).float(), edges_of(model).get(path)
+    return _back(model, bias) if edge is not None and edge.writes == "residual" else bias
 
 
 def _back(model: VLA, rows: Tensor) -> Tensor:

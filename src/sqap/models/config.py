@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 from sqap.errors import InputError
+from sqap.models.layout import Layout, Segment
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class DiffusionHeadConfig:
     sample_steps: int = 10
     guidance: float = 1.5
     kind: Literal["diffusion"] = "diffusion"
+    noisy: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.sample_steps <= self.train_steps:
@@ -100,6 +102,7 @@ class TokenHeadConfig:
     bins: int = 256
     last_token: int = 32_000
     kind: Literal["tokens"] = "tokens"
+    noisy: ClassVar[bool] = False
 
     @property
     def horizon(self) -> int:
@@ -116,6 +119,7 @@ class RegressionHeadConfig:
     width: int
     depth: int = 2
     kind: Literal["regression"] = "regression"
+    noisy: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,8 @@ class FlowHeadConfig:
     """SmolVLA's actions: an expert as deep as the decoder, but narrower, that moves noise along a flow.
 
     Every ``self_attention_every``-th of its layers, from the first one on, lets action tokens see each
-    other; the others make keys and values of the decoder's alone. Time, from 0 to 1, is told by sines of
-    periods from ``min_period`` to ``max_period``.
+    other, with ``causal_actions`` those before themselves alone; the others make keys and values of the
+    decoder's alone. Time, from 0 to 1, is told by sines of periods from ``min_period`` to ``max_period``.
     """
 
     action_dim: int
@@ -135,9 +139,12 @@ class FlowHeadConfig:
     sample_steps: int = 10
     min_period: float = 4e-3
     max_period: float = 4.0
+    causal_actions: bool = True
     kind: Literal["flow"] = "flow"
+    noisy: ClassVar[bool] = True
 
 
+# Of each, `noisy` says whether the actions are sampled: their chunks then begin as noise.
 HeadConfig = DiffusionHeadConfig | TokenHeadConfig | RegressionHeadConfig | FlowHeadConfig
 
 
@@ -149,7 +156,8 @@ class ModelConfig:
     one visual token of each r x r square of patches, as in SmolVLM. Every one of ``cameras`` images goes
     through the same encoders; ``proprio_dim`` numbers of the robot's state become one more token, by
     ``proprio_layers`` linears. The sequence begins with BOS, images and state; with ``image_first``, as in
-    SmolVLA, with the images, and ends with the state.
+    SmolVLA, with the images, and ends with the state. ``state_in`` says whose token the state is: the
+    decoder's, the action expert's (pi0), or none, since the text tells it (pi0.5).
     """
 
     vision: tuple[VisionConfig, ...]
@@ -161,16 +169,15 @@ class ModelConfig:
     proprio_dim: int | None = None
     proprio_layers: int = 2
     image_first: bool = False
+    state_in: Literal["decoder", "expert", "text"] = "decoder"
 
     def __post_init__(self) -> None:
         if not self.vision:
             raise InputError("vision must name at least one encoder")
-        if isinstance(self.head, FlowHeadConfig) != self.image_first or (
-            self.image_first and (self.proprio_dim is None or self.decoder.causal)
-        ):
-            raise InputError(
-                "a flow-matching head goes with image_first, a robot's state and a decoder that is not causal"
-            )
+        if self.state_in == "expert" and not self.has_expert:
+            raise InputError("state_in 'expert' needs an action expert, which only a flow-matching head has")
+        if self.image_first and self.placeholders:
+            raise InputError("a head that reads placeholders stands behind BOS: image_first must be false")
         if self.pixel_shuffle < 1 or self.vision[0].grid % self.pixel_shuffle:
             raise InputError(
                 f"pixel_shuffle {self.pixel_shuffle} does not divide a grid of {self.vision[0].grid} patches"
@@ -187,7 +194,44 @@ class ModelConfig:
         return self.cameras * self.grid**2
 
     @property
+    def has_expert(self) -> bool:
+        """Whether actions are tokens of an expert that reads the keys and values of every decoder layer."""
+        return isinstance(self.head, FlowHeadConfig)
+
+    @property
+    def placeholders(self) -> int:
+        """Empty tokens in the decoder's sequence that actions are read from."""
+        head = self.head
+        return head.horizon * head.action_dim if isinstance(head, RegressionHeadConfig) else 0
+
+    @property
+    def least_text(self) -> int:
+        """Text tokens that a sequence needs, BOS and the end among them."""
+        return 1 if self.image_first else 2
+
+    @property
     def visual(self) -> slice:
         """Where the visual tokens are in the decoder's sequence."""
-        start = 0 if self.image_first else 1
-        return slice(start, start + self.visual_tokens)
+        return self.layout(self.least_text).span("visual")
+
+    def layout(self, text_tokens: int) -> Layout:
+        """The order of the tokens, the action expert's included, for so many ``text_tokens``."""
+        causal = self.decoder.causal
+        visual = Segment("visual", self.visual_tokens, causal=causal)
+        state = Segment("state", 1, causal=causal)
+        states = [state] if self.proprio_dim is not None and self.state_in == "decoder" else []
+        if self.image_first:
+            order = [visual, Segment("text", text_tokens, causal=causal)]
+            order += [replace(segment, block=1) for segment in states]
+        else:
+            end = [Segment("actions", self.placeholders), Segment("end", 1)] if self.placeholders else []
+            text = Segment("text", text_tokens - 1 - bool(end))
+            order = [Segment("bos", 1), visual, *states, text, *end]
+            order = [replace(segment, causal=causal) for segment in order]
+        if isinstance(self.head, FlowHeadConfig):
+            block = order[-1].block + 1
+            if self.proprio_dim is not None and self.state_in == "expert":
+                order.append(Segment("state", 1, block, expert=True))
+                block += 1
+            order.append(Segment("actions", self.head.horizon, block, self.head.causal_actions, expert=True))
+        return Layout(tuple(order))

@@ -6,8 +6,8 @@ a `KVFormat` says how keys and values are held. All are given from outside; noth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, cast
 
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sqap.models.config import DecoderConfig
+from sqap.models.edges import Edge
+from sqap.models.through import Through, direct
 from sqap.models.transformer import Fused, activated, attend
 
 
@@ -75,32 +77,83 @@ class FloatKV:
 
 
 class KVCache:
-    """Keys and values per layer as a `KVFormat` holds them; behind a pruned layer, of kept positions only."""
+    """Keys and values per layer as a `KVFormat` holds them; behind a pruned layer, of kept positions only.
 
-    def __init__(self, layers: int) -> None:
-        self._entries: list[tuple[Tensor, ...]] = [()] * layers
+    Args:
+        layers: of the decoder.
+        room: tokens that can come after a layer's first ones without a copy of these.
+    """
+
+    def __init__(self, layers: int, room: int = 0) -> None:
+        self._room, self._lengths = room, [0] * layers
+        self._buffers: list[tuple[Tensor, ...]] = [()] * layers
         self.next_position = 0
 
     @property
     def nbytes(self) -> int:
         """Memory taken by all that is stored."""
-        return sum(tensor.nbytes for entry in self._entries for tensor in entry)
+        return sum(tensor.nbytes for i in range(len(self._buffers)) for tensor in self.stored(i))
 
     def is_empty(self, layer: int) -> bool:
         """Whether nothing is stored yet."""
-        return not self._entries[layer]
+        return not self._buffers[layer]
 
     def stored(self, layer: int) -> tuple[Tensor, ...]:
         """What a layer's format holds of all tokens so far."""
-        return self._entries[layer]
+        return tuple(buffer[:, :, : self._lengths[layer]] for buffer in self._buffers[layer])
 
     def extend(self, layer: int, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Append tensors ``(batch, kv_heads, tokens, ...)`` and return all that is stored."""
-        old = self._entries[layer]
-        if old:
-            new = tuple(torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
-        self._entries[layer] = new
-        return new
+        length = self._lengths[layer]
+        total = length + new[0].shape[2]
+        if not length and not self._room:
+            self._buffers[layer] = new
+        elif not length or total > self._buffers[layer][0].shape[2]:
+            room = total + self._room
+            grown = tuple(x.new_empty(*x.shape[:2], room, *x.shape[3:]) for x in new)
+            for buffer, old in zip(grown, self.stored(layer), strict=False):
+                buffer[:, :, :length] = old
+            self._buffers[layer] = grown
+        if self._buffers[layer] is not new:
+            for buffer, x in zip(self._buffers[layer], new, strict=True):
+                buffer[:, :, length:total] = x
+        self._lengths[layer] = total
+        return self.stored(layer)
+
+
+class Reader(Protocol):
+    """Tokens outside the decoder that read its keys: those of an action expert."""
+
+    def attention(self, stream: Stream, keys: Mapping[int, Tensor]) -> list[Tensor]:
+        """Attention ``(batch, tokens)`` they would pay the first block, for each layer of ``keys``.
+
+        Args:
+            stream: behind a layer, with the keys and values so far.
+            keys: of later layers, as `keys` gives them.
+        """
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The tokens of one observation, or of a batch, on their way through the decoder's layers.
+
+    Args:
+        blocks: hidden states ``(batch, tokens, width)`` of each block of the layout.
+        ropes: their rotary positions.
+        embedded: the first block as it was before the first layer.
+        pruner: shortens the first block.
+        stored: keys and values of all blocks, layer by layer so far; None if nobody reads them.
+        cache: holds earlier tokens; None if there are none.
+        reader: reads the stored keys and values beside the tokens.
+    """
+
+    blocks: tuple[Tensor, ...]
+    ropes: tuple[tuple[Tensor, Tensor], ...]
+    embedded: Tensor
+    pruner: TokenPruner | None = None
+    stored: tuple[tuple[Tensor, ...], ...] | None = None
+    cache: KVCache | None = None
+    reader: Reader | None = None
 
 
 class RMSNorm(nn.Module):
@@ -209,6 +262,15 @@ class DecoderLayer(nn.Module):
     """Attention, then MLP, each behind an RMSNorm and on a residual branch."""
 
     fused: Fused | None = None
+    edges = (
+        Edge("self_attn.q_proj", reads="residual", norm="input_layernorm"),
+        Edge("self_attn.k_proj", reads="residual", norm="input_layernorm"),
+        Edge("self_attn.v_proj", reads="residual", writes="values", norm="input_layernorm"),
+        Edge("self_attn.o_proj", reads="mixed", writes="residual"),
+        Edge("mlp.gate_proj", reads="residual", norm="post_attention_layernorm"),
+        Edge("mlp.up_proj", reads="residual", writes="inner", norm="post_attention_layernorm"),
+        Edge("mlp.down_proj", reads="inner", writes="residual"),
+    )
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -243,6 +305,13 @@ class DecoderLayer(nn.Module):
     def keys(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """The keys ``(batch, kv_heads, tokens, head_dim)`` of this layer, were ``x`` its input."""
         return self.self_attn.keys(self.input_layernorm(x), rope)
+
+
+def keys(layer: DecoderLayer, stream: Stream) -> Tensor:
+    """The keys ``(batch, kv_heads, tokens, head_dim)`` of all blocks in ``layer``, were they its input."""
+    return torch.cat(
+        [layer.keys(x, rope) for x, rope in zip(stream.blocks, stream.ropes, strict=True)], dim=2
+    )
 
 
 class FusedLook(Protocol):
@@ -281,31 +350,89 @@ class Decoder(nn.Module):
 
         Positions continue where ``cache`` ended, and a kept token keeps the position it had.
         """
-        start = cache.next_position if cache is not None else 0
-        if cache is not None:
-            cache.next_position += x.shape[1]
-        ends = start, start + x.shape[1]
-        positions = torch.arange(*ends, dtype=torch.int64, device=x.device).expand(x.shape[0], -1)
-        rope, embedded = rope_angles(positions, self.config, x.dtype), x
+        stream = self.start(x, pruner=pruner, cache=cache)
         for i, layer in enumerate(self.layers):
-            rows = pruner.score_rows(i) if pruner is not None else None
-            x, received = layer(x, rope, i, cache, rows)
-            if pruner is not None:
-                output = LayerOutput(x, embedded, received, rope, partial(self.look_ahead, x, rope))
-                kept = pruner.keep(i, output)
-                if kept is not None:
-                    kept = kept.to(x.device)
-                    x = take_tokens(x, kept)
-                    rope = take_tokens(rope[0], kept), take_tokens(rope[1], kept)
-        out: Tensor = self.norm(x)
+            stream = self.advance(i, layer, stream)
+        return self.finish(stream)
+
+    def start(
+        self,
+        x: Tensor,
+        blocks: Sequence[slice] = (slice(None),),
+        *,
+        pruner: TokenPruner | None = None,
+        keeps: bool = False,
+        cache: KVCache | None = None,
+        reader: Reader | None = None,
+    ) -> Stream:
+        """Embedded tokens ``x`` ``(batch, tokens, width)`` before the first layer.
+
+        Args:
+            x: the tokens.
+            blocks: of their layout; every token sees those of earlier blocks (`sqap.models.layout`).
+            pruner: shortens the first block.
+            keeps: whether the stream keeps keys and values for the head.
+            cache: holds what came before, and gets what is new.
+            reader: whose attention a pruner may look ahead for beside that of the tokens.
+        """
+        first = 0
+        if cache is not None:
+            first = cache.next_position
+            cache.next_position += x.shape[1]
+        places = torch.arange(first, first + x.shape[1], dtype=torch.int64, device=x.device)
+        parts = tuple(x[:, block] for block in blocks)
+        ropes = tuple(rope_angles(places[block].expand(len(x), -1), self.config, x.dtype) for block in blocks)
+        return Stream(parts, ropes, parts[0], pruner, () if keeps else None, cache, reader)
+
+    def run(
+        self, streams: Sequence[Stream], through: Through = direct, layers: int | None = None
+    ) -> list[Stream]:
+        """Take streams through the first ``layers``, all by default, one layer after the other."""
+        found = list(streams)
+        for i, layer in enumerate(self.layers[:layers]):
+            found = through(f"decoder.layers.{i}", layer, found, partial(self.advance, i))
+        return found
+
+    def advance(self, i: int, layer: nn.Module, stream: Stream) -> Stream:
+        """A stream behind layer ``i``; ``stream`` stays as it is, but for a cache of its own."""
+        cache, place = stream.cache, i
+        if cache is None and (stream.stored is not None or len(stream.blocks) > 1):
+            cache, place = KVCache(1), 0
+        rows = stream.pruner.score_rows(i) if stream.pruner is not None else None
+        (x, *rest), (rope, *ropes) = stream.blocks, stream.ropes
+        x, received = layer(x, rope, place, cache, rows)
+        rest = [layer(y, turn, place, cache, None)[0] for y, turn in zip(rest, ropes, strict=True)]
+        stored = stream.stored
+        if stored is not None and cache is not None:
+            stored = (*stored, cache.stored(place))
+        after = replace(stream, blocks=(x, *rest), stored=stored)
+        return after if stream.pruner is None else self._prune(i, after, stream.pruner, received)
+
+    def _prune(self, i: int, stream: Stream, pruner: TokenPruner, received: Tensor | None) -> Stream:
+        (x, *rest), (rope, *ropes) = stream.blocks, stream.ropes
+        output = LayerOutput(x, stream.embedded, received, rope, partial(self.look_ahead, stream))
+        kept = pruner.keep(i, output)
+        if kept is None:
+            return stream
+        kept = kept.to(x.device)
+        turned = take_tokens(rope[0], kept), take_tokens(rope[1], kept)
+        return replace(stream, blocks=(take_tokens(x, kept), *rest), ropes=(turned, *ropes))
+
+    def finish(self, stream: Stream) -> Tensor:
+        """Final hidden states ``(batch, tokens, width)`` of a stream's first block."""
+        out: Tensor = self.norm(stream.blocks[0])
         return out
 
-    def look_ahead(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], layers: Sequence[int], rows: Tensor | None
-    ) -> Tensor:
-        """As `LayerOutput.look_ahead`, given what is behind a layer and its rotary positions."""
-        assert rows is not None, "the decoder alone has no action expert"
+    def look_ahead(self, stream: Stream, layers: Sequence[int], rows: Tensor | None) -> Tensor:
+        """As `LayerOutput.look_ahead`, given a stream behind a layer."""
         looked = [cast(DecoderLayer, self.layers[i]) for i in layers]
+        if rows is None:
+            assert stream.reader is not None, "a decoder alone has no action expert"
+            pairs = zip(layers, looked, strict=True)
+            return torch.stack(
+                stream.reader.attention(stream, {i: keys(layer, stream) for i, layer in pairs})
+            ).mean(0)
+        x, rope = stream.blocks[0], stream.ropes[0]
         done = None if self.fused_look is None else self.fused_look(looked, x, rope, rows)
         if done is not None:
             return done

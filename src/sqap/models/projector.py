@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from sqap.models.edges import Edge
 from sqap.models.transformer import activated
 
 
@@ -16,6 +17,7 @@ class Projector(nn.Module):
         super().__init__()
         inputs = (width, *outputs[:-1])
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(inputs, outputs, strict=True))
+        self.edges = (Edge(f"layers.{len(outputs) - 1}", writes="residual"),)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, tokens, vision width)`` to ``(batch, tokens, decoder width)``."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from sqap.models.config import VisionConfig
+from sqap.models.edges import Edge
+from sqap.models.through import Through, direct
 from sqap.models.transformer import MLP, Fused, SelfAttention
 
 
@@ -22,6 +26,8 @@ class LayerScale(nn.Module):
 
 class FiLM(nn.Module):
     """Features scaled and shifted, channel by channel, by what the instruction says (Perez et al. 2018)."""
+
+    edges = Edge("scale", reads="residual"), Edge("shift", reads="residual")
 
     def __init__(self, language_width: int, width: int) -> None:
         super().__init__()
@@ -85,10 +91,22 @@ class VisionEncoder(nn.Module):
 
     def forward(self, pixels: Tensor, language: Tensor | None = None) -> Tensor:
         """``(batch, 3, image_size, image_size)`` normalised to ``(batch, grid * grid, width)``."""
-        x = self.embed(pixels)
-        for block in self.blocks:
-            x = block(x, language)
-        return self.features(x)
+        (out,) = self.run([pixels], [language])
+        return out
+
+    def run(
+        self,
+        pixels: Sequence[Tensor],
+        language: Sequence[Tensor | None],
+        through: Through = direct,
+        name: str = "vision",
+    ) -> list[Tensor]:
+        """`forward` of several inputs, block by block; ``name`` is the encoder's in its model."""
+        states = [self.embed(x) for x in pixels]
+        for j, block in enumerate(self.blocks):
+            pairs = list(zip(states, language, strict=True))
+            states = through(f"{name}.blocks.{j}", block, pairs, lambda stage, pair: stage(*pair))
+        return [self.features(x) for x in states]
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Pixels of any type to what the blocks are given: ``(batch, prefix + grid * grid, width)``."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sqap.models.config import ModelConfig
-from sqap.models.decoder import Decoder, TokenPruner
+from sqap.models.decoder import Decoder, Stream, TokenPruner
 from sqap.models.heads import make_head
+from sqap.models.layout import Layout
 from sqap.models.projector import Projector
+from sqap.models.through import Through, direct
 from sqap.models.vision import VisionEncoder
 
 
@@ -59,12 +61,96 @@ class VLA(nn.Module):
 
     def forward(self, inputs: ModelInputs, pruner: TokenPruner | None = None) -> Tensor:
         """Normalised actions ``(batch, horizon, action_dim)``."""
-        out: Tensor = self.head(self.decoder, self.embed(inputs), inputs.noise, pruner)
+        (out,) = self.run([inputs], pruners=[pruner])
         return out
+
+    def run(
+        self,
+        inputs: Sequence[ModelInputs],
+        through: Through = direct,
+        pruners: Sequence[TokenPruner | None] | None = None,
+    ) -> list[Tensor]:
+        """`forward` of several inputs, stage by stage: what one at a time gives, each with its own pruner.
+
+        Args:
+            inputs: each of one observation, or of a batch of the same shape.
+            through: how a stage is run.
+            pruners: one for each of ``inputs``; none by default.
+        """
+        layouts = [self.layout(given) for given in inputs]
+        streams = self.decoder.run(self.streams(inputs, through, pruners), through)
+        states = [
+            self.head.state(self.decoder, stream, layout, given.noise)
+            for stream, layout, given in zip(streams, layouts, inputs, strict=True)
+        ]
+        return through("head", self.head, states, lambda head, state: head.act(self.decoder, state))
+
+    def streams(
+        self,
+        inputs: Sequence[ModelInputs],
+        through: Through = direct,
+        pruners: Sequence[TokenPruner | None] | None = None,
+        keeps: bool | None = None,
+    ) -> list[Stream]:
+        """The embedded ``inputs`` before the decoder's first layer.
+
+        Args:
+            inputs: as `run`'s.
+            through: as `run`'s.
+            pruners: as `run`'s.
+            keeps: whether keys and values are kept; where the head reads them, if not given.
+        """
+        keeps = self.head.keeps if keeps is None else keeps
+        embedded = self.embed_all(inputs, through)
+        return [
+            self.decoder.start(
+                x,
+                self.layout(given).decoder.blocks,
+                pruner=pruner,
+                keeps=keeps,
+                reader=self.head.reader(given.noise, self.layout(given)),
+            )
+            for x, given, pruner in zip(embedded, inputs, pruners or [None] * len(inputs), strict=True)
+        ]
+
+    def layout(self, inputs: ModelInputs) -> Layout:
+        """The order of the tokens of ``inputs``."""
+        return self.config.layout(inputs.token_ids.shape[1])
 
     def embed(self, inputs: ModelInputs) -> Tensor:
         """What the decoder reads: ``(batch, tokens, decoder width)``."""
-        return self.sequence(self.see(inputs.pixels, self.language(inputs.token_ids)), inputs)
+        (out,) = self.embed_all([inputs])
+        return out
+
+    def embed_all(self, inputs: Sequence[ModelInputs], through: Through = direct) -> list[Tensor]:
+        """`embed` of several inputs, stage by stage."""
+        language = [self.language(given.token_ids) for given in inputs]
+        visual = self.see_all([given.pixels for given in inputs], language, through)
+        return [self.sequence(v, given) for v, given in zip(visual, inputs, strict=True)]
+
+    def see(self, pixels: Sequence[Tensor], language: Tensor | None = None) -> Tensor:
+        """``(batch * cameras, 3, size, size)`` per encoder to visual tokens ``(batch, N, decoder width)``."""
+        (visual,) = self.see_all([pixels], [language])
+        return visual.reshape(-1, self.config.visual_tokens, visual.shape[-1])
+
+    def see_all(
+        self,
+        pixels: Sequence[Sequence[Tensor]],
+        language: Sequence[Tensor | None],
+        through: Through = direct,
+    ) -> list[Tensor]:
+        """Projected features ``(batch * cameras, grid * grid, width)`` of each of several inputs."""
+        features = []
+        for i, encoder in enumerate(self.vision):
+            images = [x[i] for x in pixels]
+            if isinstance(encoder, VisionEncoder):
+                features.append(encoder.run(images, language, through, f"vision.{i}"))
+            else:  # another tool's, of one piece
+                pairs = list(zip(images, language, strict=True))
+                features.append(through(f"vision.{i}", encoder, pairs, lambda stage, pair: stage(*pair)))
+        side = self.config.pixel_shuffle
+        joined = [pixel_shuffle(torch.cat(parts, -1), side) for parts in zip(*features, strict=True)]
+        return through("projector", self.projector, joined, lambda stage, x: stage(x))
 
     def language(self, token_ids: Tensor) -> Tensor | None:
         """The mean text embedding ``(batch * cameras, decoder width)`` that FiLM goes by, if there is any."""
@@ -72,36 +158,33 @@ class VLA(nn.Module):
             return None
         return self.decoder.embed(token_ids).mean(1).repeat_interleave(self.config.cameras, dim=0)
 
-    def see(self, pixels: Sequence[Tensor], language: Tensor | None = None) -> Tensor:
-        """``(batch * cameras, 3, size, size)`` per encoder to visual tokens ``(batch, N, decoder width)``."""
-        features = [encoder(p, language) for encoder, p in zip(self.vision, pixels, strict=True)]
-        joined = pixel_shuffle(torch.cat(features, dim=-1), self.config.pixel_shuffle)
-        visual: Tensor = self.projector(joined)
-        return visual.reshape(-1, self.config.visual_tokens, visual.shape[-1])
-
     def sequence(self, visual: Tensor, inputs: ModelInputs) -> Tensor:
-        """BOS, visual tokens, the robot's state, the other text; before its last token, room for actions.
+        """The decoder's tokens ``(batch, tokens, width)`` in the order of the layout.
 
-        With ``image_first``: visual tokens, text, the robot's state.
+        Args:
+            visual: projected features ``(batch * cameras, grid * grid, width)``.
+            inputs: the text, and the robot's state if the model reads it.
         """
-        text, visual = self.decoder.embed(inputs.token_ids), visual.to(self.dtype)
-        state = []
-        if self.proprio is not None:
-            assert inputs.proprio is not None, "the model reads the robot's state"
-            state = [self.proprio(inputs.proprio.to(self.dtype))[:, None].to(text)]
-        if self.config.image_first:
-            return torch.cat([visual, text, *state], dim=1)
-        room = text.new_zeros(len(text), self.head.placeholders, text.shape[-1])
-        return torch.cat([text[:, :1], visual, *state, text[:, 1:-1], room, text[:, -1:]], dim=1)
+        text = self.decoder.embed(inputs.token_ids)
+        visual = visual.reshape(len(text), -1, visual.shape[-1]).to(self.dtype)
+        parts, taken = [], 0
+        for segment in self.layout(inputs).decoder.segments:
+            if segment.name == "visual":
+                parts.append(visual)
+            elif segment.name == "state":
+                parts.append(self.state(inputs).to(text))
+            elif segment.name == "actions":
+                parts.append(text.new_zeros(len(text), segment.length, text.shape[-1]))
+            else:
+                parts.append(text[:, taken : taken + segment.length])
+                taken += segment.length
+        return torch.cat(parts, dim=1)
 
-    def prefix(self, sequence: Tensor) -> Tensor:
-        """``sequence`` without a state that comes last: it sees the others, and none of them sees it."""
-        return sequence[:, :-1] if self.config.image_first else sequence
-
-    def length(self, text_tokens: int) -> int:
-        """Tokens in the decoder's sequence, of which it is the `prefix`, for that many text tokens."""
-        state = self.proprio is not None and not self.config.image_first
-        return self.config.visual_tokens + text_tokens + state + self.head.placeholders
+    def state(self, inputs: ModelInputs) -> Tensor:
+        """The robot's state as a token ``(batch, 1, width)``."""
+        assert inputs.proprio is not None, "the model reads the robot's state"
+        out: Tensor = cast(Projector, self.proprio)(inputs.proprio.to(self.dtype))[:, None]
+        return out
 
 
 class _NothingDrawn(TorchFunctionMode):

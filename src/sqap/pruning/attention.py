@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sqap.errors import InputError
-from sqap.models.config import FlowHeadConfig, HeadConfig
+from sqap.models.config import ModelConfig
 from sqap.models.decoder import LayerOutput
 from sqap.recipe import Pruning, ScoreQueries
 
@@ -25,20 +25,19 @@ def score_layers(settings: Pruning) -> tuple[int, ...]:
     return *(settings.score_layers or (first,)), *later
 
 
-def score_queries(settings: Pruning, head: HeadConfig) -> ScoreQueries:
-    """Whose attention counts, on a policy with this head.
+def score_queries(settings: Pruning, config: ModelConfig) -> ScoreQueries:
+    """Whose attention counts, on a policy of this configuration.
 
     Raises:
         InputError: the settings name the action expert's tokens, and there is no expert.
     """
-    expert = isinstance(head, FlowHeadConfig)
-    if settings.score_queries == "actions" and not expert:
+    if settings.score_queries == "actions" and not config.has_expert:
         raise InputError(
             "score_queries 'actions' needs an action expert, which reads every layer's keys (a flow head); "
             "this policy's head does not: use 'text' or 'last'"
         )
     if settings.score_queries is None:
-        return "actions" if expert and settings.method == "lookahead" else "text"
+        return "actions" if config.has_expert and settings.method == "lookahead" else "text"
     return settings.score_queries
 
 
@@ -64,11 +63,14 @@ class AttentionWatcher:
         rows: ``(rows,)`` query positions whose attention is averaged.
         visual: positions of the visual tokens.
         cameras: images they are of, equally many each.
+
+    Attributes:
+        received: ``(batch, visual)`` of each watched layer so far.
     """
 
     def __init__(self, layers: Collection[int], rows: Tensor, visual: slice, cameras: int = 1) -> None:
         self._layers, self._rows, self._visual, self._cameras = layers, rows, visual, cameras
-        self._received: list[Tensor] = []
+        self.received: list[Tensor] = []
 
     def score_rows(self, layer: int) -> Tensor | None:
         return self._rows if layer in self._layers else None
@@ -79,9 +81,9 @@ class AttentionWatcher:
 
     def add(self, received: Tensor) -> None:
         """Remember what a layer's tokens receive, ``(batch, tokens)``."""
-        self._received.append(received[:, self._visual].cpu())
+        self.received.append(received[:, self._visual].cpu())
 
     @property
     def scores(self) -> Tensor | None:
         """``(batch * cameras, N / cameras)``, averaged over the layers; None before the first layer."""
-        return per_camera(torch.stack(self._received).mean(0), self._cameras) if self._received else None
+        return per_camera(torch.stack(self.received).mean(0), self._cameras) if self.received else None

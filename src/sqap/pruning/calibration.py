@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sqap.defaults import defaults
-from sqap.models.stages import embed_through, loaded, run_layer, streamed
 from sqap.models.storage import Weights
+from sqap.models.through import streamed
 from sqap.models.vla import VLA, ModelInputs
 from sqap.pruning.attention import AttentionWatcher, query_rows
 from sqap.pruning.criteria import top_k
@@ -59,18 +59,19 @@ def attention_scores(
         queries: whose attention counts.
         weights: where to read stages that ``model`` has on the meta device, one at a time.
     """
-    cameras, visual = model.config.cameras, model.config.visual
-    hidden = [model.prefix(x) for x in embed_through(model, inputs, streamed(weights, model.dtype))]
+    visual = model.config.visual
     watchers = [
-        AttentionWatcher(layers, query_rows(queries, visual, x.shape[1]), visual, cameras) for x in hidden
+        AttentionWatcher(
+            layers,
+            query_rows(queries, visual, model.layout(given).blocks[0].stop),
+            visual,
+            model.config.cameras,
+        )
+        for given in inputs
     ]
-    for i, layer in enumerate(model.decoder.layers[: max(layers) + 1]):
-        with loaded(f"decoder.layers.{i}", layer, weights, model.dtype):
-            for frame, watcher in enumerate(watchers):
-                rows = watcher.score_rows(i)
-                hidden[frame], received = run_layer(model.decoder, layer, hidden[frame], rows)
-                if received is not None:
-                    watcher.add(received)
+    through = streamed(weights, model.dtype)
+    streams = model.streams(inputs, through, watchers, keeps=False)
+    model.decoder.run(streams, through, max(layers) + 1)
     return torch.cat([watcher.scores for watcher in watchers if watcher.scores is not None])
 
 

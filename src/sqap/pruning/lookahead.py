@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -24,12 +23,10 @@ from torch import Tensor
 from sqap.defaults import defaults
 from sqap.errors import InputError
 from sqap.models import DecoderConfig
-from sqap.models.decoder import DecoderLayer
-from sqap.models.stages import embed_through, loaded, streamed
 from sqap.models.storage import Weights
 from sqap.models.vla import VLA, ModelInputs
 from sqap.pruning.criteria import top_k
-from sqap.pruning.readers import readers_of
+from sqap.pruning.readers import look_and_attend
 from sqap.recipe import Pruning
 
 COST = 0.05  # of the pruned decoder's multiply-adds, at most
@@ -105,24 +102,10 @@ def later_attention(
     Returns:
         Both ``(layers, frames * cameras, tokens of one)``, layers ascending.
     """
-    visual, after = model.config.visual, settings.last_layer
-    wanted = range(after, len(model.decoder.layers)) if layers is None else layers
-    sequences = embed_through(model, inputs, streamed(weights, model.dtype))
-    looked: list[Tensor] = []
-    attended: list[Tensor] = []
-    with readers_of(model, sequences, inputs, settings, weights) as readers:
-        behind = readers
-        for i, layer in enumerate(model.decoder.layers[: max(wanted) + 1]):
-            if i == after:
-                behind = [reader.copy() for reader in readers]
-            with loaded(f"decoder.layers.{i}", layer, weights, model.dtype):
-                for past, reader in zip(behind, readers, strict=True):
-                    if i in wanted:
-                        looked.append(past.look(i, cast(DecoderLayer, layer))[:, visual])
-                    received = reader.run(i, cast(DecoderLayer, layer))
-                    attended += [received[:, visual]] if i in wanted else []
+    wanted = range(settings.last_layer, model.config.decoder.depth) if layers is None else layers
+    looked, attended = look_and_attend(model, inputs, settings, weights, wanted)
     shape = len(wanted), len(inputs) * model.config.cameras, -1
-    return torch.cat(looked).float().view(shape), torch.cat(attended).float().view(shape)
+    return looked.float().view(shape), attended.float().view(shape)
 
 
 def recall(looked: Tensor, attended: Tensor, k: int) -> float:

@@ -2,91 +2,106 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from copy import copy
-from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
-from sqap.models.decoder import Decoder, DecoderLayer, KVCache
+from sqap.models.decoder import DecoderLayer, Stream, keys
 from sqap.models.heads.flow import FirstStep, FlowHead
-from sqap.models.stages import loaded, run_layer, whole_rope
 from sqap.models.storage import Weights
+from sqap.models.through import loaded, streamed
 from sqap.models.vla import VLA, ModelInputs
-from sqap.pruning.attention import query_rows, score_queries
+from sqap.pruning.attention import AttentionWatcher, query_rows, score_queries
 from sqap.recipe import Pruning
 
 
-@contextmanager
-def readers_of(
+class TextReader:
+    """Rows of the sequence.
+
+    Args:
+        rows: ``(rows,)`` positions in the stream's first block.
+        layers: whose attention is wanted.
+        visual: positions of the visual tokens.
+    """
+
+    def __init__(self, rows: Tensor, layers: Collection[int], visual: slice) -> None:
+        self.watcher: AttentionWatcher | None = AttentionWatcher(layers, rows, visual)
+        self._rows = rows
+
+    @property
+    def received(self) -> list[Tensor]:
+        """Attention ``(1, visual)`` paid so far, layer by layer."""
+        return cast(AttentionWatcher, self.watcher).received
+
+    def look(self, i: int, layer: DecoderLayer, stream: Stream) -> Tensor:
+        """Attention ``(1, tokens)`` that would be paid in layer ``i``, were ``stream`` its input."""
+        return layer.look(stream.blocks[0], stream.ropes[0], self._rows)
+
+    def follow(self, i: int, stream: Stream) -> None:
+        """Take in what layer ``i`` has made of the stream; here its pruner, `watcher`, has."""
+
+
+class ActionReader:
+    """The expert's action tokens in their first denoising step; `TextReader` says what the methods do."""
+
+    watcher: AttentionWatcher | None = None
+
+    def __init__(self, step: FirstStep, layers: Collection[int], visual: slice) -> None:
+        self.received: list[Tensor] = []
+        self._step, self._layers, self._visual = step, layers, visual
+
+    def look(self, i: int, layer: DecoderLayer, stream: Stream) -> Tensor:
+        return self._step.attention(i, keys(layer, stream))
+
+    def follow(self, i: int, stream: Stream) -> None:
+        seen = self._step.head.seen(stream)[i]
+        if i in self._layers:
+            self.received.append(self._step.attention(i, seen[0])[:, self._visual])
+        self._step = copy(self._step)  # whoever looks from an earlier layer keeps that
+        self._step.run(i, seen)
+
+
+def look_and_attend(
     model: VLA,
-    sequences: Sequence[Tensor],
     inputs: Sequence[ModelInputs],
     settings: Pruning,
     weights: Weights | None,
-) -> Iterator[list[TextReader | ActionReader]]:
-    """One reader for each of the decoder's ``sequences``; an expert's weights are loaded meanwhile."""
-    queries, visual = score_queries(settings, model.config.head), model.config.visual
-    prefixes = [model.prefix(x) for x in sequences]
-    if queries != "actions":
-        rows = [query_rows(queries, visual, x.shape[1]) for x in prefixes]
-        yield [TextReader(model.decoder, x, asked) for x, asked in zip(prefixes, rows, strict=True)]
-        return
-    head = cast(FlowHead, model.head)
-    with loaded("head", head, weights, model.dtype):
-        yield [
-            ActionReader(model.decoder, x, FirstStep(head, cast(Tensor, given.noise), whole.shape[1]))
-            for x, whole, given in zip(prefixes, sequences, inputs, strict=True)
-        ]
+    layers: Collection[int],
+) -> tuple[Tensor, Tensor]:
+    """`sqap.pruning.lookahead.later_attention` to the visual tokens, ``(layers, frames, visual)`` each."""
+    queries, visual = score_queries(settings, model.config), model.config.visual
+    actions = queries == "actions"
+    looked: list[Tensor] = []
+    behind: list[tuple[TextReader | ActionReader, Stream]] = []
 
+    def through(name: str, stage: Any, states: Sequence[Stream], call: Callable[..., Any]) -> list[Stream]:
+        i = int(name.rpartition(".")[2])
+        if i == settings.last_layer:
+            behind[:] = [(copy(reader), stream) for reader, stream in zip(readers, states, strict=True)]
+        with loaded(name, stage, weights, model.dtype):
+            if i in layers:
+                looked.extend(reader.look(i, stage, stream)[:, visual] for reader, stream in behind)
+            after = [call(stage, stream) for stream in states]
+        for reader, stream in zip(readers, after, strict=True):
+            reader.follow(i, stream)
+        return after
 
-@dataclass
-class TextReader:
-    """Rows of the sequence itself, ``hidden`` ``(1, tokens, width)``, which layers take further."""
-
-    decoder: Decoder
-    hidden: Tensor
-    rows: Tensor
-
-    def copy(self) -> TextReader:
-        return dataclasses.replace(self)
-
-    def look(self, i: int, layer: DecoderLayer) -> Tensor:
-        """Attention ``(1, tokens)`` that would be paid in layer ``i``, were ``hidden`` its input."""
-        return layer.look(self.hidden, whole_rope(self.decoder, self.hidden), self.rows)
-
-    def run(self, i: int, layer: DecoderLayer) -> Tensor:
-        """Go through layer ``i``; the attention ``(1, tokens)`` that is paid there."""
-        self.hidden, received = run_layer(self.decoder, layer, self.hidden, self.rows)
-        return cast(Tensor, received)
-
-
-@dataclass
-class ActionReader:
-    """The action expert's tokens in their first denoising step, beside the prefix that they read.
-
-    The token of the robot's state comes behind the prefix, after pruning, and is left out.
-    """
-
-    decoder: Decoder
-    hidden: Tensor
-    step: FirstStep
-
-    def copy(self) -> ActionReader:
-        return dataclasses.replace(self, step=copy(self.step))
-
-    def look(self, i: int, layer: DecoderLayer) -> Tensor:
-        """As `TextReader.look`."""
-        return self.step.attention(i, layer.keys(self.hidden, whole_rope(self.decoder, self.hidden)))
-
-    def run(self, i: int, layer: DecoderLayer) -> Tensor:
-        """As `TextReader.run`."""
-        cache = KVCache(i + 1)
-        self.hidden, _ = layer(self.hidden, whole_rope(self.decoder, self.hidden), i, cache)
-        stored = self.step.head.stored(cache, i)
-        received = self.step.attention(i, stored[0])
-        self.step.run(i, stored)
-        return received
+    with loaded("head", model.head, weights, model.dtype) if actions else nullcontext():
+        readers: list[TextReader | ActionReader] = []
+        for given in inputs:
+            layout = model.layout(given)
+            if actions:
+                step = FirstStep(cast(FlowHead, model.head), cast(Tensor, given.noise), layout.decoder.length)
+                readers.append(ActionReader(step, layers, visual))
+            else:
+                rows = query_rows(queries, visual, layout.blocks[0].stop)
+                readers.append(TextReader(rows, layers, visual))
+        watchers = [reader.watcher for reader in readers]
+        streams = model.streams(inputs, streamed(weights, model.dtype), watchers, keeps=actions)
+        model.decoder.run(streams, through, max(layers) + 1)
+    attended = torch.stack([torch.cat(reader.received) for reader in readers], dim=1)
+    return torch.stack(looked).view_as(attended), attended

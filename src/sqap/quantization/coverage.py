@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sqap.errors import CheckpointError
+from sqap.models.edges import edges_of
 from sqap.models.storage import STORAGE_DTYPE, stored_bytes
 from sqap.models.vla import VLA
 from sqap.quantization.hadamard import largest_block
@@ -18,8 +19,12 @@ from sqap.recipe import Quantization, Scheme
 
 Part = Literal["vision", "projector", "proprio", "decoder", "head"]
 SETTINGS = tuple(setting.name for setting in fields(Scheme))
-# Whose inputs a rotated decoder rotates by rewriting weights; down's is rotated as the model runs.
-RESIDUAL_READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+# Where the rotated inputs of a rotated decoder's linears come from.
+ROTATIONS: dict[str | None, Literal["residual", "heads", "online"]] = {
+    "residual": "residual",
+    "mixed": "heads",
+    "inner": "online",
+}
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,10 @@ class LinearReport:
 
 def list_linears(model: VLA) -> list[LinearReport]:
     """Every linear of the model, in the order of its modules; convolutions and tables are none."""
-    rotated = is_rotated(model)
+    edges = edges_of(model.decoder) if is_rotated(model) else {}
+    rotations = {f"decoder.{name}": ROTATIONS[edge.reads] for name, edge in edges.items()}
     return [
-        _report(name, module, rotated)
+        _report(name, module, rotations.get(name))
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | QuantizedLinear)
     ]
@@ -87,12 +93,16 @@ def check_coverage(model: VLA, quantization: Quantization) -> None:
     if is_rotated(model) != quantization.rotate:
         state = "rotated" if is_rotated(model) else "not rotated"
         raise CheckpointError(f"the recipe says rotate = {quantization.rotate}, but the decoder is {state}")
+    edges = edges_of(model.decoder) if quantization.rotate else {}
+    online = {f"decoder.{name}" for name, edge in edges.items() if edge.reads == "inner"}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | QuantizedLinear):
-            _check_linear(name, module, quantization)
+            _check_linear(name, module, quantization, name in online)
 
 
-def _check_linear(name: str, linear: nn.Linear | QuantizedLinear, quantization: Quantization) -> None:
+def _check_linear(
+    name: str, linear: nn.Linear | QuantizedLinear, quantization: Quantization, online: bool
+) -> None:
     scheme = quantization.scheme(name)
     if isinstance(linear, nn.Linear):
         if scheme is not None:
@@ -104,9 +114,7 @@ def _check_linear(name: str, linear: nn.Linear | QuantizedLinear, quantization: 
         found, expected = getattr(linear, setting), getattr(scheme, setting)
         if found != expected:
             raise CheckpointError(f"{name} has {setting} = {found}, the recipe says {expected}")
-    # Of the decoder's alone: an action expert's MLP may be called the same.
-    rotates = quantization.rotate and name.startswith("decoder.") and name.endswith("down_proj")
-    block = largest_block(linear.in_features) if rotates else 0
+    block = largest_block(linear.in_features) if online else 0
     if linear.hadamard_block != block:
         raise CheckpointError(
             f"{name} rotates its input in blocks of {linear.hadamard_block}, the recipe needs {block}"
@@ -120,9 +128,12 @@ def _check_linear(name: str, linear: nn.Linear | QuantizedLinear, quantization: 
         raise CheckpointError(f"{name} must have finite float32 scales")
 
 
-def _report(name: str, linear: nn.Linear | QuantizedLinear, rotated: bool) -> LinearReport:
+def _report(
+    name: str,
+    linear: nn.Linear | QuantizedLinear,
+    rotation: Literal["residual", "heads", "online"] | None,
+) -> LinearReport:
     part = cast(Part, name.partition(".")[0])
-    rotation = _rotation(name) if rotated and part == "decoder" else None
     shape = linear.in_features, linear.out_features
     if isinstance(linear, QuantizedLinear):
         return LinearReport(
@@ -154,10 +165,3 @@ def _report(name: str, linear: nn.Linear | QuantizedLinear, rotated: bool) -> Li
         bytes=stored_bytes(linear),
         quantized=False,
     )
-
-
-def _rotation(name: str) -> Literal["residual", "heads", "online"]:
-    kind = name.rpartition(".")[2]
-    if kind in RESIDUAL_READERS:
-        return "residual"
-    return "heads" if kind == "o_proj" else "online"

@@ -3,7 +3,7 @@
 Keys have a few large channels, the same for every token, which would take the range of a grid of few levels.
 Behind a Hadamard matrix per head they are spread over all channels; queries go through the same one, and
 scores stay what they were: ``(Hᵀq)ᵀ(Hᵀk) = qᵀk``. It comes after the rotary embedding, with which it does not
-commute. Values need none here: `rotate_layer` folds theirs into the weights.
+commute. Values need none here: rotation folds theirs into the weights.
 """
 
 from __future__ import annotations

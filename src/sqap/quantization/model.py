@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from sqap.defaults import defaults
 from sqap.errors import InputError
 from sqap.models.config import DecoderConfig
-from sqap.models.decoder import Decoder
-from sqap.models.heads import DiffusionHead, FlowHead, RegressionHead, TokenHead
-from sqap.models.heads.ddim import ddim_sample
-from sqap.models.heads.flow import KeysValues
-from sqap.models.stages import embed_through, fill_around, run_layer, stages, widen_around
+from sqap.models.decoder import Decoder, Stream
+from sqap.models.heads import FlowHead, HeadProtocol
+from sqap.models.stages import fill_around, stages, widen_around
 from sqap.models.storage import STORAGE_DTYPE, Weights, fill, widen
 from sqap.models.vla import VLA, ModelInputs
 from sqap.quantization.fused import fuse
@@ -81,14 +79,18 @@ def quantize_model(
         model.decoder.embed_tokens.to(STORAGE_DTYPE)  # calibrate on what is stored, in half the memory
         walk.before = lambda _, stage: rotate_stage(stage, rotation)
 
-    sequences = embed_through(model, inputs, walk.through)
-    hidden = [model.prefix(x) for x in sequences]
-    hidden = quantize_layers(walk, model.decoder, hidden, rotation)
+    streams = model.streams(inputs, walk.through, keeps=model.config.has_expert)
+    streams = quantize_layers(walk, model.decoder, streams, rotation)
     set_kv_bits(model.decoder, quantization.kv_bits)
     if weights is not None:
         fill(model.head, weights, prefix="head.", dtype=torch.float32)
     widen(model.head)
-    walk.through("head", model.head, *_head_states(model, sequences, hidden, inputs))
+    states = [
+        model.head.state(model.decoder, stream, model.layout(given), given.noise)
+        for stream, given in zip(streams, inputs, strict=True)
+    ]
+    head = cast(HeadProtocol, model.head)
+    walk.through("head", model.head, head.questions(states), lambda head, asked: head.answer(asked))
     fuse(model)
     return model
 
@@ -129,24 +131,21 @@ def quantize_decoder(
         rotate_input(decoder.embed_tokens, None, rotation)
         walk.before = lambda _, stage: rotate_stage(stage, rotation)
     hidden = [h.float() if rotation is None else rotation.residual.apply(h.float()) for h in hidden]
-    quantize_layers(walk, decoder, hidden, rotation)
+    quantize_layers(walk, decoder, [decoder.start(x) for x in hidden], rotation)
     set_kv_bits(decoder, quantization.kv_bits)
     fuse(decoder)
     return decoder.to(dtype)
 
 
 def quantize_layers(
-    walk: Sequential, decoder: Decoder, hidden: list[Tensor], rotation: Rotation | None
-) -> list[Tensor]:
-    """Quantize a decoder's layers in place; ``hidden`` ``(1, tokens, width)`` goes in, final states out."""
-    exact = list(hidden) if walk.quantization.correction else None
-    for i, layer in enumerate(decoder.layers):
-        hidden = walk.through(
-            f"decoder.layers.{i}", layer, hidden, lambda stage, x: run_layer(decoder, stage, x)[0], exact
-        )
+    walk: Sequential, decoder: Decoder, streams: Sequence[Stream], rotation: Rotation | None
+) -> list[Stream]:
+    """Quantize a decoder's layers in place; calibration streams go in, and come out behind the last layer."""
+    exact = list(streams) if walk.quantization.correction else None
+    found = decoder.run(streams, partial(walk.through, exact=exact))
     if rotation is not None:
         decoder.norm = rotate_norm(decoder.norm, rotation)
-    return [decoder.norm(x) for x in hidden]
+    return found
 
 
 def prepare_quantized(model: VLA, quantization: Quantization) -> None:
@@ -162,53 +161,6 @@ def prepare_quantized(model: VLA, quantization: Quantization) -> None:
         prepare(name, stage, quantization)
     set_kv_bits(model.decoder, quantization.kv_bits)
     fuse(model)
-
-
-def _head_states(
-    model: VLA, sequences: list[Tensor], hidden: list[Tensor], inputs: Sequence[ModelInputs]
-) -> tuple[list[Any], Callable[[nn.Module, Any], Any]]:
-    """What the head's linears are calibrated on, and what runs them on one of it."""
-    head = model.head
-    if isinstance(head, RegressionHead):
-        return [head.gather(h) for h in hidden], lambda m, x: m.regress(x)
-    if isinstance(head, TokenHead):
-        return [h[:, model.config.visual.stop :] for h in hidden], lambda m, x: m.lm_head(x)
-    if isinstance(head, FlowHead):
-        pairs = zip(sequences, inputs, strict=True)
-        asked = [_flowing(head, head.look(model.decoder, x), g.noise, x.shape[1]) for x, g in pairs]
-        return [*itertools.chain(*asked)], lambda m, s: m.velocity(*s)
-    if not hidden:
-        return [], lambda m, s: m.predict_noise(*s)
-    condition = torch.cat([h[:, -1] for h in hidden])
-    noise = torch.cat([given.noise.float() for given in inputs if given.noise is not None])
-    return _denoising(head, condition, noise), lambda m, s: m.predict_noise(*s)
-
-
-def _flowing(
-    head: FlowHead, seen: Sequence[KeysValues], noise: Tensor | None, tokens: int
-) -> list[tuple[Sequence[KeysValues], Tensor, float, int]]:
-    """What the head's velocity is asked on the way from noise to actions."""
-    asked = []
-
-    def ask(x: Tensor, time: float) -> Tensor:
-        asked.append((seen, x, time, tokens))
-        return head.velocity(seen, x, time, tokens)
-
-    head.integrate(ask, cast(Tensor, noise))
-    return asked
-
-
-def _denoising(head: DiffusionHead, condition: Tensor, noise: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """What the head is asked while it samples: noisy chunks, their time steps and conditions."""
-    asked = []
-    both = head.conditions(condition)
-
-    def ask(x: Tensor, t: Tensor) -> Tensor:
-        asked.append(head.batch(x, t, both))
-        return head.guided_noise(x, t, both)
-
-    ddim_sample(ask, noise, head.alpha_bar, head.config.sample_steps)
-    return asked
 
 
 def _rotation(config: DecoderConfig, quantization: Quantization) -> Rotation | None:

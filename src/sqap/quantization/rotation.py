@@ -19,10 +19,7 @@ from torch import Tensor, nn
 from sqap.errors import InputError
 from sqap.models.config import DecoderConfig
 from sqap.models.decoder import Decoder, DecoderLayer, RMSNorm
-from sqap.models.heads import FlowHead
-from sqap.models.projector import Projector
 from sqap.models.stages import stages
-from sqap.models.vision import Block, FiLM
 from sqap.models.vla import VLA
 from sqap.quantization.hadamard import Hadamard, block_hadamard, largest_block, random_signs
 
@@ -164,75 +161,41 @@ def rotate_decoder(model: VLA | Decoder, seed: int | None = None) -> None:
 
 
 @torch.no_grad()
-def rotate_input(table: nn.Embedding, proprio: Projector | None, rotation: Rotation) -> None:
+def rotate_input(table: nn.Embedding, proprio: nn.Module | None, rotation: Rotation) -> None:
     """Rotate in place what a decoder reads beside the image: its embeddings, and the robot's state."""
     _turn(table.weight, inputs=rotation.residual)
     if proprio is not None:
-        rotate_output(proprio, rotation)
+        rotate_edges(proprio, rotation)
 
 
 def rotate_stage(stage: nn.Module, rotation: Rotation) -> None:
-    """Rotate in place what a stage of a model reads of the residual stream, and what it writes to it.
+    """Rotate in place what the linears of a stage read and write.
 
     Raises:
         InputError: it is a decoder layer that is already rotated, or already quantized.
     """
     if isinstance(stage, DecoderLayer):
-        rotate_layer(stage, rotation)
-    elif isinstance(stage, Projector):
-        rotate_output(stage, rotation)
-    elif isinstance(stage, Block) and stage.film is not None:
-        rotate_film(stage.film, rotation)
-    elif isinstance(stage, FlowHead):
-        rotate_expert(stage, rotation)
+        _prepare_layer(stage)
+    for module in stage.modules():
+        rotate_edges(module, rotation)
 
 
 @torch.no_grad()
-def rotate_output(projector: Projector, rotation: Rotation) -> None:
-    """Rotate in place what a projector writes to the residual stream."""
-    _rewrite(cast(nn.Linear, projector.layers[-1]), outputs=rotation.residual)
+def rotate_edges(module: nn.Module, rotation: Rotation) -> None:
+    """Rewrite the linears that a module lists as its edges (`sqap.models.edges`), in place.
 
-
-@torch.no_grad()
-def rotate_film(film: FiLM, rotation: Rotation) -> None:
-    """Let FiLM read rotated embeddings."""
-    for linear in (film.scale, film.shift):
-        _rewrite(linear, inputs=rotation.residual)
-
-
-@torch.no_grad()
-def rotate_expert(head: FlowHead, rotation: Rotation) -> None:
-    """Let an action expert read rotated values, and mix its own with them where it mixes both."""
-    for layer in head.experts:
-        attention = layer.self_attn
-        if attention.cross:
-            _rewrite(attention.v_proj, inputs=rotation.values)
-        else:
-            _rewrite(attention.v_proj, outputs=rotation.values)
-            _rewrite(attention.o_proj, inputs=rotation.mixed)
-
-
-@torch.no_grad()
-def rotate_layer(layer: DecoderLayer, rotation: Rotation) -> None:
-    """Rotate one decoder layer in place: it reads and writes the rotated stream.
-
-    Raises:
-        InputError: the layer is already rotated, or already quantized.
+    They read and write rotated activations then. The gains of norms before them become 1.
     """
-    _prepare_layer(layer)
-    attention, mlp = layer.self_attn, layer.mlp
-    residual, inner = rotation.residual, rotation.inner
-    gain = layer.input_layernorm.weight
-    _rewrite(attention.q_proj, gain=gain, inputs=residual)
-    _rewrite(attention.k_proj, gain=gain, inputs=residual)
-    _rewrite(attention.v_proj, gain=gain, inputs=residual, outputs=rotation.values)
-    _rewrite(attention.o_proj, inputs=rotation.mixed, outputs=residual)
-    gain.fill_(1)
-    gain = layer.post_attention_layernorm.weight
-    _rewrite(mlp.gate_proj, gain=gain, inputs=residual)
-    _rewrite(mlp.up_proj, gain=gain, inputs=residual, outputs=replace(inner, hadamard=Hadamard(1)))
-    _rewrite(mlp.down_proj, inputs=inner, outputs=residual)
-    gain.fill_(1)
+    read = {name: getattr(rotation, name) for name in ("residual", "values", "mixed", "inner")}
+    # The MLP's inner activations get signs alone: `HadamardLinear` does the rest as the model runs.
+    written = {**read, "inner": replace(rotation.inner, hadamard=Hadamard(1))}
+    edges = getattr(module, "edges", ())
+    norms = {edge.norm: cast(Tensor, module.get_submodule(edge.norm).weight) for edge in edges if edge.norm}
+    for edge in edges:
+        linear, gain = cast(nn.Linear, module.get_submodule(edge.linear)), norms.get(edge.norm)
+        _rewrite(linear, gain=gain, inputs=read.get(edge.reads), outputs=written.get(edge.writes))
+    for gain in norms.values():
+        gain.fill_(1)
 
 
 @torch.no_grad()

@@ -88,7 +88,7 @@ class Sequential:
         name: str,
         stage: nn.Module,
         states: Sequence[State],
-        call: Callable[[nn.Module, State], Any],
+        call: Callable[[Any, State], Any],
         exact: list[State] | None = None,
     ) -> list[Any]:
         """Quantize ``stage`` in place on ``states``, and return what it then makes of them.
@@ -218,8 +218,12 @@ def _groups(run: _Run[State], schemes: Schemes) -> list[_Group]:
     groups: dict[tuple[int, ...], _Group] = {}
     seen: dict[str, _Group] = {}
     held: list[Tensor] = []  # keeps a tensor's address from being used again within a pass
+    passed: set[str] = set()
 
     def note(key: str, x: Tensor) -> None:
+        if key in passed:  # by a later block of the sequence, such as the token of the robot's state
+            return
+        passed.add(key)
         squares = x.flatten(0, -2).square().sum(0, dtype=torch.float64)
         held.append(x)
         if key in seen:
@@ -235,6 +239,7 @@ def _groups(run: _Run[State], schemes: Schemes) -> list[_Group]:
             run.call(run.stage, state)
             held.clear()
             groups.clear()
+            passed.clear()
     missed = [key for key in schemes if key not in seen]
     if missed:
         raise InputError(

@@ -1,10 +1,15 @@
-"""Action heads: from the decoder's input sequence to a normalised action chunk.
+"""Action heads: from what the decoder makes of a sequence to a normalised action chunk.
 
-A head runs the decoder itself, because families differ in how: once, for the last token or for many, or once
-per action token.
+A head knows what it needs: the noise it starts from, which hidden states or keys and values it reads, what it
+asks of its networks (so that these can be calibrated), and which of its linears must stay precise.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
 
 from sqap.models.config import (
     DecoderConfig,
@@ -13,10 +18,38 @@ from sqap.models.config import (
     HeadConfig,
     TokenHeadConfig,
 )
+from sqap.models.decoder import Decoder, Reader, Stream
 from sqap.models.heads.diffusion import DiffusionHead
 from sqap.models.heads.flow import FlowHead
 from sqap.models.heads.regression import RegressionHead
 from sqap.models.heads.tokens import TokenHead
+from sqap.models.layout import Layout
+
+
+class HeadProtocol(Protocol):
+    """What every head is to the model, to its pruner and to its quantizer."""
+
+    keeps: bool
+    """Whether it reads the decoder's keys and values."""
+
+    chain: ClassVar[str | None]
+    """Name of a list of blocks, each of which reads what the one before it returns, if there is one."""
+
+    def reader(self, noise: Tensor | None, layout: Layout) -> Reader | None:
+        """Tokens of its own that read the decoder's keys, if it has any."""
+
+    def state(self, decoder: Decoder, stream: Stream, layout: Layout, noise: Tensor | None) -> Any:
+        """What it reads of a stream behind the last layer, with the noise it starts from."""
+
+    def act(self, decoder: Decoder, state: Any) -> Tensor:
+        """Normalised actions ``(batch, horizon, action_dim)``."""
+
+    def questions(self, states: Sequence[Any]) -> list[Any]:
+        """What its networks are given on the way to actions: calibration states of the head."""
+
+    def answer(self, question: Any) -> Any:
+        """Run its networks on one of `questions`."""
+
 
 Head = DiffusionHead | FlowHead | RegressionHead | TokenHead
 
@@ -32,4 +65,4 @@ def make_head(config: HeadConfig, decoder: DecoderConfig) -> Head:
     return RegressionHead(config, decoder.width)
 
 
-__all__ = ["DiffusionHead", "FlowHead", "Head", "RegressionHead", "TokenHead", "make_head"]
+__all__ = ["DiffusionHead", "FlowHead", "Head", "HeadProtocol", "RegressionHead", "TokenHead", "make_head"]

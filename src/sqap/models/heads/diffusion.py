@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from sqap.models.config import DiffusionHeadConfig
-from sqap.models.decoder import Decoder, TokenPruner
+from sqap.models.decoder import Decoder, Reader, Stream
 from sqap.models.heads.ddim import add_noise, cosine_alpha_bar, ddim_sample, ddim_steps
+from sqap.models.layout import Layout
 from sqap.models.transformer import MLP, Fused, SelfAttention, sinusoidal_embedding
 
 TIME_FREQUENCIES = 256
@@ -43,7 +47,8 @@ class DiffusionHead(nn.Module):
     token's final hidden state, the cognition token's: all that the head gets to know.
     """
 
-    placeholders = 0
+    keeps = False
+    chain: ClassVar[str | None] = "blocks"
 
     def __init__(self, config: DiffusionHeadConfig, condition_width: int) -> None:
         super().__init__()
@@ -90,13 +95,36 @@ class DiffusionHead(nn.Module):
         noisy = add_noise(actions, noise, t, self.alpha_bar)
         return (self.predict_noise(noisy, t, condition) - noise).square().mean()
 
-    def forward(
-        self, decoder: Decoder, sequence: Tensor, noise: Tensor | None, pruner: TokenPruner | None
-    ) -> Tensor:
-        """``(batch, tokens, width)`` to actions ``(batch, horizon, action_dim)``."""
+    def reader(self, noise: Tensor | None, layout: Layout) -> Reader | None:
+        return None
+
+    def state(
+        self, decoder: Decoder, stream: Stream, layout: Layout, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The condition ``(batch, width)`` and the noise, in the head's type."""
         assert noise is not None, "a diffusion head starts from noise"
-        condition = decoder(sequence, pruner=pruner)[:, -1]
-        return self.sample(condition.to(self.uncondition), noise.to(self.uncondition))
+        condition = decoder.finish(stream)[:, -1]
+        return condition.to(self.uncondition), noise.to(self.uncondition)
+
+    def act(self, decoder: Decoder, state: tuple[Tensor, Tensor]) -> Tensor:
+        return self.sample(*state)
+
+    def questions(self, states: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The arguments of `predict_noise` in every denoising step, all observations in one batch."""
+        if not states:
+            return []
+        condition, noise = (torch.cat(parts) for parts in zip(*states, strict=True))
+        both, asked = self.conditions(condition), []
+
+        def ask(x: Tensor, t: Tensor) -> Tensor:
+            asked.append(self.batch(x, t, both))
+            return self.guided_noise(x, t, both)
+
+        ddim_sample(ask, noise, self.alpha_bar, self.config.sample_steps)
+        return asked
+
+    def answer(self, question: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return self.predict_noise(*question)
 
     def sample(self, condition: Tensor, noise: Tensor) -> Tensor:
         """Chunks ``(batch, horizon, action_dim)`` from ``noise`` of that shape, given ``(batch, width)``.

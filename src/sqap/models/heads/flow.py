@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,32 +13,34 @@ from torch import Tensor, nn
 from sqap.models.config import DecoderConfig, FlowHeadConfig
 from sqap.models.decoder import (
     Decoder,
-    DecoderLayer,
-    KVCache,
-    LayerOutput,
+    Reader,
     RMSNorm,
+    Stream,
     SwiGLU,
-    TokenPruner,
     attention_received,
     causal_mask,
     rope_angles,
     rotate,
 )
+from sqap.models.edges import Edge
+from sqap.models.layout import Layout
 from sqap.models.transformer import attend
 
 KeysValues = tuple[Tensor, Tensor]  # both (batch, kv_heads, tokens, head_dim)
+FlowState = tuple[list[KeysValues], Tensor, int]
 Rope = tuple[Tensor, Tensor]
 
 
 class ExpertAttention(nn.Module):
-    """Action tokens look at the decoder's tokens, and without ``cross`` also at those before themselves.
+    """Action tokens attend to the decoder's tokens, and without ``cross`` also to each other.
 
-    With ``cross``, keys and values are made out of the decoder's alone, and positions begin at 0.
+    With ``causal`` they see those before themselves alone. With ``cross``, keys and values are made out of
+    the decoder's alone, and positions begin at 0.
     """
 
-    def __init__(self, width: int, decoder: DecoderConfig, cross: bool) -> None:
+    def __init__(self, width: int, decoder: DecoderConfig, cross: bool, causal: bool = True) -> None:
         super().__init__()
-        self.cross, self.heads, self.kv_heads = cross, decoder.heads, decoder.kv_heads
+        self.cross, self.heads, self.kv_heads, self.causal = cross, decoder.heads, decoder.kv_heads, causal
         kv_width = decoder.kv_heads * decoder.head_dim
         self.q_proj = nn.Linear(width, decoder.heads * decoder.head_dim, bias=False)
         self.k_proj = nn.Linear(kv_width if cross else width, kv_width, bias=False)
@@ -59,7 +60,7 @@ class ExpertAttention(nn.Module):
         k, v = past
         mask = None
         if not self.cross:
-            mask = causal_mask(x.shape[1], k.shape[2], x.device)
+            mask = causal_mask(x.shape[1], k.shape[2], x.device) if self.causal else None
             k = torch.cat([k, rotate(self._split(self.k_proj(x), self.kv_heads), rope)], dim=2)
             v = torch.cat([v, self._split(self.v_proj(x), self.kv_heads)], dim=2)
         mixed = attend(q, k, v, mask=mask)
@@ -89,9 +90,12 @@ class ExpertLayer(nn.Module):
     def __init__(self, config: FlowHeadConfig, decoder: DecoderConfig, cross: bool) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.width, decoder.norm_eps)
-        self.self_attn = ExpertAttention(config.width, decoder, cross)
+        self.self_attn = ExpertAttention(config.width, decoder, cross, config.causal_actions)
         self.post_attention_layernorm = RMSNorm(config.width, decoder.norm_eps)
         self.mlp = SwiGLU(config.width, config.mlp_width)
+        # Cross-attention makes values of the decoder's; self-attention mixes its own with them.
+        own = Edge("self_attn.v_proj", writes="values"), Edge("self_attn.o_proj", reads="mixed")
+        self.edges = (Edge("self_attn.v_proj", reads="values"),) if cross else own
 
     def forward(self, x: Tensor, past: KeysValues, rope: Rope) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), past, rope)
@@ -107,7 +111,8 @@ class FlowHead(nn.Module):
     decoder's keys and values does not depend on the noise is computed once for all steps.
     """
 
-    placeholders = 0
+    keeps = True
+    chain: ClassVar[str | None] = None
 
     def __init__(self, config: FlowHeadConfig, decoder: DecoderConfig) -> None:
         super().__init__()
@@ -123,41 +128,43 @@ class FlowHead(nn.Module):
         self.norm = RMSNorm(width, decoder.norm_eps)
         self.action_out_proj = nn.Linear(width, config.action_dim)
 
-    def forward(
-        self, decoder: Decoder, sequence: Tensor, noise: Tensor | None, pruner: TokenPruner | None
-    ) -> Tensor:
-        """``(batch, tokens, width)`` to actions ``(batch, horizon, action_dim)``."""
+    def reader(self, noise: Tensor | None, layout: Layout) -> Reader | None:
+        return None if noise is None else ActionReader(self, noise, layout.decoder.length)
+
+    def state(self, decoder: Decoder, stream: Stream, layout: Layout, noise: Tensor | None) -> FlowState:
+        """Keys and values of the decoder's layers, the noise, both in the expert's type, and tokens."""
         assert noise is not None, "flow matching starts from noise"
-        past = self.read(self.look(decoder, sequence, pruner, noise))
-        return self.integrate(lambda x, time: self.move(x, time, past, sequence.shape[1]), noise)
+        return self.seen(stream), noise.to(self.norm.weight), layout.decoder.length
+
+    def act(self, decoder: Decoder, state: FlowState) -> Tensor:
+        seen, noise, tokens = state
+        past = self.read(seen)
+        return self.integrate(lambda x, time: self.move(x, time, past, tokens), noise)
+
+    def questions(self, states: Sequence[FlowState]) -> list[tuple[list[KeysValues], Tensor, float, int]]:
+        """The arguments of `velocity` in every denoising step."""
+        asked = []
+        for seen, noise, tokens in states:
+
+            def ask(x: Tensor, time: float, seen: list[KeysValues] = seen, tokens: int = tokens) -> Tensor:
+                asked.append((seen, x, time, tokens))
+                return self.velocity(seen, x, time, tokens)
+
+            self.integrate(ask, noise)
+        return asked
+
+    def answer(self, question: tuple[list[KeysValues], Tensor, float, int]) -> Tensor:
+        return self.velocity(*question)
+
+    def seen(self, stream: Stream) -> list[KeysValues]:
+        """The keys and values of the decoder's layers so far, in the expert's type."""
+        pairs = cast(tuple[KeysValues, ...], stream.stored)
+        return [(k.to(self.norm.weight), v.to(self.norm.weight)) for k, v in pairs]
 
     @property
     def experts(self) -> list[ExpertLayer]:
         """The layers."""
         return [cast(ExpertLayer, layer) for layer in self.layers]
-
-    def look(
-        self,
-        decoder: Decoder,
-        sequence: Tensor,
-        pruner: TokenPruner | None = None,
-        noise: Tensor | None = None,
-    ) -> list[KeysValues]:
-        """The keys and values of each of the decoder's layers, in the expert's type.
-
-        A pruner that looks ahead from the action tokens needs the ``noise`` that they start from.
-        """
-        cache = KVCache(len(decoder.layers))
-        if pruner is not None and noise is not None:
-            pruner = ActionRows(pruner, self, decoder, cache, noise, sequence.shape[1])
-        decoder(sequence[:, :-1], cache=cache, pruner=pruner)
-        decoder(sequence[:, -1:], cache=cache)
-        return [self.stored(cache, i) for i in range(len(decoder.layers))]
-
-    def stored(self, cache: KVCache, layer: int) -> KeysValues:
-        """Keys and values of a decoder layer, in the expert's type."""
-        k, v = cache.stored(layer)
-        return k.to(self.norm.weight), v.to(self.norm.weight)
 
     def read(self, seen: Sequence[KeysValues]) -> list[KeysValues]:
         """What each layer makes of the decoder's keys and values, whatever the noise is."""
@@ -203,17 +210,17 @@ class FirstStep:
     Args:
         head: the expert.
         noise: ``(batch, horizon, action_dim)`` that it starts from.
-        tokens: in the decoder's whole sequence, which action tokens are behind.
+        tokens: in the decoder's sequence, which action tokens are behind.
     """
 
     def __init__(self, head: FlowHead, noise: Tensor, tokens: int) -> None:
         self.head, noise = head, noise.to(head.norm.weight)
         self.x, self.ropes = head.embed(noise, 1.0), head.ropes(noise, tokens)
 
-    def run(self, i: int, stored: KeysValues) -> None:
+    def run(self, i: int, seen: KeysValues) -> None:
         """Go through layer ``i``, given the keys and values of the decoder's."""
         layer = self.head.experts[i]
-        self.x = layer(self.x, layer.self_attn.read(stored), self.ropes[int(layer.self_attn.cross)])
+        self.x = layer(self.x, layer.self_attn.read(seen), self.ropes[int(layer.self_attn.cross)])
 
     def attention(self, i: int, keys: Tensor) -> Tensor:
         """Attention ``(batch, tokens)`` paid in layer ``i``, were this its input, to the decoder's keys."""
@@ -222,35 +229,18 @@ class FirstStep:
         return layer.self_attn.attention(layer.input_layernorm(self.x), keys.to(self.x), rope)
 
 
-@dataclass
-class ActionRows:
-    """A `TokenPruner` that lets another look ahead from the action tokens of the first denoising step.
+class ActionReader:
+    """A `Reader`: the action tokens of the first denoising step, behind as many layers as the stream."""
 
-    They have read the layers so far, but for the robot's state, which comes behind the visual tokens.
-    """
+    def __init__(self, head: FlowHead, noise: Tensor, tokens: int) -> None:
+        self.head, self._noise, self._tokens = head, noise, tokens
 
-    pruner: TokenPruner
-    head: FlowHead
-    decoder: Decoder
-    cache: KVCache
-    noise: Tensor
-    tokens: int
-
-    def score_rows(self, layer: int) -> Tensor | None:
-        return self.pruner.score_rows(layer)
-
-    def keep(self, layer: int, output: LayerOutput) -> Tensor | None:
-        def look_ahead(layers: Sequence[int], rows: Tensor | None) -> Tensor:
-            if rows is not None:
-                return output.look_ahead(layers, rows)
-            step = FirstStep(self.head, self.noise, self.tokens)
-            for i in range(layer + 1):
-                step.run(i, self.head.stored(self.cache, i))
-            later = ((i, cast(DecoderLayer, self.decoder.layers[i])) for i in layers)
-            paid = [step.attention(i, found.keys(output.hidden, output.rope)) for i, found in later]
-            return torch.stack(paid).mean(0)
-
-        return self.pruner.keep(layer, replace(output, look_ahead=look_ahead))
+    def attention(self, stream: Stream, keys: Mapping[int, Tensor]) -> list[Tensor]:
+        """As `Reader.attention`."""
+        step, tokens = FirstStep(self.head, self._noise, self._tokens), stream.blocks[0].shape[1]
+        for i, seen in enumerate(self.head.seen(stream)):
+            step.run(i, seen)
+        return [step.attention(i, k)[:, :tokens] for i, k in keys.items()]
 
 
 def time_embedding(time: float, config: FlowHeadConfig) -> Tensor:

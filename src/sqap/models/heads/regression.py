@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sqap.models.config import RegressionHeadConfig
-from sqap.models.decoder import Decoder, TokenPruner
+from sqap.models.decoder import Decoder, Reader, Stream
+from sqap.models.layout import Layout
 
 
 class ResidualBlock(nn.Module):
@@ -28,10 +32,12 @@ class RegressionHead(nn.Module):
     speaks for the token behind it, as in the language model this was tuned from.
     """
 
+    keeps = False
+    chain: ClassVar[str | None] = None
+
     def __init__(self, config: RegressionHeadConfig, width: int) -> None:
         super().__init__()
         self.config = config
-        self.placeholders = config.horizon * config.action_dim
         inputs = config.action_dim * width
         self.norm1 = nn.LayerNorm(inputs)
         self.fc1 = nn.Linear(inputs, config.width)
@@ -39,16 +45,27 @@ class RegressionHead(nn.Module):
         self.norm2 = nn.LayerNorm(config.width)
         self.fc2 = nn.Linear(config.width, config.action_dim)
 
-    def forward(
-        self, decoder: Decoder, sequence: Tensor, noise: Tensor | None, pruner: TokenPruner | None
-    ) -> Tensor:
-        """``(batch, tokens, width)`` to actions ``(batch, horizon, action_dim)``, without noise."""
-        return self.regress(self.gather(decoder(sequence, pruner=pruner)))
+    def reader(self, noise: Tensor | None, layout: Layout) -> Reader | None:
+        return None
 
-    def gather(self, hidden: Tensor) -> Tensor:
-        """Final hidden states to what the MLP reads in its type, ``(batch, horizon, action_dim * width)``."""
-        actions = hidden[:, -(self.placeholders + 2) : -2].reshape(len(hidden), self.config.horizon, -1)
-        return actions.to(self.norm1.weight.dtype)
+    def state(self, decoder: Decoder, stream: Stream, layout: Layout, noise: Tensor | None) -> Tensor:
+        """What the MLP reads, in its type: ``(batch, horizon, action_dim * width)``."""
+        return self.gather(decoder.finish(stream), layout)
+
+    def gather(self, hidden: Tensor, layout: Layout) -> Tensor:
+        """`state`, of final hidden states ``(batch, tokens, width)``."""
+        place = layout.from_end("actions")
+        actions = hidden[:, place.start - 1 : place.stop - 1]
+        return actions.reshape(len(hidden), self.config.horizon, -1).to(self.norm1.weight.dtype)
+
+    def act(self, decoder: Decoder, state: Tensor) -> Tensor:
+        return self.regress(state)
+
+    def questions(self, states: Sequence[Tensor]) -> list[Tensor]:
+        return list(states)
+
+    def answer(self, question: Tensor) -> Tensor:
+        return self.regress(question)
 
     def regress(self, x: Tensor) -> Tensor:
         """The MLP: ``(batch, horizon, action_dim * width)`` to actions."""

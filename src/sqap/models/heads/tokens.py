@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from sqap.models.config import TokenHeadConfig
-from sqap.models.decoder import Decoder, KVCache, TokenPruner
+from sqap.models.decoder import Decoder, KVCache, Reader, Stream, TokenPruner
+from sqap.models.layout import Layout
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the decoder has made of image and prompt.
+
+    Args:
+        text: final hidden states ``(batch, tokens, width)`` behind the image.
+        stored: keys and values of every layer.
+        length: tokens, those included that were pruned.
+    """
+
+    text: Tensor
+    stored: tuple[tuple[Tensor, ...], ...]
+    length: int
 
 
 class TokenHead(nn.Module):
@@ -16,24 +36,44 @@ class TokenHead(nn.Module):
     tokens look back at.
     """
 
-    placeholders = 0
+    keeps = True
+    chain: ClassVar[str | None] = None
 
     def __init__(self, config: TokenHeadConfig, width: int) -> None:
         super().__init__()
         self.config = config
         self.lm_head = nn.Linear(width, config.vocabulary, bias=False)
 
-    def forward(
-        self, decoder: Decoder, sequence: Tensor, noise: Tensor | None, pruner: TokenPruner | None
-    ) -> Tensor:
-        """``(batch, tokens, width)`` to actions ``(batch, 1, action_dim)``, without noise."""
-        return self.actions(self.generate(decoder, sequence, pruner))[:, None]
+    def reader(self, noise: Tensor | None, layout: Layout) -> Reader | None:
+        return None
 
-    def generate(self, decoder: Decoder, sequence: Tensor, pruner: TokenPruner | None = None) -> Tensor:
+    def state(self, decoder: Decoder, stream: Stream, layout: Layout, noise: Tensor | None) -> Prompt:
+        text = decoder.finish(stream)[:, layout.from_end("text").start :]
+        return Prompt(text, stream.stored or (), layout.decoder.length)
+
+    def act(self, decoder: Decoder, state: Prompt) -> Tensor:
+        """Actions ``(batch, 1, action_dim)``."""
+        return self.actions(self.generate(decoder, state))[:, None]
+
+    def questions(self, states: Sequence[Prompt]) -> list[Tensor]:
+        return [state.text for state in states]
+
+    def answer(self, question: Tensor) -> Tensor:
+        out: Tensor = self.lm_head(question)
+        return out
+
+    def read(self, decoder: Decoder, sequence: Tensor, pruner: TokenPruner | None = None) -> Prompt:
+        """A sequence ``(batch, tokens, width)`` alone, all of which but what is pruned counts as text."""
+        (stream,) = decoder.run([decoder.start(sequence, pruner=pruner, keeps=True)])
+        return Prompt(decoder.finish(stream), stream.stored or (), sequence.shape[1])
+
+    def generate(self, decoder: Decoder, prompt: Prompt) -> Tensor:
         """The most likely token ids ``(batch, action_dim)``; -1 where what is asked of them is not finite."""
-        cache = KVCache(len(decoder.layers))
-        hidden = decoder(sequence, cache=cache, pruner=pruner)
-        ids = [self._choose(hidden[:, -1:])]
+        cache = KVCache(len(decoder.layers), room=self.config.action_dim)
+        cache.next_position = prompt.length
+        for i, stored in enumerate(prompt.stored):
+            cache.extend(i, stored)
+        ids = [self._choose(prompt.text[:, -1:])]
         while len(ids) < self.config.action_dim:
             hidden = decoder(decoder.embed(ids[-1].clamp_min(0)), cache=cache)
             ids.append(self._choose(hidden))
