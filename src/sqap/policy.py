@@ -34,6 +34,7 @@ from sqap.pruning import Selection, Selector, StepPruner
 from sqap.pruning.attention import score_queries
 from sqap.pruning.geometry import into_crop, project
 from sqap.pruning.lookahead import layers_to_look_at
+from sqap.pruning.memory import Memory
 from sqap.recipe import Pruning, Recipe
 
 # Weights read, and weights in all.
@@ -93,10 +94,17 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Step:
-    """One policy step: ``chunk`` (horizon, action_dim) in robot units, and what was kept per camera."""
+    """One policy step.
+
+    Args:
+        chunk: ``(horizon, action_dim)`` in robot units.
+        selections: what was kept of each camera's tokens; empty if nothing was pruned.
+        memory: for the next step of the same robot; None if the policy needs none.
+    """
 
     chunk: np.ndarray
     selections: tuple[Selection, ...] = ()
+    memory: Memory | None = None
 
     @property
     def selection(self) -> Selection | None:
@@ -164,24 +172,69 @@ class Policy:
         """
         return self.step(observation, seed=seed).chunk
 
+    def step(
+        self, observation: Observation, *, seed: int | None = None, memory: Memory | None = None
+    ) -> Step:
+        """Like `act`, and tells which visual tokens the decoder kept, and what to give to the next step.
+
+        Args:
+            observation: what the robot sees.
+            seed: of the diffusion noise.
+            memory: what the step before it returned, in the same episode of the same robot.
+        """
+        (step,) = self.steps([observation], seeds=[seed], memories=[memory])
+        return step
+
     @defaults()
     @torch.inference_mode()
-    def step(self, observation: Observation, *, seed: int | None = None) -> Step:
-        """Like `act`, and tells which visual tokens the decoder kept."""
+    def steps(
+        self,
+        observations: Sequence[Observation],
+        *,
+        seeds: Sequence[int | None] | None = None,
+        memories: Sequence[Memory | None] | None = None,
+    ) -> list[Step]:
+        """`step` for several robots: the same numbers, bit for bit, as one after the other.
+
+        Instructions, cameras' positions and pruned tokens may differ. All observations go through a stage of
+        the model before the next begins, so that its weights are fetched from memory once.
+
+        Args:
+            observations: one for each robot.
+            seeds: of each one's diffusion noise.
+            memories: what each one's step before returned.
+
+        Raises:
+            ValueError: there are not as many seeds or memories as observations.
+            InputError: as `act`, and a memory is of another policy.
+            NonFiniteActionError: as `act`; no robot then gets a chunk.
+            CheckpointError: as `act`.
+        """
         self.load_weights()
+        none = [None] * len(observations)
+        triples = list(zip(observations, seeds or none, memories or none, strict=True))
+        prepared = [self._prepare(*triple) for triple in triples]
+        inputs, pruners = [given for given, _ in prepared], [pruner for _, pruner in prepared]
+        found = self.model.run(inputs, self.through, pruners)
+        return [self._step(actions, pruner) for actions, pruner in zip(found, pruners, strict=True)]
+
+    def _prepare(
+        self, observation: Observation, seed: int | None, memory: Memory | None
+    ) -> tuple[ModelInputs, StepPruner | None]:
         generator = torch.Generator(device="cpu")
         if seed is None:
             generator.seed()
         else:
             generator.manual_seed(seed)
         inputs = self.inputs(observation, generator)
-        pruner = self._pruner(observation, inputs.token_ids.shape[1], generator)
-        (actions,) = self.model.run([inputs], self.through, [pruner])
+        return inputs, self._pruner(observation, inputs.token_ids.shape[1], generator, memory)
+
+    def _step(self, actions: torch.Tensor, pruner: StepPruner | None) -> Step:
         normalised = actions[0].float().numpy()
         chunk = unnormalize(normalised, self.config.actions)
         for found in (normalised, chunk):  # what is clipped or turned into 0 and 1 hides what it was
             _check_actions(found)
-        return Step(chunk, pruner.selections if pruner is not None else ())
+        return Step(chunk) if pruner is None else Step(chunk, pruner.selections, pruner.memory)
 
     def inputs(self, observation: Observation, generator: torch.Generator) -> ModelInputs:
         """What the model is given for an observation, with noise where it starts from noise.
@@ -262,13 +315,18 @@ class Policy:
         save_policy(self, Path(directory))
 
     def _pruner(
-        self, observation: Observation, text_tokens: int, generator: torch.Generator
+        self,
+        observation: Observation,
+        text_tokens: int,
+        generator: torch.Generator,
+        memory: Memory | None,
     ) -> StepPruner | None:
         if self.selector is None:
             return None
         targets = [self._target(observation, camera) for camera in self.config.cameras]
         layout = self.config.model.layout(text_tokens)
-        return self.pruner(self.selector, layout.blocks[0].stop, layout.span("visual"), targets, generator)
+        length, visual = layout.blocks[0].stop, layout.span("visual")
+        return self.pruner(self.selector, length, visual, targets, generator, memory)
 
     def _target(self, observation: Observation, camera: str) -> tuple[float, float] | None:
         """Where the end effector is in what is looked at of a camera's image, if the observation tells."""

@@ -59,13 +59,15 @@ class Walker:
     seeds: list[int | None] = field(default_factory=list)
     seen: list[int] = field(default_factory=list)
 
-    def step(self, observation: Observation, *, seed: int | None = None) -> SimpleNamespace:
+    def step(
+        self, observation: Observation, *, seed: int | None = None, memory: None = None
+    ) -> SimpleNamespace:
         time.sleep(self.pause)
         self.seeds.append(seed)
         self.seen.append(int(observation.images["camera"][0, 0, 0]))
         chunk = np.random.default_rng(seed).uniform(-1, 1, (HORIZON, 4)).astype(np.float32)
         chunk[:, 0] = self.stride
-        return SimpleNamespace(chunk=chunk, selection=f"look {len(self.seeds)}")
+        return SimpleNamespace(chunk=chunk, memory=None, selection=f"look {len(self.seeds)}")
 
 
 @dataclass
@@ -76,12 +78,16 @@ class Hungry(Walker):
 
 
 class Buggy:
-    def step(self, observation: Observation, *, seed: int | None = None) -> SimpleNamespace:
-        return SimpleNamespace(chunk=1 / 0)
+    def step(
+        self, observation: Observation, *, seed: int | None = None, memory: None = None
+    ) -> SimpleNamespace:
+        return SimpleNamespace(chunk=1 / 0, memory=None)
 
 
 class Dying:
-    def step(self, observation: Observation, *, seed: int | None = None) -> SimpleNamespace:
+    def step(
+        self, observation: Observation, *, seed: int | None = None, memory: None = None
+    ) -> SimpleNamespace:
         os._exit(3)
 
 

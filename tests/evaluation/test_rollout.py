@@ -20,8 +20,8 @@ class Fixed:
     def __init__(self, chunk):
         self.chunk = np.asarray(chunk)
 
-    def step(self, observation, *, seed=None):
-        return SimpleNamespace(chunk=self.chunk, selection=None)
+    def step(self, observation, *, seed=None, memory=None):
+        return SimpleNamespace(chunk=self.chunk, selection=None, memory=None)
 
 
 class TestLoop:

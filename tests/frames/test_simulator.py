@@ -55,7 +55,9 @@ def simulators(monkeypatch) -> Iterator[list[Counter]]:
 
 
 def acts(chunk: int = 4) -> SimpleNamespace:
-    return SimpleNamespace(step=lambda observation, seed: SimpleNamespace(chunk=np.zeros((chunk, 4))))
+    return SimpleNamespace(
+        step=lambda observation, seed, memory: SimpleNamespace(chunk=np.zeros((chunk, 4)), memory=None)
+    )
 
 
 def seen(frames: list[Observation]) -> list[tuple[str, int, int]]:
@@ -93,7 +95,7 @@ def test_a_task_without_a_share_is_not_started(simulators):
 
 
 def test_a_simulator_is_closed_even_when_the_policy_fails(simulators):
-    def fail(observation: Observation, seed: int) -> None:
+    def fail(observation: Observation, seed: int, memory: None) -> None:
         raise InputError("no such camera")
 
     with pytest.raises(InputError):

@@ -171,9 +171,9 @@ class TestRecord:
         def __init__(self):
             self.selections = []
 
-        def step(self, observation, *, seed=None):
+        def step(self, observation, *, seed=None, memory=None):
             self.selections.append(selection())
-            return SimpleNamespace(chunk=np.zeros((3, 1)), selection=self.selections[-1])
+            return SimpleNamespace(chunk=np.zeros((3, 1)), memory=None, selection=self.selections[-1])
 
     def test_shows_the_camera_and_the_crop_of_the_policy(self):
         images = {name: np.full((4, 4, 3), value, np.uint8) for name, value in (("left", 10), ("wrist", 200))}

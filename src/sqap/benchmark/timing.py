@@ -66,7 +66,8 @@ class Bench:
         seconds = time.perf_counter() - start
         self.observation = example(self._policy)
         forget_peak()  # what it took to make a rival out of the compressed policy is not the rival's
-        chunk = self._policy.act(self.observation, seed=0)
+        first = self._policy.step(self.observation, seed=0)
+        chunk, self._memory = first.chunk, first.memory
         if not np.isfinite(chunk).all():
             raise SqapError("its actions are not finite")
         self._stages = Stages(self._policy) if candidate.staged else None
@@ -76,7 +77,7 @@ class Bench:
         if self._stages is not None:
             self._stages.clear()
         start = time.perf_counter()
-        self._policy.act(self.observation, seed=0)
+        self._policy.step(self.observation, seed=0, memory=self._memory)
         ms = 1000 * (time.perf_counter() - start)
         return Timed(ms, {} if self._stages is None else self._stages.split(ms))
 

@@ -15,6 +15,7 @@ from sqap.errors import InputError
 from sqap.evaluation.ensemble import AdaptiveEnsemble
 from sqap.evaluation.statistics import jerk
 from sqap.observation import Observation
+from sqap.pruning.memory import Memory
 from sqap.serialization import from_json
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ _RAW_UNITS = ActionUnits()
 class Actor(Protocol):
     """What an episode is driven by: `sqap.policy.Policy`, or anything else with this method."""
 
-    def step(self, observation: Observation, *, seed: int | None = None) -> Step: ...
+    def step(
+        self, observation: Observation, *, seed: int | None = None, memory: Memory | None = None
+    ) -> Step: ...
 
 
 @dataclass(frozen=True)
@@ -107,9 +110,11 @@ def run_episode(
     observation = env.reset(seed)
     actions: list[np.ndarray] = []
     latencies: list[float] = []
+    memory: Memory | None = None
     while True:
         begin = time.perf_counter()
-        step = policy.step(observation, seed=noise_seed(seed, len(latencies)))
+        step = policy.step(observation, seed=noise_seed(seed, len(latencies)), memory=memory)
+        memory = step.memory
         latencies.append(round(1e3 * (time.perf_counter() - begin), 3))
         _check_chunk(step.chunk, env, execute)
         planned = step.chunk[:execute] if averaged is None else averaged.add(step.chunk)[None]

@@ -43,11 +43,12 @@ def _frames_of_task(policy: Actor, env: environments.Environment, count: int) ->
     frames: list[Observation] = []
     seed = CALIBRATION_SEED
     while len(frames) < count:
-        observation = env.reset(seed)
+        observation, memory = env.reset(seed), None
         for look in range(min(LOOKS_PER_EPISODE, count - len(frames))):
             frames.append(observation)
-            chunk = policy.step(observation, seed=noise_seed(seed, look)).chunk
-            results = [env.step(action) for action in chunk]
+            step = policy.step(observation, seed=noise_seed(seed, look), memory=memory)
+            memory = step.memory
+            results = [env.step(action) for action in step.chunk]
             if results[-1].success or results[-1].truncated:
                 break
             observation = env.observe()

@@ -82,6 +82,7 @@ class Selector:
         features: Tensor | None = None,
         left: Tensor | None = None,
         cut: int = -1,
+        change: Tensor | None = None,
     ) -> Selection:
         """Choose exactly as many tokens as the budget of a cut.
 
@@ -93,6 +94,7 @@ class Selector:
             features: ``(N, width)`` of the tokens, for methods that compare them with each other.
             left: mask ``(N,)`` of the tokens that earlier cuts have left; all if not given.
             cut: the cut's number; the last by default.
+            change: ``(N,)`` how much the tokens have changed since the step before, where that is known.
 
         Raises:
             InputError: the method needs scores or features, and there are none.
@@ -113,7 +115,7 @@ class Selector:
         scores = scores.masked_fill(~left, -torch.inf)
         if method == "attention":
             return Selection(self._mask(criteria.top_k(scores, budget)), none, none, target, scores)
-        return self._share(scores, target, generator, left, budget)
+        return self._share(scores, target, generator, left, budget, change)
 
     def _share(
         self,
@@ -122,6 +124,7 @@ class Selector:
         generator: torch.Generator | None,
         left: Tensor,
         budget: int,
+        change: Tensor | None,
     ) -> Selection:
         """The best by score, the ring, and the rest."""
         share = round(self.settings.top_share * budget)
@@ -131,10 +134,12 @@ class Selector:
         ring = self._ring(top, target, left, budget)
         kept = top | ring
         count = budget - int(kept.sum())
-        if self.settings.rest == "random":
-            rest = criteria.random_tokens(left & ~kept, count, generator)
-        else:
+        if self.settings.rest == "farthest":
             rest = criteria.farthest_points(self.grid, kept, count, generator, left)
+        elif self.settings.rest == "changed" and change is not None:
+            rest = criteria.top_k(change.masked_fill(~left | kept, -torch.inf), count)
+        else:
+            rest = criteria.random_tokens(left & ~kept, count, generator)
         return Selection(top, ring, self._mask(rest), target, scores)
 
     def _ring(self, top: Tensor, target: tuple[float, float] | None, left: Tensor, budget: int) -> Tensor:

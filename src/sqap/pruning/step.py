@@ -10,6 +10,7 @@ from torch import Tensor
 from sqap.errors import InputError
 from sqap.models.decoder import LayerOutput
 from sqap.pruning.attention import per_camera, query_rows, score_layers
+from sqap.pruning.memory import Memory
 from sqap.pruning.rivals import BY_FEATURES, relevance
 from sqap.pruning.selector import Selection, Selector
 
@@ -26,9 +27,11 @@ class StepPruner:
         visual: positions of the visual ones.
         targets: per camera, the end effector in its image's coordinates, if known.
         generator: of what is left to chance.
+        memory: of the step before, if there was one.
 
     Attributes:
         selections: what is left, per camera; empty before the first cut, and if nothing is pruned.
+        memory: for the next step; None if the settings need none.
     """
 
     def __init__(
@@ -38,9 +41,12 @@ class StepPruner:
         visual: slice,
         targets: Sequence[tuple[float, float] | None] = (None,),
         generator: torch.Generator | None = None,
+        memory: Memory | None = None,
     ) -> None:
         settings = selector.settings
         self.selections: tuple[Selection, ...] = ()
+        self.memory: Memory | None = None
+        self._before = memory
         self._selector, self._length, self._visual = selector, length, visual
         self._targets, self._generator = targets, generator
         self._cuts = {cut.after_layer - 1: i for i, cut in enumerate(settings.cuts)}
@@ -72,7 +78,7 @@ class StepPruner:
                 f"a pruner chooses tokens for one observation, got a batch of {len(output.hidden)}: "
                 "run them one at a time, each with a pruner of its own"
             )
-        scores, features = self._scores(output), self._features(output)
+        scores, features, change = self._scores(output), self._features(output), self._change(output)
         self._received = []
         self.selections = tuple(
             self._selector.select(
@@ -82,6 +88,7 @@ class StepPruner:
                 features=None if features is None else features[i],
                 left=self.selections[i].mask if self.selections else None,
                 cut=cut,
+                change=None if change is None else change[i],
             )
             for i, target in enumerate(self._targets)
         )
@@ -113,6 +120,13 @@ class StepPruner:
         if method == "dart":
             return self._by_camera(self._visual_of(output.hidden[0]))
         return self._by_camera(output.embedded[0, self._visual]) if method in BY_FEATURES else None
+
+    def _change(self, output: LayerOutput) -> Tensor | None:
+        """``(cameras, N)`` since the step before; None if nobody asks, or nothing is known of it."""
+        if self._selector.settings.rest != "changed":
+            return None
+        self.memory = Memory(self._by_camera(output.embedded[0, self._visual]))
+        return None if self._before is None else self._before.change(self.memory.visual)
 
     def _visual_of(self, values: Tensor) -> Tensor:
         """Of the tokens that are left, the visual ones ``(visual, ...)`` on the CPU; 0 for those dropped."""

@@ -9,7 +9,7 @@ from sqap.errors import InputError
 
 PruningMethod = Literal["lookahead", "sqap", "attention", "random", "uniform", "divprune", "dart", "cdpruner"]
 ScoreQueries = Literal["text", "last", "actions"]
-Rest = Literal["random", "farthest"]
+Rest = Literal["random", "farthest", "changed"]
 
 # Methods whose budget is shared: the best by score, the ring around the end effector, and the rest.
 SHARED: tuple[PruningMethod, ...] = ("lookahead", "sqap")
@@ -64,8 +64,9 @@ class Pruning:
             is looked at.
         ring_share: largest share of the budget the ring may take; 0 of "lookahead", 0.3 of "sqap" if not
             given.
-        rest: what fills the budget: chance ("random"; of "lookahead" if not given), or the points farthest
-            from those kept ("farthest"; of "sqap").
+        rest: what fills the budget: chance ("random"; of "lookahead" if not given), the points farthest
+            from those kept ("farthest"; of "sqap"), or the tokens whose projected features have changed most
+            since the step before ("changed"; by chance where no memory of it is given).
         later: more cuts behind later layers, each of them to fewer tokens.
 
     Raises:

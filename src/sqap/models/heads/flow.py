@@ -78,7 +78,7 @@ class ExpertAttention(nn.Module):
         if self.cross:
             keys = self._split(self.k_proj(keys.transpose(1, 2).flatten(2)), self.kv_heads)
         q = rotate(self._split(self.q_proj(x), self.heads), rope)
-        return attention_received(q, keys, torch.empty(0), causal=False)
+        return attention_received(q, keys, x.new_empty(0), causal=False)
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
