@@ -39,9 +39,7 @@ def make_policy(family: str, pruning: Pruning | None, quantized: bool = False) -
         )
         assert recipe.quantization is not None
         model = quantize_model(model, recipe.quantization, [random_inputs(config, 1)])
-    words = {
-        word: i for i, word in enumerate(("<unk>", "<s>", "</s>", "open", "close", "the", "drawer", "and"))
-    }
+    words = ("<unk>", "<s>", "</s>", "open", "close", "the", "drawer", "and")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -115,9 +113,8 @@ def test_tokens_that_have_changed_since_the_last_step_are_kept(family: str) -> N
         assert selection.sampled.nonzero().flatten().tolist() == sorted(expected.tolist())
     forgot = policy.step(second, seed=0)
     assert [len(s.kept) for s in forgot.selections] == [8] * len(forgot.selections)
-    assert any(
-        not torch.equal(a.mask, b.mask) for a, b in zip(again.selections, forgot.selections, strict=True)
-    )
+    pairs = zip(again.selections, forgot.selections, strict=True)
+    assert any(not torch.equal(a.mask, b.mask) for a, b in pairs)
 
 
 def test_only_what_needs_a_memory_makes_one() -> None:

@@ -62,9 +62,6 @@ class Layout:
         """The part that the decoder runs."""
         return Layout(tuple(segment for segment in self.segments if not segment.expert))
 
-    def __contains__(self, name: SegmentName) -> bool:
-        return any(segment.name == name for segment in self.segments)
-
     def span(self, name: SegmentName) -> slice:
         """Where a segment's tokens are.
 
