@@ -1,11 +1,12 @@
 """The public face: an observation in, a chunk of actions in robot units out."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import processors
+from tokenizers import Tokenizer, processors
 
 from sqap import Camera, Observation, Policy
 from sqap.errors import InputError, NonFiniteActionError
@@ -42,6 +43,15 @@ def test_the_instruction_and_the_image_matter(policy, observe):
 def test_case_and_spaces_around_an_instruction_do_not_matter(policy, observe):
     base = policy.act(observe(), seed=0)
     assert np.array_equal(policy.act(observe(instruction="  Open the DRAWER "), seed=0), base)
+
+
+def test_a_tokenizer_that_panics_is_a_sentence(policy, observe):
+    """Its template names a token that it does not have: the library's Rust panics, which is no Exception."""
+    written = json.loads(policy.tokenizer.to_str())
+    written["post_processor"]["special_tokens"] = {}
+    broken = dataclasses.replace(policy, tokenizer=Tokenizer.from_str(json.dumps(written)))
+    with pytest.raises(InputError, match="the tokenizer cannot encode 'open the drawer'"):
+        broken.act(observe(), seed=0)
 
 
 def test_a_missing_camera_is_named(policy, observe):

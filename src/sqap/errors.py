@@ -1,5 +1,8 @@
 """What a user's mistake raises: the message is a sentence that says what would be right."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 # Characters of a message that are kept before and behind what is left out of a longer one.
 HEAD, TAIL = 1000, 500
 
@@ -34,3 +37,14 @@ class CheckpointError(SqapError):
 
 class NonFiniteActionError(SqapError):
     """A policy computes what no robot may be given."""
+
+
+@contextmanager
+def panics_raise() -> Iterator[None]:
+    """Panics of a library written in Rust, which are no `Exception`, are raised as RuntimeError."""
+    try:
+        yield
+    except BaseException as problem:
+        if isinstance(problem, Exception) or type(problem).__name__ != "PanicException":
+            raise
+        raise RuntimeError(str(problem)) from problem

@@ -11,7 +11,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from sqap.errors import InputError
+from sqap.errors import InputError, panics_raise
 from sqap.models.config import VisionConfig
 
 
@@ -123,7 +123,8 @@ def prompt_ids(instruction: str, prompt: str, tokenizer: Tokenizer, append: Sequ
         InputError: the tokenizer cannot encode it.
     """
     try:
-        ids: list[int] = tokenizer.encode(prompt.format(instruction=instruction.lower())).ids
+        with panics_raise():
+            ids: list[int] = tokenizer.encode(prompt.format(instruction=instruction.lower())).ids
     except Exception as problem:  # the library raises nothing narrower
         raise InputError(f"the tokenizer cannot encode {instruction!r}: {problem}") from problem
     repeated = next(n for n in range(len(append), -1, -1) if n == 0 or ids[-n:] == list(append[:n]))

@@ -85,6 +85,8 @@ TELLING: dict[str, Telling] = {
         (("tvf_crop_params", 0, "output_size"), [28, 28]),
     ),
 }
+TIED = ("text_config", "tie_word_embeddings")  # of an output matrix, which OpenVLA-OFT does not read
+TELLING_OFT = TELLING | {CONFIG: tuple(told for told in TELLING[CONFIG] if told[0] != TIED)}
 ACTION_MODEL: Telling = (
     (("action_dim",), 6),
     (("future_action_window_size",), 7),
@@ -189,14 +191,14 @@ LAYOUTS = {
         write_openvla_oft,
         OFT | {STATISTICS: tuple((LIBERO, n, b) for n in ("action", "proprio") for b in BOUNDS)},
         rf"{DINO_AND_SIGLIP}|lm_head",
-        telling=TELLING,
+        telling=TELLING_OFT,
     ),
     "oft-film": Layout(
         partial(write_openvla_oft, platform="aloha", film=True),
         OFT
         | {STATISTICS: tuple((ALOHA, n, b) for n in ("action", "proprio") for b in ("min", "max", "mask"))},
         rf"{DINO_AND_SIGLIP}|lm_head|^vision_backbone\.(fused_)?featurizer\.",
-        telling=TELLING,
+        telling=TELLING_OFT,
     ),
     "sqap": Layout(partial(_write_native, compress=False), {"policy.json": NATIVE}),
     "sqap-w4a8": Layout(partial(_write_native, compress=True), {"policy.json": NATIVE}),

@@ -29,7 +29,7 @@ from sqap.checkpoints.manifest import (
 )
 from sqap.checkpoints.place import check_place, replacing
 from sqap.checkpoints.tensors import FLOATS, shorten
-from sqap.errors import CheckpointError
+from sqap.errors import CheckpointError, panics_raise
 from sqap.files import reason
 from sqap.models import VLA, empty_model
 from sqap.models.storage import check_finite, stored_tensors
@@ -145,7 +145,8 @@ def _read(directory: Path, known_by: str) -> Policy:
 
 def _tokenizer(path: Path, rows: int) -> Tokenizer:
     try:
-        tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+        with panics_raise():
+            tokenizer: Tokenizer = Tokenizer.from_file(str(path))
     except Exception as problem:  # the library raises nothing narrower
         raise CheckpointError(f"{path} is not a tokenizer: {problem}") from problem
     highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from sqap.errors import CheckpointError
+from sqap.errors import CheckpointError, panics_raise
 
 FILE = "tokenizer.json"
 
@@ -30,7 +30,8 @@ def read_tokenizer(
     """
     path = _find(directory, given, like)
     try:
-        tokenizer: Tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
+        with panics_raise():
+            tokenizer: Tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
     except OSError as problem:
         raise CheckpointError(f"cannot read {path}: {problem.strerror}") from problem
     except Exception as problem:  # the library raises nothing narrower
@@ -63,7 +64,8 @@ def _check(tokenizer: Tokenizer, path: Path, rows: int, first: int, needed: Iter
     if lacking:
         raise CheckpointError(f"{path} lacks token {' and '.join(lacking)}, which {like}'s has")
     try:
-        begin = tokenizer.encode("a").ids[:1]
+        with panics_raise():
+            begin = tokenizer.encode("a").ids[:1]
     except Exception as problem:  # the library raises nothing narrower
         raise CheckpointError(f"{path} cannot encode a prompt: {problem}") from problem
     if begin != [first]:
