@@ -50,11 +50,13 @@ def success_table(columns: Sequence[Column]) -> Table:
 def standings_table(standings: Sequence[Standing]) -> Table:
     """One row for each pruning setting that is still in, the most promising first."""
     table = Table(title="Settings that go on", title_justify="left")
-    for column in ("keep", "decoder's cost", "pairs", "minus unpruned", "95 % interval"):
-        table.add_column(column, justify="left" if column == "keep" else "right")
+    first = "keep / after layer"
+    for column in (first, "decoder cost", "pairs", "minus unpruned", "95 % interval"):
+        table.add_column(column, justify="left" if column == first else "right", no_wrap=True)
     for s in standings:
         interval = f"{100 * s.low:+.1f} to {100 * s.high:+.1f}"
-        table.add_row(s.name, percent(s.cost), str(s.episodes), f"{100 * s.difference:+.1f}", interval)
+        cuts = ", ".join(f"{cut.keep_ratio} / {cut.after_layer}" for cut in s.pruning.cuts)
+        table.add_row(cuts, percent(s.cost), str(s.episodes), f"{100 * s.difference:+.1f}", interval)
     return table
 
 
