@@ -136,9 +136,11 @@ def read(path: Path) -> Any:
 
 
 def flatten(loaded: Any, prefix: str = "") -> Tensors:
-    """The tensors of nested dictionaries by their keys."""
+    """The tensors of nested dictionaries by their keys, without a dictionary that is inside itself."""
     out: Tensors = {}
     for key, value in loaded.items():
+        if value is loaded:
+            continue
         if isinstance(value, dict):
             out |= flatten(value, f"{prefix}{key}{SEPARATOR}")
         else:
