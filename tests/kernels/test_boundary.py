@@ -165,7 +165,7 @@ def native_layer(path: str, fused: bool = False, **changed: Any) -> Any:
 LAYER: dict[str, Any] = {
     "x": (ADDRESS, 1536), "y": (ADDRESS, 1536), "batch": 2, "tokens": 3, "cos": (ADDRESS, 384),
     "sin": (ADDRESS, 384), "rows": (ADDRESS, 3), "received": (ADDRESS, 24), "keys": (ADDRESS, 768),
-    "values": (ADDRESS, 768),
+    "values": (ADDRESS, 768), "first": 0,
 }  # fmt: skip
 LOOK: dict[str, Any] = {
     "x": (ADDRESS, 768), "tokens": 3, "cos": (ADDRESS, 192), "sin": (ADDRESS, 192), "rows": (ADDRESS, 3),
@@ -194,6 +194,9 @@ def test_the_native_code_believes_no_size_of_a_layer(path: str) -> None:
         ({"values": (ADDRESS, 384)}, "values: 384 bytes where 768"),
         ({"keys": none}, "values without keys"),
         ({"values": none}, "keys without values"),
+        ({"first": 4}, "the first token that is wanted is none of them"),
+        ({"first": -1}, "the first token that is wanted is none of them"),
+        ({"first": 1}, "a part of the tokens is wanted of one observation"),
         ({"batch": -2}, "negative"),
         ({"tokens": 2**60}, "too large"),
     ):

@@ -158,6 +158,31 @@ def test_every_path_runs_a_layer(path: str) -> None:
     assert_near(done[0], expected)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("first", [1, 5, 69, 70])
+def test_the_last_tokens_alone_are_what_they_are_among_all(path: str, causal: bool, first: int) -> None:
+    """Bit for bit; keys and values are kept of all tokens."""
+    torch.manual_seed(0)
+    layer, config = decoder_layer(causal=causal)
+    x, rope = torch.randn(1, 70, 64), rope_angles(torch.arange(70)[None], config, torch.float32)
+    rooms = [layer.self_attn.empty_kv(x) for _ in range(2)]
+    whole, part = run_fused(layer, x, rope, None, rooms[0]), run_fused(layer, x, rope, None, rooms[1], first)
+    assert whole is not None
+    assert part is not None
+    assert torch.equal(part[0], whole[0][:, first:])
+    assert all(torch.equal(a, b) for a, b in zip(*rooms, strict=True))
+    expected, _ = layer(x, rope, first=first)
+    if first < 70:
+        assert_near(part[0], expected)
+    assert expected.shape == part[0].shape
+
+
+def test_a_batch_has_no_last_tokens_alone(path: str) -> None:
+    layer, config = decoder_layer()
+    x, rope = torch.randn(2, 7, 64), rope_angles(torch.arange(7)[None], config, torch.float32)
+    assert run_fused(layer, x, rope, first=3) is None
+
+
 def test_positions_may_be_the_same_for_a_whole_batch(path: str) -> None:
     torch.manual_seed(0)
     layer, config = decoder_layer()

@@ -195,6 +195,25 @@ def test_no_tensor_is_tied_to_the_cpu(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_the_last_layer_computes_what_the_head_reads(family: str) -> None:
+    """Other rows are left out, and the head reads the same as if none were."""
+    config = family_config(family)
+    model, inputs = random_model(config), random_inputs(config, 2)
+    layout = model.layout(inputs)
+    streams = model.streams([inputs], tails=True) + model.streams([inputs], tails=False)
+    short, whole = model.decoder.run(streams)
+    tail = {"diffusion": 1, "tokens": 1, "regression": 26, "flow": 0}[family]
+    assert short.blocks[0].shape[1] == tail
+    assert whole.blocks[0].shape[1] == layout.blocks[0].stop
+    last = whole.blocks[0][:, whole.blocks[0].shape[1] - tail :]
+    torch.testing.assert_close(short.blocks[0], last, rtol=1e-5, atol=1e-5)
+    states = [model.head.state(model.decoder, stream, layout, inputs.noise) for stream in (short, whole)]
+    found, expected = (model.head.act(model.decoder, state) for state in states)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_built_on_meta_and_filled_it_is_the_same_model(family: str) -> None:
     """How large checkpoints are loaded: nothing outside the state dict may stay behind on meta."""

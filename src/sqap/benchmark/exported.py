@@ -51,9 +51,9 @@ class _ExportedLayer(nn.Module):
         self.exported = exported
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, cache: None, rows: None
+        self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, cache: None, rows: None, first: int
     ) -> tuple[Tensor, None]:
-        return self.exported(x, *rope), None
+        return self.exported(x, *rope)[:, first:], None
 
 
 class _Whole(nn.Module):

@@ -73,6 +73,7 @@ class Layer:
         rope: tuple[Tensor, Tensor] | None = None,
         rows: Tensor | None = None,
         kept: tuple[Tensor, Tensor] | None = None,
+        first: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
         """``x`` ``(batch, tokens, width)`` to the same, and what ``rows`` attend to ``(batch, tokens)``.
 
@@ -82,6 +83,8 @@ class Layer:
                 head_dim)`` where they are the same for the whole batch.
             rows: ``(rows,)`` indices of the tokens whose attention is wanted, averaged over heads and rows.
             kept: to be filled with keys and values, float32 ``(batch, kv_heads, tokens, head_dim)``.
+            first: tokens before it give keys and values alone, and are missing in what is returned; of a
+                batch of one.
 
         Raises:
             ValueError: the tensors do not fit together.
@@ -97,9 +100,9 @@ class Layer:
             received = x.new_empty(batch, tokens)
         for part in kept or ():
             _check("room for keys and values", part, (batch, kv_heads, tokens, head_dim))
-        y = torch.empty_like(x)
+        y = x.new_empty(batch, tokens - first, self._width)
         given = cos, sin, wanted, received, *(kept or (None, None))
-        self.native(array(x), array(y), batch, tokens, *map(array, given))
+        self.native(array(x), array(y), batch, tokens, *map(array, given), first)
         return y, received
 
 

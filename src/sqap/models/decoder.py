@@ -145,6 +145,8 @@ class Stream:
         stored: keys and values of all blocks, layer by layer so far; None if nobody reads them.
         cache: holds earlier tokens; None if there are none.
         reader: reads the stored keys and values beside the tokens.
+        tail: how many of the first block's last tokens the last layer computes; all if None. Of the other
+            blocks it then computes keys and values alone.
     """
 
     blocks: tuple[Tensor, ...]
@@ -154,6 +156,7 @@ class Stream:
     stored: tuple[tuple[Tensor, ...], ...] | None = None
     cache: KVCache | None = None
     reader: Reader | None = None
+    tail: int | None = None
 
 
 class RMSNorm(nn.Module):
@@ -286,17 +289,20 @@ class DecoderLayer(nn.Module):
         layer: int = 0,
         cache: KVCache | None = None,
         rows: Tensor | None = None,
+        first: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
         if self.fused is not None and (cache is None or cache.is_empty(layer)):
             kept = None if cache is None else self.self_attn.empty_kv(x)
-            done = self.fused(self, x, rope, rows, kept)
+            done = self.fused(self, x, rope, rows, kept, first)
             if done is not None:
                 if cache is not None and kept is not None:
                     cache.extend(layer, kept)
                 return done
+        # PyTorch's products of a few rows depend on where in memory these are, so a step would not repeat bit
+        # for bit: the last tokens are cut out of the whole.
         mixed, received = self.self_attn(self.input_layernorm(x), rope, layer, cache, rows)
         x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), received
+        return (x + self.mlp(self.post_attention_layernorm(x)))[:, first:], received
 
     def look(self, x: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
         """What ``rows`` would attend to in this layer, were ``x`` its input: ``(batch, tokens)``."""
@@ -364,6 +370,7 @@ class Decoder(nn.Module):
         keeps: bool = False,
         cache: KVCache | None = None,
         reader: Reader | None = None,
+        tail: int | None = None,
     ) -> Stream:
         """Embedded tokens ``x`` ``(batch, tokens, width)`` before the first layer.
 
@@ -374,6 +381,7 @@ class Decoder(nn.Module):
             keeps: whether the stream keeps keys and values for the head.
             cache: holds what came before, and gets what is new.
             reader: whose attention a pruner may look ahead for beside that of the tokens.
+            tail: how many of the last tokens are read behind the last layer; all by default.
         """
         first = 0
         if cache is not None:
@@ -382,7 +390,7 @@ class Decoder(nn.Module):
         places = torch.arange(first, first + x.shape[1], dtype=torch.int64, device=x.device)
         parts = tuple(x[:, block] for block in blocks)
         ropes = tuple(rope_angles(places[block].expand(len(x), -1), self.config, x.dtype) for block in blocks)
-        return Stream(parts, ropes, parts[0], pruner, () if keeps else None, cache, reader)
+        return Stream(parts, ropes, parts[0], pruner, () if keeps else None, cache, reader, tail)
 
     def run(
         self, streams: Sequence[Stream], through: Through = direct, layers: int | None = None
@@ -400,13 +408,18 @@ class Decoder(nn.Module):
             cache, place = KVCache(1), 0
         rows = stream.pruner.score_rows(i) if stream.pruner is not None else None
         (x, *rest), (rope, *ropes) = stream.blocks, stream.ropes
-        x, received = layer(x, rope, place, cache, rows)
-        rest = [layer(y, turn, place, cache, None)[0] for y, turn in zip(rest, ropes, strict=True)]
+        last = stream.tail is not None and i == len(self.layers) - 1 and rows is None
+        first = x.shape[1] - cast(int, stream.tail) if last else 0
+        x, received = layer(x, rope, place, cache, rows, first)
+        rest = [
+            layer(y, turn, place, cache, None, y.shape[1] if last else 0)[0]
+            for y, turn in zip(rest, ropes, strict=True)
+        ]
         stored = stream.stored
         if stored is not None and cache is not None:
             stored = (*stored, cache.stored(place))
         after = replace(stream, blocks=(x, *rest), stored=stored)
-        return after if stream.pruner is None else self._prune(i, after, stream.pruner, received)
+        return after if stream.pruner is None or last else self._prune(i, after, stream.pruner, received)
 
     def _prune(self, i: int, stream: Stream, pruner: TokenPruner, received: Tensor | None) -> Stream:
         (x, *rest), (rope, *ropes) = stream.blocks, stream.ropes

@@ -30,6 +30,7 @@ class Fused(Protocol):
         rope: tuple[Tensor, Tensor] | None = None,
         rows: Tensor | None = None,
         kept: tuple[Tensor, Tensor] | None = None,
+        first: int = 0,
     ) -> tuple[Tensor, Tensor | None] | None: ...
 
 

@@ -78,7 +78,7 @@ class VLA(nn.Module):
             pruners: one for each of ``inputs``; none by default.
         """
         layouts = [self.layout(given) for given in inputs]
-        streams = self.decoder.run(self.streams(inputs, through, pruners), through)
+        streams = self.decoder.run(self.streams(inputs, through, pruners, tails=True), through)
         states = [
             self.head.state(self.decoder, stream, layout, given.noise)
             for stream, layout, given in zip(streams, layouts, inputs, strict=True)
@@ -91,6 +91,7 @@ class VLA(nn.Module):
         through: Through = direct,
         pruners: Sequence[TokenPruner | None] | None = None,
         keeps: bool | None = None,
+        tails: bool = False,
     ) -> list[Stream]:
         """The embedded ``inputs`` before the decoder's first layer.
 
@@ -99,6 +100,7 @@ class VLA(nn.Module):
             through: as `run`'s.
             pruners: as `run`'s.
             keeps: whether keys and values are kept; where the head reads them, if not given.
+            tails: whether the last layer computes only what the head reads to act.
         """
         keeps = self.head.keeps if keeps is None else keeps
         embedded = self.embed_all(inputs, through)
@@ -109,6 +111,7 @@ class VLA(nn.Module):
                 pruner=pruner,
                 keeps=keeps,
                 reader=self.head.reader(given.noise, self.layout(given)),
+                tail=self.head.tail(self.layout(given)) if tails else None,
             )
             for x, given, pruner in zip(embedded, inputs, pruners or [None] * len(inputs), strict=True)
         ]

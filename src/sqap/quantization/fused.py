@@ -90,16 +90,17 @@ def run_fused(
     rope: tuple[Tensor, Tensor] | None = None,
     rows: Tensor | None = None,
     kept: tuple[Tensor, Tensor] | None = None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """What the layer makes of ``x`` ``(batch, tokens, width)``, and what ``rows`` attend to.
+    """What the layer makes of ``x`` ``(batch, tokens, width)`` behind ``first``, and what ``rows`` attend to.
 
     ``kept`` is filled with keys and values. None where it takes PyTorch: another device or type than float32,
     a linear that is not quantized, hooks on modules in the layer, gradients.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    if x.device.type != "cpu" or x.dtype != torch.float32 or (first and len(x) != 1):
         return None
     native = _found(layer, x)
-    return None if native is None else native(x, rope, rows, kept)
+    return None if native is None else native(x, rope, rows, kept, first)
 
 
 def look_fused(

@@ -23,8 +23,8 @@ struct Attention {
     int64_t q_stride, kv_stride;
     int64_t heads, kv_heads, head_dim;  // head_dim a multiple of LANES
     bool causal;
-    float* mixed;       // (batch * tokens, heads * head_dim); null where only what the rows attend to is wanted
-    int64_t first = 0;  // the token whose query comes first in q
+    float* mixed;       // a row (heads * head_dim) for each query; null where only what rows attend to is wanted
+    int64_t first = 0;  // the token whose query comes first in q, and its row in mixed
 };
 
 inline Floats multiply_add(Floats a, Floats b, Floats c) {
@@ -173,7 +173,7 @@ inline void attend(const Attention& a, const Tokens& t, int64_t batch, int64_t h
             Floats mixed[QUERIES][2];
             mix(weights, padded, value_tiles + d * keys, seen, inverse, mixed);
             for (int64_t r = 0; r < count; r++) {
-                float* to = a.mixed + (start + i + r) * a.heads * dim + head * dim + d;
+                float* to = a.mixed + (start + i + r - a.first) * a.heads * dim + head * dim + d;
                 std::memcpy(to, mixed[r], least(TILE, dim - d) * sizeof(float));
             }
         }
@@ -204,14 +204,14 @@ inline void look_at(const Attention& a, const Tokens& t, int64_t last, float sha
 
 inline void attention(const Attention& a, const Tokens& t) {
     if (t.keys != nullptr) keep(a, t);
-    const int64_t chunks = (t.tokens + CHUNK - 1) / CHUNK, tasks = t.batch * a.heads * chunks;
+    const int64_t chunks = (t.tokens - a.first + CHUNK - 1) / CHUNK, tasks = t.batch * a.heads * chunks;
     float* received = nullptr;
     if (t.rows != nullptr) {
         received = buffer<float>(Slot::received, tasks * t.tokens);
         std::memset(received, 0, tasks * t.tokens * sizeof(float));
     }
     parallel(tasks, [&](int64_t task) {
-        const int64_t first = task % chunks * CHUNK, head = task / chunks % a.heads, batch = task / chunks / a.heads;
+        const int64_t first = a.first + task % chunks * CHUNK, head = task / chunks % a.heads, batch = task / chunks / a.heads;
         float* sums = received != nullptr ? received + task * t.tokens : nullptr;
         attend(a, t, batch, head, first, least(t.tokens, first + CHUNK), sums);
     });

@@ -36,7 +36,7 @@ void multiply_all(const float* x, int64_t m, const Before& before, const Linear*
 
 template <class Isa>
 void layer(const Layer& l, const Tokens& t) {
-    const int64_t m = t.batch * t.tokens, hidden = l.up[0].weight.n;
+    const int64_t m = t.batch * t.tokens, n = m - t.first, hidden = l.up[0].weight.n;
     const int64_t queries = l.heads * l.head_dim, keys = l.kv_heads * l.head_dim;
     auto* in = buffer<float>(Slot::in, m * (queries + 2 * keys));
     auto* mixed = buffer<float>(Slot::mixed, m * queries);
@@ -48,15 +48,22 @@ void layer(const Layer& l, const Tokens& t) {
         q_stride = queries, kv_stride = keys;
     }
     const Output ins[] = {{q, Dtype::f32, l.in[0].bias}, {k, Dtype::f32, l.in[1].bias}, {v, Dtype::f32, l.in[2].bias}};
-    multiply_all<Isa>(t.x, m, {&l.norm1}, l.in, ins, l.fused_in ? 1 : 3);
-    attention({q, k, v, q_stride, kv_stride, l.heads, l.kv_heads, l.head_dim, l.causal, mixed}, t);
-    const Output out{t.y, Dtype::f32, l.out.bias, l.gain1, t.x};
-    multiply_all<Isa>(mixed, m, {}, &l.out, &out, 1);
+    const float* x = t.x + t.first * l.in[0].weight.k;
+    if (t.first == 0) {
+        multiply_all<Isa>(t.x, m, {&l.norm1}, l.in, ins, l.fused_in ? 1 : 3);
+    } else {
+        multiply_all<Isa>(t.x, m, {&l.norm1}, l.in + 1, ins + 1, 2);
+        if (n > 0) multiply_all<Isa>(x, n, {&l.norm1}, l.in, ins, 1);
+    }
+    attention({q, k, v, q_stride, kv_stride, l.heads, l.kv_heads, l.head_dim, l.causal, mixed, t.first}, t);
+    if (n == 0) return;
+    const Output out{t.y, Dtype::f32, l.out.bias, l.gain1, x};
+    multiply_all<Isa>(mixed, n, {}, &l.out, &out, 1);
 
-    const Output ups[] = {{middle, Dtype::f32, l.up[0].bias}, {middle + m * hidden, Dtype::f32, l.up[1].bias}};
-    multiply_all<Isa>(t.y, m, {&l.norm2}, l.up, ups, l.gated ? 2 : 1);
+    const Output ups[] = {{middle, Dtype::f32, l.up[0].bias}, {middle + n * hidden, Dtype::f32, l.up[1].bias}};
+    multiply_all<Isa>(t.y, n, {&l.norm2}, l.up, ups, l.gated ? 2 : 1);
     const Output down{t.y, Dtype::f32, l.down.bias, l.gain2, t.y};
-    multiply_all<Isa>(middle, m, {nullptr, l.function, l.gated ? middle + m * hidden : nullptr}, &l.down, &down, 1);
+    multiply_all<Isa>(middle, n, {nullptr, l.function, l.gated ? middle + n * hidden : nullptr}, &l.down, &down, 1);
 }
 
 inline bool same_norm(const Norm& a, const Norm& b, int64_t width) {

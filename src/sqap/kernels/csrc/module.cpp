@@ -146,12 +146,16 @@ struct BoundLayer {
     }
 
     void call(const Array& x, const Array& y, int64_t batch, int64_t tokens, const Array& cos, const Array& sin,
-              const Array& rows, const Array& received, const Array& keys, const Array& values) const {
+              const Array& rows, const Array& received, const Array& keys, const Array& values, int64_t first) const {
+        sqap::require(first >= 0 && first <= tokens, "the first token that is wanted is none of them");
+        sqap::require(first == 0 || (batch == 1 && !layer.fused_in && rows.first == 0),
+                      "a part of the tokens is wanted of one observation, of a layer with queries of their own, without rows");
         sqap::require((cos.first == 0) == (sin.first == 0), "there are cosines without sines, or sines without cosines");
         sqap::require((keys.first == 0) == (values.first == 0), "there is room for keys without values, or for values without keys");
         const int64_t width = layer.in[0].weight.k, head_dim = layer.head_dim;
         sqap::Tokens t{sqap::values_of<float>("inputs", x, {batch, tokens, width}),
-                       sqap::values_of<float>("outputs", y, {batch, tokens, width}), batch, tokens};
+                       sqap::values_of<float>("outputs", y, {batch, tokens - first, width}), batch, tokens};
+        t.first = first;
         t.cos = sqap::values_or_null<float>("cosines", cos, {batch, tokens, head_dim});
         t.sin = sqap::values_or_null<float>("sines", sin, {batch, tokens, head_dim});
         t.rows = sqap::values_or_null<uint8_t>("rows", rows, {tokens});

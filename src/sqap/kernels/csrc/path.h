@@ -91,12 +91,13 @@ struct Layer {
 // What a layer is given, and where it puts what it makes of it.
 struct Tokens {
     const float* x;  // (batch * tokens, width)
-    float* y;        // the same; null for a look ahead
+    float* y;        // the same, from `first` on; null for a look ahead
     int64_t batch, tokens;
     const float *cos, *sin;  // of rotary positions, (batch * tokens, head_dim); or null
     const uint8_t* rows;     // (tokens), whose attention is wanted; or null
     float* received;         // (batch, tokens), what they attend to, averaged over heads and rows
     float *keys, *values;    // (batch, kv_heads, tokens, head_dim), for later queries; or null
+    int64_t first;           // tokens before it are keys and values alone; 0 in a batch
 };
 
 struct Path {

@@ -35,6 +35,9 @@ class HeadProtocol(Protocol):
     chain: ClassVar[str | None]
     """Name of a list of blocks, each of which reads what the one before it returns, if there is one."""
 
+    def tail(self, layout: Layout) -> int:
+        """How many of the last tokens' final hidden states it reads to act."""
+
     def reader(self, noise: Tensor | None, layout: Layout) -> Reader | None:
         """Tokens of its own that read the decoder's keys, if it has any."""
 

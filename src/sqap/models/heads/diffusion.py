@@ -95,6 +95,10 @@ class DiffusionHead(nn.Module):
         noisy = add_noise(actions, noise, t, self.alpha_bar)
         return (self.predict_noise(noisy, t, condition) - noise).square().mean()
 
+    def tail(self, layout: Layout) -> int:
+        """The last, which is the cognition token."""
+        return 1
+
     def reader(self, noise: Tensor | None, layout: Layout) -> Reader | None:
         return None
 

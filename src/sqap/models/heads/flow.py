@@ -128,6 +128,10 @@ class FlowHead(nn.Module):
         self.norm = RMSNorm(width, decoder.norm_eps)
         self.action_out_proj = nn.Linear(width, config.action_dim)
 
+    def tail(self, layout: Layout) -> int:
+        """None: it reads keys and values."""
+        return 0
+
     def reader(self, noise: Tensor | None, layout: Layout) -> Reader | None:
         return None if noise is None else ActionReader(self, noise, layout.decoder.length)
 

@@ -45,6 +45,11 @@ class RegressionHead(nn.Module):
         self.norm2 = nn.LayerNorm(config.width)
         self.fc2 = nn.Linear(config.width, config.action_dim)
 
+    def tail(self, layout: Layout) -> int:
+        """Those before the actions, and what follows."""
+        start: int = layout.span("actions").start
+        return 1 + layout.decoder.length - start
+
     def reader(self, noise: Tensor | None, layout: Layout) -> Reader | None:
         return None
 

@@ -44,6 +44,10 @@ class TokenHead(nn.Module):
         self.config = config
         self.lm_head = nn.Linear(width, config.vocabulary, bias=False)
 
+    def tail(self, layout: Layout) -> int:
+        """The last, which decides about the first action token."""
+        return 1
+
     def reader(self, noise: Tensor | None, layout: Layout) -> Reader | None:
         return None
 
