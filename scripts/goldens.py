@@ -1,4 +1,4 @@
-"""What a refactoring must not change: python scripts/goldens.py record FILE, and later: ... check FILE
+"""Goldens for refactorings: python scripts/goldens.py record FILE, and later: ... check FILE
 
 Records the actions of every family from fixed seeds (float, W4A8, W4A4; whole, pruned, in batches) on three
 kernel paths, and of the bundled policies the artefact's hash, calibration, actions and closed-loop episodes.

@@ -91,6 +91,10 @@ def test_as_many_seeds_and_memories_as_robots() -> None:
     seen = [observe(policy, seed) for seed in range(2)]
     with pytest.raises(ValueError, match="zip"):
         policy.steps(seen, seeds=[1])
+    with pytest.raises(ValueError, match="zip"):
+        policy.steps(seen, seeds=[])
+    with pytest.raises(ValueError, match="zip"):
+        policy.steps(seen, memories=[])
     assert policy.steps([]) == []
 
 

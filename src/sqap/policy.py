@@ -212,7 +212,9 @@ class Policy:
         """
         self.load_weights()
         none = [None] * len(observations)
-        triples = list(zip(observations, seeds or none, memories or none, strict=True))
+        seeds = none if seeds is None else seeds
+        memories = none if memories is None else memories
+        triples = list(zip(observations, seeds, memories, strict=True))
         prepared = [self._prepare(*triple) for triple in triples]
         inputs, pruners = [given for given, _ in prepared], [pruner for _, pruner in prepared]
         found = self.model.run(inputs, self.through, pruners)

@@ -71,8 +71,8 @@ def test_a_watcher_remembers_its_own_layers_alone() -> None:
     def refuse(*_: object) -> Tensor:
         raise AssertionError("looked ahead")
 
-    watcher.keep(2, LayerOutput(x, x, torch.ones(1, 22), (x, x), refuse))
-    watcher.keep(1, LayerOutput(x, x, None, (x, x), refuse))
+    watcher.keep(2, LayerOutput(x, x, torch.ones(1, 22), refuse))
+    watcher.keep(1, LayerOutput(x, x, None, refuse))
     assert watcher.scores is None
 
 

@@ -201,4 +201,4 @@ def test_nothing_is_looked_at_where_nothing_is_pruned(
         raise AssertionError("looked ahead")
 
     x = torch.zeros(1, 22, 16)
-    assert pruner.keep(1, LayerOutput(x, x, None, (x, x), refuse)) is None
+    assert pruner.keep(1, LayerOutput(x, x, None, refuse)) is None

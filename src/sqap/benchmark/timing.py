@@ -19,6 +19,7 @@ from sqap.benchmark.candidates import CANDIDATES, Subject, example, weight_bytes
 from sqap.errors import SqapError
 from sqap.models.decoder import LayerOutput
 from sqap.models.through import direct
+from sqap.models.vision import VisionEncoder
 from sqap.policy import Policy
 from sqap.process import forget_peak, peak_rss_bytes
 from sqap.pruning import StepPruner
@@ -89,6 +90,9 @@ class Stages:
         self._seconds: dict[str, float] = defaultdict(float)
         self._ready = 0.0  # when the stage before ended
         policy.through = self._through
+        for module in policy.model.modules():
+            if isinstance(module, VisionEncoder):  # whose stem runs before its first stage
+                module.patch_embed.register_forward_pre_hook(self._begin)
         if policy.selector is not None:
             policy.pruner = partial(_TimedPruner, self._seconds)
 
@@ -100,8 +104,8 @@ class Stages:
     def split(self, ms: float) -> dict[str, float]:
         """Milliseconds of each stage of a step that took ``ms``; together they are the step.
 
-        What is computed between two stages counts as the later one's, and before the first and behind the
-        last as processing: images to pixels, and chunks to actions.
+        What is computed between two stages counts as the later one's, the stem of a vision encoder as vision,
+        and what is before it and behind the last stage as processing: images to pixels, chunks to actions.
         """
         spent = {name: 1000 * self._seconds[name] for name in ("vision", "projector", "decoder", "head")}
         selection = 1000 * self._seconds["selection"]
@@ -113,6 +117,9 @@ class Stages:
             "selection": selection,
             "head": spent["head"],
         }
+
+    def _begin(self, *_: object) -> None:
+        self._ready = self._ready or time.perf_counter()
 
     def _through(
         self, name: str, stage: nn.Module, states: Sequence[Any], call: Callable[..., Any]

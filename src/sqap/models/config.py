@@ -216,21 +216,18 @@ class ModelConfig:
 
     def layout(self, text_tokens: int) -> Layout:
         """The order of the tokens, the action expert's included, for so many ``text_tokens``."""
-        causal = self.decoder.causal
-        visual = Segment("visual", self.visual_tokens, causal=causal)
-        state = Segment("state", 1, causal=causal)
-        states = [state] if self.proprio_dim is not None and self.state_in == "decoder" else []
+        visual, in_decoder = Segment("visual", self.visual_tokens), self.state_in == "decoder"
+        states = [Segment("state", 1, int(self.image_first))] if self.proprio_dim and in_decoder else []
         if self.image_first:
-            order = [visual, Segment("text", text_tokens, causal=causal)]
-            order += [replace(segment, block=1) for segment in states]
+            order = [visual, Segment("text", text_tokens), *states]
         else:
             end = [Segment("actions", self.placeholders), Segment("end", 1)] if self.placeholders else []
             text = Segment("text", text_tokens - 1 - bool(end))
             order = [Segment("bos", 1), visual, *states, text, *end]
-            order = [replace(segment, causal=causal) for segment in order]
+        order = [replace(segment, causal=self.decoder.causal) for segment in order]
         if isinstance(self.head, FlowHeadConfig):
             block = order[-1].block + 1
-            if self.proprio_dim is not None and self.state_in == "expert":
+            if self.proprio_dim and self.state_in == "expert":
                 order.append(Segment("state", 1, block, expert=True))
                 block += 1
             order.append(Segment("actions", self.head.horizon, block, self.head.causal_actions, expert=True))

@@ -29,7 +29,6 @@ class LayerOutput:
         embedded: what the first layer was given, of all tokens, those included that have been dropped.
         received: ``(batch, tokens)``, the attention each token gets in this layer, averaged over heads and
             the asked-for rows; None where none were asked for.
-        rope: rotary positions of ``hidden`` (`rope_angles`).
         look_ahead: ``look_ahead(layers, rows)`` is the attention ``(batch, tokens)`` that tokens would get
             from ``rows`` in later layers, were ``hidden`` their input, averaged over layers, heads and rows.
             None for ``rows`` means the action expert's tokens, where there is an expert.
@@ -38,7 +37,6 @@ class LayerOutput:
     hidden: Tensor
     embedded: Tensor
     received: Tensor | None
-    rope: tuple[Tensor, Tensor]
     look_ahead: Callable[[Sequence[int], Tensor | None], Tensor]
 
 
@@ -423,7 +421,7 @@ class Decoder(nn.Module):
 
     def _prune(self, i: int, stream: Stream, pruner: TokenPruner, received: Tensor | None) -> Stream:
         (x, *rest), (rope, *ropes) = stream.blocks, stream.ropes
-        output = LayerOutput(x, stream.embedded, received, rope, partial(self.look_ahead, stream))
+        output = LayerOutput(x, stream.embedded, received, partial(self.look_ahead, stream))
         kept = pruner.keep(i, output)
         if kept is None:
             return stream

@@ -1,4 +1,4 @@
-"""Which linears read and write which activations: what a change of basis has to rewrite.
+"""Edges: the linears between activations that a change of basis rewrites.
 
 A module lists its own in ``edges``. Rotation goes by them (`sqap.quantization.rotation`), and so does what
 needs to know where a rotated activation comes from.

@@ -103,18 +103,22 @@ class VLA(nn.Module):
             tails: whether the last layer computes only what the head reads to act.
         """
         keeps = self.head.keeps if keeps is None else keeps
+        pruners = [None] * len(inputs) if pruners is None else pruners
         embedded = self.embed_all(inputs, through)
-        return [
-            self.decoder.start(
-                x,
-                self.layout(given).decoder.blocks,
-                pruner=pruner,
-                keeps=keeps,
-                reader=self.head.reader(given.noise, self.layout(given)),
-                tail=self.head.tail(self.layout(given)) if tails else None,
+        found = []
+        for x, given, pruner in zip(embedded, inputs, pruners, strict=True):
+            layout = self.layout(given)
+            found.append(
+                self.decoder.start(
+                    x,
+                    layout.decoder.blocks,
+                    pruner=pruner,
+                    keeps=keeps,
+                    reader=self.head.reader(given.noise, layout),
+                    tail=self.head.tail(layout) if tails else None,
+                )
             )
-            for x, given, pruner in zip(embedded, inputs, pruners or [None] * len(inputs), strict=True)
-        ]
+        return found
 
     def layout(self, inputs: ModelInputs) -> Layout:
         """The order of the tokens of ``inputs``."""

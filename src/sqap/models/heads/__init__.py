@@ -27,7 +27,7 @@ from sqap.models.layout import Layout
 
 
 class HeadProtocol(Protocol):
-    """What every head is to the model, to its pruner and to its quantizer."""
+    """The interface of action heads to the model, its pruner and its quantizer."""
 
     keeps: bool
     """Whether it reads the decoder's keys and values."""
