@@ -219,3 +219,17 @@ def test_the_variable_chooses_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(kernels.VARIABLE, "mmx")
     with pytest.raises(InputError, match=r"SQAP_KERNELS is 'mmx'; on this processor it can be .*reference"):
         choose()
+
+
+@every_path
+def test_pytorchs_own_products_and_these_take_turns(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AMX's tiles are a thread's own, and PyTorch configures them for itself, in bfloat16."""
+    monkeypatch.setattr(kernels, "chosen", lambda: path)
+    packed = QuantizedLinear.from_linear(torch.nn.Linear(256, 512), Scheme())
+    theirs = torch.nn.Linear(256, 512, dtype=torch.bfloat16)
+    x = torch.randn(64, 256)
+    with torch.inference_mode():
+        ours, expected = packed(x), theirs(x.bfloat16())
+        for _ in range(20):
+            assert torch.equal(theirs(x.bfloat16()), expected)
+            assert torch.equal(packed(x), ours)

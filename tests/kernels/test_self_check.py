@@ -172,13 +172,6 @@ def test_a_path_that_was_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -
         assert kernels.chosen() == other
 
 
-def test_what_must_be_asked_for_is_nobodys_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    order = ("avx512vnni", "avxvnni", "avx2", "amx", "portable", "reference")
-    monkeypatch.setattr(kernels, "paths", lambda: order)
-    monkeypatch.setattr(kernels, "_difference", lambda path: "a decoder layer" if "avx" in path else None)
-    assert kernels.chosen() == "portable"
-
-
 @broken
 def test_inspect_shows_the_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     breaks(monkeypatch, kernels, "matmul", lambda y, *_: one_more(y))

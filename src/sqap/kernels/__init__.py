@@ -30,13 +30,12 @@ logger = logging.getLogger("sqap")
 Function = Literal["none", "silu", "gelu", "gelu_tanh"]  # in the native code's order
 FUNCTIONS: tuple[str, ...] = get_args(Function)
 PORTABLE, REFERENCE = "portable", "reference"
-ONLY_ASKED_FOR = ("amx",)
 VARIABLE = "SQAP_KERNELS"
 NEEDS = {
+    "amx": "AMX-INT8: Intel's servers since Sapphire Rapids",
     "avx512vnni": "AVX512-VNNI: Intel since Ice Lake, AMD since Zen 4",
     "avxvnni": "AVX-VNNI: Intel since Alder Lake, AMD since Zen 5",
     "avx2": "AVX2: nearly every x86 processor",
-    "amx": "AMX-INT8: Intel's servers since Sapphire Rapids; only if asked for",
     "neon": "the dot products of ARMv8.2",
     "portable": "nothing",
     REFERENCE: "PyTorch",
@@ -71,11 +70,9 @@ def chosen() -> str:
 
 
 def _fastest() -> str:
-    """The first path that passes its check, of those that need not be asked for; others are warned about."""
+    """The first path that passes its check; those before it are warned about."""
     wrong: list[str] = []
     for path in paths():
-        if path in ONLY_ASKED_FOR:
-            continue
         found = _difference(path)
         if found is None:
             break

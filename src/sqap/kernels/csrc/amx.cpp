@@ -1,5 +1,5 @@
-// AMX-INT8 multiplies tiles: 16 tokens by 16 output channels, 64 channels of each in one instruction. Few tokens are
-// left to AVX512-VNNI, which every processor with AMX has.
+// AMX-INT8 multiplies tiles: 16 tokens by 16 output channels, 64 channels of each in one instruction. Few tokens and
+// groups are left to AVX512-VNNI, which every processor with AMX has.
 
 #include <cpuid.h>
 #if defined(__linux__)
@@ -23,7 +23,10 @@ constexpr Config CONFIG;
 
 struct Amx {
     static constexpr int64_t MR = 32, NR = 32, DEPTH = 64;
-    static constexpr bool UNSIGNED = false, FOUR_BITS_ONLY = false, SCALED_ROWS = true, SCALED_TILES = false;
+    static constexpr bool UNSIGNED = true, FOUR_BITS_ONLY = false, SCALED_ROWS = true, SCALED_TILES = false;
+    static constexpr bool SIXTEEN_ROWS = true;
+    using Vector = Avx512::Vector;
+    static constexpr auto columns = Avx512::columns;
     static constexpr auto dot4 = Vnni<Avx512>::dot4;
     static constexpr auto dot4_scaled = Vnni<Avx512>::dot4_scaled;
     static constexpr auto dot8 = Vnni<Avx512>::dot8;
@@ -47,16 +50,22 @@ struct Amx {
             _tile_loadd(5, a + q * MR * 4 + 16 * DEPTH, DEPTH);
             _tile_loadd(6, panel + q * ROW, ROW);
             _tile_loadd(7, panel + q * ROW + 64, ROW);
-            _tile_dpbssd(0, 4, 6);
-            _tile_dpbssd(1, 4, 7);
-            _tile_dpbssd(2, 5, 6);
-            _tile_dpbssd(3, 5, 7);
+            _tile_dpbsud(0, 4, 6);
+            _tile_dpbsud(1, 4, 7);
+            _tile_dpbsud(2, 5, 6);
+            _tile_dpbsud(3, 5, 7);
         }
         _tile_stored(0, acc, ROW);
         _tile_stored(1, acc + 16, ROW);
         _tile_stored(2, acc + 16 * NR, ROW);
         _tile_stored(3, acc + 16 * NR + 16, ROW);
     }
+};
+
+// A tile's sums would be stored and scaled for every group: AVX512-VNNI, which scales them in registers, is faster.
+template <>
+struct ForGroups<Amx> {
+    using Type = Vnni<Avx512>;
 };
 
 bool has_amx() {

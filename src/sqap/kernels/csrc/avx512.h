@@ -13,6 +13,28 @@ struct Avx512 {
     using Reals = __m512;
     static constexpr int64_t BYTES = 64, TOKENS = 14;  // 28 sums and 2 weights of 32 registers
 
+    static constexpr bool SIXTEEN_ROWS = true;
+
+    // The first four 32-bit words of sixteen rows, turned into columns. Rows 0, 4, 8 and 12 are read into the four
+    // lanes of one register, and so on: what is left is a 4 x 4 transpose in each lane.
+    static void columns(const uint8_t* rows, int64_t row_bytes, Vector (&to)[4]) {
+        const auto lane = [&](int r) {
+            return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + r * row_bytes));
+        };
+        Vector lanes[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            lanes[i] = _mm512_inserti32x4(_mm512_castsi128_si512(lane(i)), lane(4 + i), 1);
+            lanes[i] = _mm512_inserti32x4(_mm512_inserti32x4(lanes[i], lane(8 + i), 2), lane(12 + i), 3);
+        }
+        const Vector a = _mm512_unpacklo_epi32(lanes[0], lanes[1]), b = _mm512_unpacklo_epi32(lanes[2], lanes[3]),
+                     c = _mm512_unpackhi_epi32(lanes[0], lanes[1]), d = _mm512_unpackhi_epi32(lanes[2], lanes[3]);
+        to[0] = _mm512_unpacklo_epi64(a, b);
+        to[1] = _mm512_unpackhi_epi64(a, b);
+        to[2] = _mm512_unpacklo_epi64(c, d);
+        to[3] = _mm512_unpackhi_epi64(c, d);
+    }
+
     static Vector spread(int32_t value) { return _mm512_set1_epi32(value); }
     static Vector zero() { return _mm512_setzero_si512(); }
     static Vector load(const void* at) { return _mm512_loadu_si512(at); }

@@ -7,6 +7,7 @@ namespace sqap {
 namespace {
 
 struct Avx : Ymm {
+    static constexpr bool SIXTEEN_ROWS = false;
     static constexpr int64_t TOKENS = 6;  // 12 sums, 2 weights and an activation of 16 registers
 
     static Vector dot(Vector sum, Vector w, Vector x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }

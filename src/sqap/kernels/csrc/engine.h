@@ -1,6 +1,8 @@
 // The linear on integers, for any processor: activations to levels, products, and what the sums stand for.
 #pragma once
 
+#include <type_traits>
+
 #include "memory.h"
 #include "numbers.h"
 #include "path.h"
@@ -51,10 +53,19 @@ __attribute__((always_inline)) inline void finish(const Output& out, int64_t n, 
     for (int64_t j = 0; j < count; j++) from_float(values[j], y + j);
 }
 
+// Whose tiles multiply where channels have scales in groups: `Isa`'s own, if not specialised.
+template <class Isa>
+struct ForGroups {
+    using Type = Isa;
+};
+
 template <class Isa, class T>
 void linear_many(const Activations& a, const Weight& w, const Output& out, const Levels& levels) {
     constexpr int64_t MR = Isa::MR, NR = Isa::NR;
     const int64_t segment = divisor(a.group ? a.group : a.k, w.k / w.groups), segments = w.k / segment;
+    if constexpr (!std::is_same_v<Isa, typename ForGroups<Isa>::Type>) {
+        if (segments > 1) return linear_many<typename ForGroups<Isa>::Type, T>(a, w, out, levels);
+    }
     const float* token_scales = for_segments(levels.scale, Slot::token_scales, a.m, a.groups(), segments);
     const int32_t* zeros = for_segments(levels.zero_point, Slot::token_zeros, a.m, a.groups(), segments);
     const auto fill = [&](int64_t n0, int64_t count, float* to) {

@@ -117,10 +117,10 @@ extern const Path avx2, avxvnni, avx512vnni, amx;
 extern const Path neon;
 #endif
 
-// All that were compiled, the fastest first; but AMX, which no processor has run yet, only if it is asked for.
+// All that were compiled, the fastest first.
 inline constexpr const Path* PATHS[] = {
 #if defined(__x86_64__)
-    &avx512vnni, &avxvnni, &avx2, &amx,
+    &amx, &avx512vnni, &avxvnni, &avx2,
 #elif defined(__aarch64__)
     &neon,
 #endif

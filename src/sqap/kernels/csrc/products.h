@@ -21,6 +21,7 @@ constexpr int64_t BLOCK = 1024;  // channels of a panel unpacked at a time
 // Most processors multiply a quad at a time, and need no preparation.
 struct ByQuads {
     static constexpr int64_t DEPTH = 4;
+    static constexpr bool SIXTEEN_ROWS = false;  // whether Isa::columns unpacks sixteen rows at a time
     struct Session {};  // lives while a thread multiplies
 };
 
@@ -214,7 +215,16 @@ class Products {
         const int64_t bytes = least(quads * WIDTH, channels * WIDTH / 4), row_bytes = w_.row_bytes();
         const uint8_t* rows = w_.data + n0 * row_bytes + k * WIDTH / 4;
         for (int64_t r = 0; r < NR; r += 8) {
-            for (int64_t at = 0; at < quads * WIDTH; at += 32) {
+            int64_t at = 0;
+            if constexpr (Isa::SIXTEEN_ROWS) {
+                if (r + 16 <= count && bytes % 16 == 0 && bytes == quads * WIDTH) {
+                    for (; at < bytes; at += 16) {
+                        put_sixteen<HOW>(rows + r * row_bytes + at, row_bytes, panel + (at / WIDTH * NR + r) * 4);
+                    }
+                    r += 8;
+                }
+            }
+            for (; at < quads * WIDTH; at += 32) {
                 uint8_t* to = panel + (at / WIDTH * NR + r) * 4;
                 Words words[8];
                 if (r + 8 <= count && at + 32 <= bytes) {
@@ -232,6 +242,22 @@ class Products {
         }
     }
 
+    // The quads of four words of sixteen rows.
+    template <Take HOW>
+    __attribute__((always_inline)) static inline void put_sixteen(const uint8_t* rows, int64_t row_bytes, uint8_t* to) {
+        typedef uint32_t Wide __attribute__((vector_size(64)));
+        constexpr int PER_WORD = HOW == Take::fours ? 2 : 1;
+        typename Isa::Vector columns[4];
+        Isa::columns(rows, row_bytes, columns);
+#pragma GCC unroll 8
+        for (int j = 0; j < 4 * PER_WORD; j++) {
+            Wide words;
+            std::memcpy(&words, &columns[j / PER_WORD], sizeof words);
+            words = quad_of<HOW>(words >> (j % PER_WORD * 4));
+            std::memcpy(to + j * NR * 4, &words, sizeof words);
+        }
+    }
+
     // Up to `count` quads of eight rows of words. Inlined, so that all of them are a constant number.
     template <Take HOW>
     __attribute__((always_inline)) static inline void put(Words* words, uint8_t* to, int64_t count) {
@@ -244,9 +270,9 @@ class Products {
         }
     }
 
-    // A quad of eight output channels.
-    template <Take HOW>
-    static Words quad_of(Words quad) {
+    // A quad of as many output channels as the vector has words.
+    template <Take HOW, class Vector>
+    static Vector quad_of(Vector quad) {
         if (HOW == Take::fours) {
             quad &= 0x0f0f0f0fu;
             // Minus eight in each byte, without borrowing from its neighbour.

@@ -12,6 +12,9 @@ struct Vnni : ByQuads {
     using Vector = typename V::Vector;
     static constexpr int64_t MR = V::TOKENS, WIDTH = V::BYTES / 4, NR = 2 * WIDTH;
     static constexpr bool UNSIGNED = true, FOUR_BITS_ONLY = false, SCALED_ROWS = true, SCALED_TILES = true;
+    static constexpr bool SIXTEEN_ROWS = V::SIXTEEN_ROWS;
+
+    static void columns(const uint8_t* rows, int64_t row_bytes, Vector (&to)[4]) { V::columns(rows, row_bytes, to); }
 
     __attribute__((always_inline)) static inline void add_quads(const uint8_t* panel, const int8_t* a, int64_t quads,
                                                                 Vector (&sums)[MR][2]) {
