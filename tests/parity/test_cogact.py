@@ -72,7 +72,7 @@ def test_guided_samples_and_actions(cogact: Upstream, head: DiffusionHead) -> No
         noise = cogact.arrays["noise"][i : i + 1]
         inputs = cogact.inputs(i)
         found = cogact.policy.model(ModelInputs(inputs.pixels, inputs.token_ids, noise))
-        # Guided samples of these random weights reach 30, and the published float32 is 9e-5 off float64 itself.
+        # Guided samples of these random weights reach 30; the published float32 is 9e-5 off float64 itself.
         torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
         actions = unnormalize(found[0].numpy(), cogact.policy.config.actions)
         np.testing.assert_allclose(actions, cogact.arrays["actions"][i], rtol=0, atol=1e-4)
