@@ -11,7 +11,7 @@ from pathlib import Path
 
 from variants import compare, describe, run_variants
 
-from sqap.recipe import Pruning, Quantization, Recipe
+from sqap.recipe import Pruning, Quantization, Recipe, Scheme
 
 SEED = 200_000
 
@@ -34,7 +34,7 @@ def recipes(keep: float) -> dict[str, Recipe]:
             after_layer=3, score_layers=(0, 1, 2), top_share=0.25, ring_share=0.1
         ),
     }
-    return {"full": Recipe()} | {name: Recipe(Quantization(4, 8), p) for name, p in settings.items()}
+    return {"full": Recipe()} | {name: Recipe(Quantization(Scheme(4, 8)), p) for name, p in settings.items()}
 
 
 def main() -> None:

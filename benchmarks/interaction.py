@@ -25,7 +25,7 @@ from sqap.build import build_id
 from sqap.compress import reprune
 from sqap.files import write_json
 from sqap.frames import collect_frames
-from sqap.recipe import Pruning, PruningMethod, Quantization, Recipe
+from sqap.recipe import Pruning, PruningMethod, Quantization, Recipe, Scheme
 
 SEED = 3_500_000
 POLICIES = ("reference-smollm", "reference")
@@ -33,7 +33,7 @@ QUANTIZATIONS = {
     "full": None,
     "w4a8": Recipe.w4a8(keep=1).quantization,
     "w4a4": Recipe.w4a4(keep=1).quantization,
-    "w4a4-rtn": Quantization(4, 4, rotate=False),
+    "w4a4-rtn": Quantization(Scheme(4, 4), rotate=False),
 }
 METHODS: tuple[PruningMethod, ...] = ("attention", "random", "sqap", "lookahead")
 KEEPS = (0.6, 0.4, 0.25)

@@ -31,10 +31,10 @@ from rich.table import Table
 
 from sqap.build import build_id
 from sqap.files import write_json
-from sqap.recipe import Override, Quantization, Recipe, Scheme
+from sqap.recipe import Quantization, Recipe, Scheme
 
 IN_A_ROW = 5
-DATASET, LAST = "bridge_orig", "head.final_layer"
+DATASET = "bridge_orig"
 TASKS = "drawer-close,window-close"
 EPISODES = 2
 # Of an episode, what differs from run to run.
@@ -100,9 +100,7 @@ def compressing(root: Path) -> Command:
         lines.append(json.dumps({"file_name": f"{i}.png", "instruction": "open the drawer"}))
     (frames / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
     rest = Scheme(8, 8)
-    quantization = Quantization(
-        4, 8, vision=rest, projector=rest, head=rest, overrides=(Override(LAST),), rounding="gptq"
-    )
+    quantization = Quantization(Scheme(4, 8), vision=rest, projector=rest, head=rest, rounding="gptq")
     write_json(recipe, Recipe(quantization).to_json())
     out, partial = root / "small", root / ".small.partial"
 

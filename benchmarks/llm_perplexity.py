@@ -63,12 +63,12 @@ PEERS = {
 CORRECTION = 0.5
 W4A4 = decoder_alone(Recipe.w4a4())
 METHODS = {
-    "w4a4-rtn": Quantization(4, 4, rotate=False),
-    "w4a4-hadamard": Quantization(4, 4, rotation_seed=0),
+    "w4a4-rtn": Quantization(Scheme(4, 4), rotate=False),
+    "w4a4-hadamard": Quantization(Scheme(4, 4), rotation_seed=0),
     "w4a4-token": replace(W4A4, activation_granularity="token", activation_group_size=None),
     "w4a4": W4A4,
-    "w4a8-rtn": Quantization(4, 8, rotate=False),
-    "w4a8-hadamard": Quantization(4, 8, rotation_seed=0),
+    "w4a8-rtn": Quantization(Scheme(4, 8), rotate=False),
+    "w4a8-hadamard": Quantization(Scheme(4, 8), rotation_seed=0),
     "w4a8": decoder_alone(Recipe.w4a8()),
     "w4a4-corrected": replace(W4A4, correction=CORRECTION),
     "w4a8-corrected": replace(decoder_alone(Recipe.w4a8()), correction=CORRECTION),

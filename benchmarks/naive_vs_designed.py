@@ -17,14 +17,14 @@ from variants import compare, describe, run_variants
 
 from sqap.evaluation.executors import Run
 from sqap.files import write_json
-from sqap.recipe import Pruning, PruningMethod, Quantization, Recipe
+from sqap.recipe import Pruning, PruningMethod, Quantization, Recipe, Scheme
 
 SEED = 1_000_000
 BASELINES: tuple[PruningMethod, ...] = ("attention", "random", "uniform")
 KEEPS = (0.6, 0.4, 0.25)
-NAIVE_W4A4 = Quantization(4, 4, rotate=False)
+NAIVE_W4A4 = Quantization(Scheme(4, 4), rotate=False)
 # One scale for a whole matrix of weights, one for all tokens: the same bits, spent worse.
-COARSE_W4A4 = Quantization(4, 4, "tensor", activation_granularity="tensor", rotate=False)
+COARSE_W4A4 = Quantization(Scheme(4, 4, "tensor", activation_granularity="tensor"), rotate=False)
 MAIN = (
     "full",
     "w4a4-rtn",
@@ -44,8 +44,8 @@ def recipes() -> dict[str, Recipe]:
     table = {
         "full": Recipe(),
         "w4a4-rtn": Recipe(NAIVE_W4A4),
-        "w4a4": Recipe(Quantization(4, 4)),
-        "w4a8": Recipe(Quantization(4, 8)),
+        "w4a4": Recipe(Quantization(Scheme(4, 4))),
+        "w4a8": Recipe(Quantization(Scheme(4, 8))),
     }
     for method in BASELINES:
         for keep in KEEPS:
@@ -54,13 +54,15 @@ def recipes() -> dict[str, Recipe]:
         table[f"w4a4-rtn-attention-{keep}"] = Recipe(NAIVE_W4A4, Pruning(keep_ratio=keep, method="attention"))
     for keep in KEEPS:
         mix = Recipe.w4a8(keep).pruning
-        table[f"method-w4a8-{keep}"] = Recipe(Quantization(4, 8), mix)
-        table[f"method-w4a4-{keep}"] = Recipe(Quantization(4, 4), mix)
-        table[f"w4a8-random-{keep}"] = Recipe(Quantization(4, 8), Pruning(keep_ratio=keep, method="random"))
+        table[f"method-w4a8-{keep}"] = Recipe(Quantization(Scheme(4, 8)), mix)
+        table[f"method-w4a4-{keep}"] = Recipe(Quantization(Scheme(4, 4)), mix)
+        table[f"w4a8-random-{keep}"] = Recipe(
+            Quantization(Scheme(4, 8)), Pruning(keep_ratio=keep, method="random")
+        )
     # One layer later, where attention has become a usable ranking.
     later = Pruning(0.4, 3, "sqap", score_layers=(0, 1, 2), top_share=0.25, ring_share=0.1)
-    table["method-w4a8-0.4-layer3"] = Recipe(Quantization(4, 8), later)
-    table["w4a8-random-0.4-layer3"] = Recipe(Quantization(4, 8), Pruning(0.4, 3, method="random"))
+    table["method-w4a8-0.4-layer3"] = Recipe(Quantization(Scheme(4, 8)), later)
+    table["w4a8-random-0.4-layer3"] = Recipe(Quantization(Scheme(4, 8)), Pruning(0.4, 3, method="random"))
     table["paper"] = Recipe.paper()
     table["w4a4-coarse"] = Recipe(COARSE_W4A4)
     table["w4a4-coarse-rotated"] = Recipe(dataclasses.replace(COARSE_W4A4, rotate=True))

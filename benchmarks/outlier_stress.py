@@ -34,7 +34,7 @@ from sqap.models.decoder import Decoder, DecoderLayer, LayerOutput
 from sqap.pruning.attention import query_rows
 from sqap.pruning.calibration import overlap_at_k
 from sqap.quantization import quantize_decoder, quantize_model
-from sqap.recipe import Quantization, Recipe
+from sqap.recipe import Quantization, Recipe, Scheme
 
 FACTOR = 64.0  # a power of two, so that multiplying and dividing by it are exact
 CHANNELS = 3
@@ -43,11 +43,11 @@ WINDOW, CALIBRATED, EVALUATED = 512, 8, 4
 ROWS = 32  # the last tokens of a window, whose attention counts
 FRAMES = 24  # to calibrate on, and as many others to evaluate on
 
-PLAIN = Quantization(4, 4, rotate=False)
+PLAIN = Quantization(Scheme(4, 4), rotate=False)
 METHODS = {
     "w4a4-rtn": PLAIN,
     "w4a4-gptq": replace(PLAIN, rounding="gptq"),
-    "w4a4-hadamard": Quantization(4, 4, rotation_seed=0),
+    "w4a4-hadamard": Quantization(Scheme(4, 4), rotation_seed=0),
     "w4a4": decoder_alone(Recipe.w4a4()),
     "w4a8": decoder_alone(Recipe.w4a8()),
 }

@@ -22,7 +22,7 @@ from sqap.budget import fit
 from sqap.files import write_json
 from sqap.frames import collect_frames
 from sqap.models.storage import stored_bytes
-from sqap.recipe import Quantization, Recipe
+from sqap.recipe import Quantization, Recipe, Scheme
 from sqap.sensitivity import Replay
 
 SEED = 1_000_000
@@ -42,7 +42,7 @@ def recipes(replay: Replay) -> dict[str, Recipe]:
         "w4a8-whole": Recipe(w4a8),
         "w4a8-budget": Recipe(fit(ranking, w4a8, target_bytes=budget)),
         "w4a4-decoder": Recipe(decoder_alone(Recipe.w4a4(keep=1))),
-        "w4a4-decoder-rtn": Recipe(Quantization(4, 4, rotate=False)),
+        "w4a4-decoder-rtn": Recipe(Quantization(Scheme(4, 4), rotate=False)),
     }
 
 

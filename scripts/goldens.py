@@ -48,8 +48,8 @@ def families() -> Iterator[tuple[str, Tensor]]:
         models: dict[str, VLA] = {"float": random_model(config)}
         for name, bits in (("w4a8", 8), ("w4a4", 4)):
             eight = Scheme(8, 8)
-            parts = {"vision": eight, "projector": eight, "head": eight}
-            quantization = Quantization(4, bits, **parts, rounding="gptq", clip=True, rotation_seed=3)
+            parts = {"vision": eight, "projector": eight, "head": eight, "sensitive": eight}
+            quantization = Quantization(Scheme(4, bits), **parts, rounding="gptq", clip=True, rotation_seed=3)
             models[name] = quantize_model(random_model(config), quantization, inputs)
         for name, model in models.items():
             yield f"{family}.{name}.batch", model(random_inputs(config, 3, 5))

@@ -13,7 +13,14 @@ from sqap.recipe import Override, Pruning, Quantization, Scheme
 from sqap.sensitivity import Replay, blocks
 
 UNITS = ActionUnits(translation=(0, 1, 2), millimetres=10.0, gripper=3)
-COARSE = Quantization(4, 4, vision=Scheme(4, 8), projector=Scheme(4, 8), head=Scheme(4, 8), rotate=False)
+COARSE = Quantization(
+    Scheme(4, 4),
+    vision=Scheme(4, 8),
+    projector=Scheme(4, 8),
+    head=Scheme(4, 8),
+    sensitive=Scheme(4, 8),
+    rotate=False,
+)
 
 
 @pytest.fixture

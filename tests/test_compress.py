@@ -20,7 +20,7 @@ from sqap.errors import CheckpointError, InputError
 from sqap.models.stages import stages
 from sqap.processing import ActionUnits
 from sqap.quantization import Partial, list_linears
-from sqap.recipe import Pruning, PruningMethod, Quantization
+from sqap.recipe import Pruning, PruningMethod, Quantization, Scheme
 from tests.torch_settings import SETTINGS
 
 
@@ -117,7 +117,7 @@ def test_stages_of_another_policy_are_discarded_with_a_warning(policy, frames, t
 @pytest.mark.parametrize(
     ("recipe", "seeds"),
     [
-        (Recipe(Quantization(4, 8, clip=False)), (0, 1, 2)),
+        (Recipe(Quantization(Scheme(4, 8), clip=False)), (0, 1, 2)),
         (Recipe.w4a8(keep=0.5), (0, 1, 2)),
         (Recipe.w4a8(), (0, 1, 3)),
         (Recipe.w4a8(), (0, 2, 1)),
@@ -296,7 +296,7 @@ def test_eight_bits_stay_closer_than_four(policy, frames, observe):
         small = sqap.compress(policy, Recipe(quantization), frames)
         return np.abs(small.act(observe(5), seed=0) - full).max()
 
-    assert error(Quantization(8, 8)) < error(Quantization(4, 8)) < 0.5
+    assert error(Quantization(Scheme(8, 8))) < error(Quantization(Scheme(4, 8))) < 0.5
 
 
 def test_calibration_says_how_far_attention_is_trusted(policy, frames):
@@ -343,7 +343,7 @@ def test_compressing_twice_is_refused(policy, frames):
 
 
 def test_a_group_size_that_does_not_divide_names_the_linear(policy, frames):
-    recipe = Recipe(Quantization(weight_granularity="group", group_size=24))
+    recipe = Recipe(Quantization(Scheme(weight_granularity="group", group_size=24)))
     with pytest.raises(InputError, match=r"q_proj.*24"):
         sqap.compress(policy, recipe, frames)
 

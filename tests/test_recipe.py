@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sqap.errors import InputError
-from sqap.recipe import RECIPE_VERSION, Cut, Pruning, PruningMethod, Quantization, Recipe
+from sqap.recipe import RECIPE_VERSION, Cut, Override, Pruning, PruningMethod, Quantization, Recipe, Scheme
+from sqap.recipe.version_1 import ACTIONS
 
 
 @st.composite
@@ -20,12 +22,14 @@ def quantizations(draw: st.DrawFn) -> Quantization:
     granularity = draw(st.sampled_from(["channel", "group", "tensor"]))
     activations = draw(st.sampled_from(["token", "group", "tensor"]))
     return Quantization(
-        weight_bits,
-        activation_bits,
-        weight_granularity=granularity,
-        group_size=draw(st.sampled_from([2, 32, 128])) if granularity == "group" else None,
-        activation_granularity=activations,
-        activation_group_size=draw(st.sampled_from([2, 32])) if activations == "group" else None,
+        Scheme(
+            weight_bits,
+            activation_bits,
+            weight_granularity=granularity,
+            group_size=draw(st.sampled_from([2, 32, 128])) if granularity == "group" else None,
+            activation_granularity=activations,
+            activation_group_size=draw(st.sampled_from([2, 32])) if activations == "group" else None,
+        ),
         rotate=draw(st.booleans()),
     )
 
@@ -80,6 +84,49 @@ def test_is_read_from_a_file(tmp_path: Path) -> None:
     assert Recipe.read(str(path)) == Recipe.w4a4(keep=0.4)
 
 
+VERSION_1: dict[str, Any] = {
+    "quantization": {
+        "weight_bits": 4,
+        "activation_bits": 4,
+        "activation_granularity": "group",
+        "activation_group_size": 32,
+        "vision": {"weight_bits": 4, "activation_bits": 8},
+        "head": {"weight_bits": 8, "activation_bits": 8},
+        "overrides": [
+            {"pattern": "decoder.layers.0.*", "scheme": None},
+            {"pattern": ACTIONS, "scheme": None},
+        ],
+        "rounding": "gptq",
+    },
+    "pruning": {"keep_ratio": 0.4},
+    "version": 1,
+}
+
+
+def test_version_1_is_read() -> None:
+    """Its inherited grids are the decoder's; sensitive linears had the head's if not overridden."""
+    decoder = Scheme(4, 4, activation_granularity="group", activation_group_size=32)
+    override = Override("decoder.layers.0.*")
+    quantization = Quantization(
+        decoder, vision=Scheme(4, 8), head=Scheme(8, 8), overrides=(override,), rounding="gptq"
+    )
+    assert Recipe.from_json(VERSION_1) == Recipe(quantization, Pruning(keep_ratio=0.4))
+    whole = {**VERSION_1, "quantization": {**VERSION_1["quantization"], "overrides": []}}
+    found = Recipe.from_json(whole).quantization
+    assert found is not None
+    assert (found.sensitive, found.overrides) == (Scheme(8, 8), ())
+    assert Recipe.from_json({"version": 1}) == Recipe()
+
+
+def test_sensitive_linears_are_apart_from_their_head() -> None:
+    quantization = Quantization(head=Scheme(8, 8), overrides=(Override("head.fc2", Scheme(4, 8)),))
+    assert quantization.scheme("head.fc1") == Scheme(8, 8)
+    assert quantization.scheme("head.fc3", sensitive=True) is None
+    assert quantization.scheme("head.fc2", sensitive=True) == Scheme(4, 8)  # an override comes first
+    assert replace(quantization, sensitive=Scheme(8, 8)).scheme("head.fc3", True) == Scheme(8, 8)
+    assert quantization.scheme("proprio.0") is None
+
+
 def test_a_short_file_means_the_defaults(tmp_path: Path) -> None:
     path = tmp_path / "recipe.json"
     path.write_text('{"pruning": {"keep_ratio": 0.5}}')
@@ -94,7 +141,8 @@ def test_the_empty_recipe_does_nothing() -> None:
 @pytest.mark.parametrize(("preset", "bits"), [(Recipe.w4a8, (4, 8)), (Recipe.w4a4, (4, 4))])
 def test_presets(preset: Any, bits: tuple[int, int]) -> None:
     recipe = preset(keep=0.25)
-    assert (recipe.quantization.weight_bits, recipe.quantization.activation_bits) == bits
+    assert (recipe.quantization.decoder.weight_bits, recipe.quantization.decoder.activation_bits) == bits
+    assert recipe.quantization.sensitive is None
     assert recipe.quantization.rotate
     assert recipe.pruning.keep_ratio == 0.25
     assert preset(keep=1).pruning is None
@@ -104,7 +152,7 @@ def test_presets(preset: Any, bits: tuple[int, int]) -> None:
 
 def test_the_papers_preset_does_not_follow_our_defaults() -> None:
     recipe = Recipe.paper()
-    assert recipe.quantization == Quantization(4, 4, rotate=True)
+    assert recipe.quantization == Quantization(Scheme(4, 4), rotate=True)
     assert recipe.pruning is not None
     assert (recipe.pruning.keep_ratio, recipe.pruning.after_layer, recipe.pruning.method) == (0.6, 2, "sqap")
     assert recipe.pruning.score_layers is None
@@ -131,9 +179,9 @@ def test_is_frozen() -> None:
         ({"activation_granularity": "group"}, "activation_group_size=None contradicts"),
     ],
 )
-def test_quantization_refuses(settings: dict[str, Any], message: str) -> None:
+def test_grids_refuse(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        Quantization(**settings)
+        Scheme(**settings)
     assert one_sentence(caught.value)
 
 
@@ -177,14 +225,20 @@ def test_pruning_refuses(settings: dict[str, Any], message: str) -> None:
         ([], "recipe must be an object"),
         ({"prunning": {}}, "recipe has no setting 'prunning'; it has quantization, pruning, version"),
         ({"pruning": {"keep": 0.5}}, "recipe.pruning has no setting 'keep'; it has keep_ratio"),
-        ({"quantization": {"weight_bits": "4"}}, "recipe.quantization.weight_bits must be int"),
+        (
+            {"quantization": {"decoder": {"weight_bits": "4"}}},
+            "recipe.quantization.decoder.weight_bits must be",
+        ),
+        ({"quantization": {"weight_bits": 4}}, "no setting 'weight_bits'; it has decoder, vision"),
+        ({"version": 1, "quantization": {"weight_bits": 3}}, "weight_bits must be 4 or 8, got 3"),
+        ({"version": 1, "quantization": {"bits": 3}}, "recipe.quantization has no setting 'bits'"),
         ({"quantization": {"rotate": 1}}, "recipe.quantization.rotate must be bool"),
         ({"pruning": {"method": "fastv"}}, "'lookahead', 'sqap', .*, got 'fastv'"),
         ({"pruning": {"ring": [0.1]}}, "recipe.pruning.ring must have 2 entries, got 1"),
         ({"pruning": {"score_layers": [0, "1"]}}, r"recipe.pruning.score_layers\[1\] must be int"),
         ({"pruning": {"later": [{"after_layer": 3}]}}, r"recipe.pruning.later\[0\] lacks 'keep_ratio'"),
         ({"pruning": {"keep_ratio": 2}}, r"keep_ratio must be in \(0, 1\]"),
-        ({"version": RECIPE_VERSION + 1}, "reads recipe version 1, the recipe is 2"),
+        ({"version": RECIPE_VERSION + 1}, "reads recipe version 2, the recipe is 3"),
     ],
 )
 def test_json_refuses(data: Any, message: str) -> None:

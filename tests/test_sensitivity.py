@@ -12,7 +12,14 @@ from sqap.recipe import Override, Pruning, Quantization, Recipe, Scheme
 from sqap.sensitivity import Replay, action_error, block_sensitivity, blocks, compare_options
 
 UNITS = ActionUnits(translation=(0, 1, 2), millimetres=10.0, gripper=3)
-COARSE = Quantization(4, 4, vision=Scheme(4, 8), projector=Scheme(4, 8), head=Scheme(4, 8), rotate=False)
+COARSE = Quantization(
+    Scheme(4, 4),
+    vision=Scheme(4, 8),
+    projector=Scheme(4, 8),
+    head=Scheme(4, 8),
+    sensitive=Scheme(4, 8),
+    rotate=False,
+)
 
 
 @pytest.fixture
@@ -82,7 +89,7 @@ def test_nothing_to_replay_is_refused(policy):
 def test_the_overlap_is_of_the_ranking_that_prunes(policy, observe):
     replay = Replay(policy, [observe(seed) for seed in range(3)], Pruning(keep_ratio=0.5, after_layer=1))
     fine, coarse = (
-        replay.measure(name, Quantization(bits, bits, rotate=False)).overlap
+        replay.measure(name, Quantization(Scheme(bits, bits), rotate=False)).overlap
         for name, bits in (("fine", 8), ("coarse", 4))
     )
     assert 0 < coarse <= fine <= 1

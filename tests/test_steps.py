@@ -35,7 +35,10 @@ def make_policy(family: str, pruning: Pruning | None, quantized: bool = False) -
     if quantized:
         eight = Scheme(8, 8)
         recipe = dataclasses.replace(
-            recipe, quantization=Quantization(4, 8, vision=eight, projector=eight, head=eight)
+            recipe,
+            quantization=Quantization(
+                Scheme(4, 8), vision=eight, projector=eight, head=eight, sensitive=eight
+            ),
         )
         assert recipe.quantization is not None
         model = quantize_model(model, recipe.quantization, [random_inputs(config, 1)])

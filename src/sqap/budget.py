@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from sqap.errors import InputError
 from sqap.policy import Policy
 from sqap.recipe import Override, Quantization
-from sqap.sensitivity import ActionError, Progress, Replay, alone, blocks, grid, linears
+from sqap.sensitivity import ActionError, Progress, Replay, alone, blocks, grid, kept_apart, linears
 
 
 def fit(
@@ -35,7 +35,8 @@ def fit(
 
     def raised(chosen: Sequence[_Step]) -> Quantization:
         latest = {step.block: step.override for step in chosen}
-        return dataclasses.replace(quantization, overrides=(*quantization.overrides, *latest.values()))
+        named = kept_apart(replay.policy, quantization) if "head" in latest else quantization.overrides
+        return dataclasses.replace(quantization, overrides=(*named, *latest.values()))
 
     if target_bytes is not None:
         least = replay.measure("", dataclasses.replace(quantization, rounding="nearest")).weight_bytes
@@ -114,8 +115,8 @@ def _affordable(steps: Sequence[_Step], room: int) -> list[_Step]:
 
 
 def _free(policy: Policy, quantization: Quantization, block: str) -> list[str]:
-    """The linears of a block that no override of the recipe names."""
-    named = quantization.overrides
+    """The linears of a block that the recipe does not treat apart."""
+    named = kept_apart(policy, quantization)
     return [n for n in linears(policy, block) if not any(override.matches(n) for override in named)]
 
 

@@ -174,18 +174,24 @@ def blocks(policy: Policy, quantization: Quantization) -> list[str]:
 
 
 def alone(replay: Replay, quantization: Quantization, name: str, scheme: Scheme | None) -> Option:
-    """One block on grids of ``scheme``, but for linears that the recipe's overrides name."""
+    """One block on grids of ``scheme``, but for linears that the recipe treats apart."""
     overrides = (
-        *_exceptions(linears(replay.policy, name), quantization),
+        *_exceptions(linears(replay.policy, name), kept_apart(replay.policy, quantization)),
         Override(f"{name}.*", scheme),
         Override("*", None),
     )
     return replay.measure(name, dataclasses.replace(quantization, overrides=overrides))
 
 
-def _exceptions(linears: Sequence[str], quantization: Quantization) -> list[Override]:
-    """The recipe's overrides, in their order, as far as they are about ``linears``."""
-    matched = [(override, [n for n in linears if override.matches(n)]) for override in quantization.overrides]
+def kept_apart(policy: Policy, quantization: Quantization) -> tuple[Override, ...]:
+    """The recipe's overrides, and one for the head's sensitive linears, which a block's grids are not for."""
+    sensitive = "|".join(f"head.{key}" for key in policy.model.head.sensitive)
+    return (*quantization.overrides, Override(sensitive, quantization.sensitive))
+
+
+def _exceptions(linears: Sequence[str], overrides: Sequence[Override]) -> list[Override]:
+    """The overrides, in their order, as far as they are about ``linears``."""
+    matched = [(override, [n for n in linears if override.matches(n)]) for override in overrides]
     return [Override("|".join(names), override.scheme) for override, names in matched if names]
 
 

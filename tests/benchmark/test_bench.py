@@ -28,7 +28,9 @@ from sqap.quantization import QuantizedLinear
 from sqap.recipe import Quantization, Recipe, Scheme
 
 W8A8 = Scheme(8, 8)
-GENTLE = Recipe(Quantization(8, 8, vision=W8A8, projector=W8A8, head=W8A8, rotation_seed=0))
+GENTLE = Recipe(
+    Quantization(Scheme(8, 8), vision=W8A8, projector=W8A8, head=W8A8, sensitive=W8A8, rotation_seed=0)
+)
 
 
 def test_the_command_times_every_candidate(saved: Path, tmp_path: Path) -> None:

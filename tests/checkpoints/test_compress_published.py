@@ -85,7 +85,7 @@ def test_a_published_directory_is_compressed_and_acts(written: Publish, tmp_path
 
 def test_eight_bits_of_a_published_policy_stay_near_it(written: Publish, tmp_path: Path) -> None:
     original = sqap.load(written("oft-libero"))
-    seen, small = observation(original), sqap.compress(original, sqap.Recipe(Quantization(8, 8)))
+    seen, small = observation(original), sqap.compress(original, sqap.Recipe(Quantization(Scheme(8, 8))))
     original.load_weights()
     original.model.float()
     full, low = original.act(seen), small.act(seen)

@@ -12,10 +12,10 @@ import sqap
 from sqap import Recipe
 from sqap.checkpoints import native
 from sqap.errors import CheckpointError
-from sqap.recipe import Quantization
+from sqap.recipe import Quantization, Scheme
 
 MAPS = Path("/proc/self/maps")
-GROUPS = Recipe(Quantization(weight_granularity="group", group_size=8))
+GROUPS = Recipe(Quantization(Scheme(weight_granularity="group", group_size=8)))
 
 
 @pytest.fixture(params=[Recipe.w4a8(), GROUPS], ids=["w4a8", "groups"])

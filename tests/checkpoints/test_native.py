@@ -18,16 +18,18 @@ import sqap
 from sqap import Recipe, files
 from sqap.checkpoints import native, place
 from sqap.errors import CheckpointError
-from sqap.recipe import Pruning, Quantization
+from sqap.recipe import Pruning, Quantization, Scheme
 
 GROUPS = Recipe(
-    Quantization(weight_granularity="group", group_size=8, activation_granularity="tensor", rotate=False)
+    Quantization(
+        Scheme(weight_granularity="group", group_size=8, activation_granularity="tensor"), rotate=False
+    )
 )
 RECIPES = {
     "empty": Recipe(),
     "w4a8": Recipe.w4a8(),
     "paper": Recipe.paper(),
-    "w8a8": Recipe(Quantization(8, 8)),
+    "w8a8": Recipe(Quantization(Scheme(8, 8))),
     "groups": GROUPS,
     "pruned": Recipe(pruning=Pruning(method="random")),
 }
@@ -48,6 +50,23 @@ def test_a_compressed_policy_remembers_what_it_was_made_from(saved, observe, tmp
     small = sqap.compress(sqap.load(saved), Recipe.w4a8(), [observe()])
     small.save(tmp_path / "small")
     assert sqap.load(tmp_path / "small").source == native.fingerprint(saved)
+
+
+def test_a_policy_whose_recipe_is_of_version_1_acts_as_ever(policy, observe, tmp_path):
+    """All was quantized, sensitive linears too, and the decoder's grids had no name of their own."""
+    eight = Scheme(8, 8)
+    quantization = Quantization(eight, eight, eight, eight, sensitive=eight)
+    small = sqap.compress(policy, Recipe(quantization), [observe(0)])
+    small.save(tmp_path / "small")
+    path = tmp_path / "small" / "policy.json"
+    data = json.loads(path.read_text())
+    data["recipe"]["version"] = 1
+    data["recipe"]["quantization"] |= data["recipe"]["quantization"].pop("decoder")
+    del data["recipe"]["quantization"]["sensitive"]
+    path.write_text(json.dumps(data))
+    loaded = sqap.load(tmp_path / "small")
+    assert loaded.recipe == Recipe(quantization)
+    assert np.array_equal(loaded.act(observe(1), seed=1), small.act(observe(1), seed=1))
 
 
 def test_four_bits_are_half_a_byte_on_disk(policy, observe, tmp_path):

@@ -26,7 +26,7 @@ from sqap.errors import NonFiniteActionError
 from sqap.models.storage import stored_bytes
 from sqap.policy import PolicyConfig
 from sqap.processing import ActionStatistics, ProprioStatistics
-from sqap.recipe import ACTIONS, Override, Pruning, Quantization, Recipe, Scheme
+from sqap.recipe import Override, Pruning, Quantization, Recipe, Scheme
 from tests.families import family_config, random_model
 from tests.torch_settings import SETTINGS
 
@@ -241,8 +241,8 @@ def test_the_commands_take_every_family_in_every_type(
 ) -> None:
     """The original acts in its own types, its candidates in float32."""
     policy = load(directory(name))
-    spared = Override(ACTIONS), Override("decoder.layers.[12].*")  # so that it is quick
-    quantization = Quantization(4, 8, head=Scheme(4, 8), overrides=spared, rotate=False)
+    spared = (Override("decoder.layers.[12].*"),)  # so that it is quick
+    quantization = Quantization(Scheme(4, 8), head=Scheme(4, 8), overrides=spared, rotate=False)
     (tmp_path / "recipe.json").write_text(json.dumps(Recipe(quantization).to_json()))
     proprio = policy.config.proprio
     write_frames(tmp_path / "frames", policy.config.cameras, None if proprio is None else len(proprio.low))

@@ -13,7 +13,7 @@ from sqap.models import VLA, ModelInputs
 from sqap.models.decoder import Decoder, KVCache, LayerOutput, rope_angles, rotate
 from sqap.pruning import Selector, StepPruner, rivals
 from sqap.quantization import quantize_model
-from sqap.recipe import Cut, Pruning, PruningMethod, Quantization
+from sqap.recipe import Cut, Pruning, PruningMethod, Quantization, Scheme
 
 VISUAL = 16
 LENGTH = 22  # BOS, 16 visual tokens, 5 text tokens
@@ -255,5 +255,5 @@ def test_a_quantized_decoder_looks_with_its_own_projections(
 
     exact = scores(model)
     for bits, near in ((8, 0.05), (4, 0.6)):
-        found = scores(quantize_model(model, Quantization(bits, 8), []).float())
+        found = scores(quantize_model(model, Quantization(Scheme(bits, 8)), []).float())
         assert 0 < float((found - exact).norm() / exact.norm()) < near

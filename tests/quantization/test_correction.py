@@ -17,10 +17,10 @@ from sqap.quantization import quantize_decoder
 from sqap.quantization import sequential as module
 from sqap.quantization.correction import Correction
 from sqap.quantization.gptq import PANEL, Hessian
-from sqap.recipe import Quantization, Recipe
+from sqap.recipe import Quantization, Recipe, Scheme
 from tests.families import DECODER, family_config, random_model
 
-METHOD = Quantization(4, 8, rounding="gptq", clip=True, rotate=False)
+METHOD = Quantization(Scheme(4, 8), rounding="gptq", clip=True, rotate=False)
 
 
 def random(seed: int, *shape: int) -> Tensor:

@@ -12,10 +12,10 @@ from sqap.models import VLA
 from sqap.models.storage import stored_bytes
 from sqap.quantization import check_coverage, list_linears, quantize_model, rotate_decoder
 from sqap.quantization.linear import QuantizedLinear
-from sqap.recipe import Override, Quantization
+from sqap.recipe import Override, Quantization, Scheme
 
 MakeModel = Callable[..., VLA]
-RECIPE = Quantization(4, 8)
+RECIPE = Quantization(Scheme(4, 8))
 DOWN = "decoder.layers.1.mlp.down_proj"
 
 
@@ -77,9 +77,9 @@ def test_quantizing_saves_the_bytes_it_should(make_model: MakeModel) -> None:
     "recipe",
     [
         RECIPE,
-        Quantization(8, 8, rotate=False),
-        Quantization(4, 4, "group", 16),
-        Quantization(4, 4, "tensor", activation_granularity="tensor"),
+        Quantization(Scheme(8, 8), rotate=False),
+        Quantization(Scheme(4, 4, "group", 16)),
+        Quantization(Scheme(4, 4, "tensor", activation_granularity="tensor")),
     ],
 )
 def test_a_quantized_decoder_is_covered_even_after_a_cast(
@@ -131,11 +131,11 @@ def test_scales_that_were_rounded_or_lost_are_found(quantized: VLA) -> None:
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (Quantization(8, 8), "weight_bits = 4, the recipe says 8"),
-        (Quantization(4, 4), "activation_bits = 8, the recipe says 4"),
-        (Quantization(4, 8, "group", 16), "weight_granularity = channel, the recipe says group"),
-        (Quantization(4, 8, activation_granularity="tensor"), "activation_granularity = token"),
-        (Quantization(4, 8, rotate=False), "the decoder is rotated"),
+        (Quantization(Scheme(8, 8)), "weight_bits = 4, the recipe says 8"),
+        (Quantization(Scheme(4, 4)), "activation_bits = 8, the recipe says 4"),
+        (Quantization(Scheme(4, 8, "group", 16)), "weight_granularity = channel, the recipe says group"),
+        (Quantization(Scheme(4, 8, activation_granularity="tensor")), "activation_granularity = token"),
+        (Quantization(Scheme(4, 8), rotate=False), "the decoder is rotated"),
     ],
 )
 def test_another_recipe_is_found(quantized: VLA, recipe: Quantization, message: str) -> None:

@@ -16,11 +16,11 @@ from sqap.recipe import Quantization, Scheme
 from tests.families import FAMILIES, family_config, random_inputs, random_model
 
 WHOLE = Quantization(
-    8,
-    8,
+    Scheme(8, 8),
     vision=Scheme(8, 8),
     projector=Scheme(8, 8),
     head=Scheme(8, 8),
+    sensitive=Scheme(8, 8),
     rounding="gptq",
     clip=True,
     rotation_seed=3,

@@ -25,22 +25,22 @@ from sqap.quantization.rotation import is_rotated
 from sqap.recipe import Override, Quantization, Scheme
 
 MakeModel = Callable[..., VLA]
-W8A8 = Quantization(8, 8)
+W8A8 = Quantization(Scheme(8, 8))
 WHOLE = Quantization(
-    4,
-    8,
+    Scheme(4, 8),
     vision=Scheme(4, 8),
     projector=Scheme(8, 8),
     head=Scheme(8, 8),
+    sensitive=Scheme(8, 8),
     rounding="gptq",
     clip=True,
     rotation_seed=3,
 )
 RECIPES = [
     W8A8,
-    Quantization(4, 8, "group", 32),
-    Quantization(4, 4, rotate=False, activation_symmetric=False),
-    Quantization(4, 8, kv_bits=4, rotation_seed=1),
+    Quantization(Scheme(4, 8, "group", 32)),
+    Quantization(Scheme(4, 4, activation_symmetric=False), rotate=False),
+    Quantization(Scheme(4, 8), kv_bits=4, rotation_seed=1),
     WHOLE,
 ]
 
@@ -56,7 +56,7 @@ def hidden(model: VLA, inputs: ModelInputs) -> Tensor:
     return model.decoder(model.embed(inputs))[:, -1]
 
 
-@pytest.mark.parametrize(("recipe", "error"), [(W8A8, 0.03), (Quantization(4, 8), 0.35)])
+@pytest.mark.parametrize(("recipe", "error"), [(W8A8, 0.03), (Quantization(Scheme(4, 8)), 0.35)])
 @torch.no_grad()
 def test_a_quantized_policy_stays_close(
     make_model: MakeModel, inputs: ModelInputs, recipe: Quantization, error: float
@@ -76,7 +76,7 @@ def test_gptq_on_what_quantized_layers_produce_beats_rounding(
     def error(recipe: Quantization) -> float:
         return float((hidden(quantize_model(model, recipe, calibration), inputs) - exact).norm())
 
-    nearest = Quantization(4, 8)
+    nearest = Quantization(Scheme(4, 8))
     assert error(dataclasses.replace(nearest, rounding="gptq", clip=True)) < 0.8 * error(nearest)
 
 
@@ -189,7 +189,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
 
 def test_a_group_size_that_does_not_fit_names_the_linear_and_changes_nothing(make_model: MakeModel) -> None:
     model, untouched = make_model(), make_model()
-    recipe = Quantization(weight_granularity="group", group_size=80)
+    recipe = Quantization(Scheme(weight_granularity="group", group_size=80))
     for verb in (quantize_model, prepare_quantized):
         with pytest.raises(InputError, match=r"decoder\.layers\.0\.self_attn\.q_proj .* 80 .* 128"):
             verb(model, recipe)

@@ -11,10 +11,7 @@ from typing import Any
 from sqap.errors import CheckpointError
 from sqap.models import (
     DecoderConfig,
-    DiffusionHeadConfig,
-    FlowHeadConfig,
     ModelConfig,
-    TokenHeadConfig,
     VisionConfig,
 )
 from sqap.policy import Calibration, PolicyConfig
@@ -101,7 +98,7 @@ def _problems(config: PolicyConfig) -> Iterator[str]:
     for i, vision in enumerate(model.vision):
         yield from _vision(vision, model.vision[0], f"model.vision[{i}]")
     yield from _decoder(model.decoder)
-    yield from _head(model.head)
+    yield from (f"model.head{fault}" for fault in model.head.faults())
     if len(config.cameras) != model.cameras or len(set(config.cameras)) != len(config.cameras):
         yield f"cameras must be {model.cameras} different names, got {', '.join(config.cameras) or 'none'}"
     if not 0 < config.crop <= 1:
@@ -162,20 +159,6 @@ def _decoder(decoder: DecoderConfig) -> Iterator[str]:
         yield f"model.decoder.head_dim must be even, got {decoder.head_dim}"
     if decoder.rope_theta <= 0 or decoder.norm_eps < 0:
         yield "model.decoder: rope_theta must be positive and norm_eps not negative"
-
-
-def _head(head: Any) -> Iterator[str]:
-    if isinstance(head, TokenHeadConfig) and not head.bins - 1 <= head.last_token < head.vocabulary:
-        yield (
-            f"model.head: {head.bins} bins up to token {head.last_token} "
-            f"are not among {head.vocabulary} tokens"
-        )
-    if isinstance(head, TokenHeadConfig) and head.bins < 2:
-        yield f"model.head.bins must be at least 2, got {head.bins}"
-    if isinstance(head, DiffusionHeadConfig) and head.width % head.heads:
-        yield f"model.head: {head.heads} heads do not share a width of {head.width} evenly"
-    if isinstance(head, FlowHeadConfig) and not 0 < head.min_period < head.max_period:
-        yield "model.head: min_period must be positive and less than max_period"
 
 
 def _statistics(statistics: ActionStatistics | ProprioStatistics, length: int, where: str) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -69,8 +70,27 @@ class DecoderConfig:
     causal: bool = True
 
 
+class HeadSettings:
+    """What a head's configuration tells the rest of the model; these are the answers of most heads."""
+
+    noisy: ClassVar[bool] = False
+    """Whether actions are sampled: their chunks then begin as noise."""
+
+    has_expert: ClassVar[bool] = False
+    """Whether actions are tokens of an expert that reads the keys and values of every decoder layer."""
+
+    @property
+    def placeholders(self) -> int:
+        """Empty tokens in the decoder's sequence that actions are read from."""
+        return 0
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with it, a clause each, but for sizes that are not positive."""
+        return iter(())
+
+
 @dataclass(frozen=True)
-class DiffusionHeadConfig:
+class DiffusionHeadConfig(HeadSettings):
     """CogACT's action head: a DiT on noisy action chunks, conditioned on the cognition token."""
 
     action_dim: int
@@ -88,9 +108,13 @@ class DiffusionHeadConfig:
         if not 1 <= self.sample_steps <= self.train_steps:
             raise InputError(f"sample_steps must be from 1 to {self.train_steps}, got {self.sample_steps}")
 
+    def faults(self) -> Iterator[str]:
+        if self.width % self.heads:
+            yield f": {self.heads} heads do not share a width of {self.width} evenly"
+
 
 @dataclass(frozen=True)
-class TokenHeadConfig:
+class TokenHeadConfig(HeadSettings):
     """OpenVLA's actions: one token of the language model per dimension, decoded one after the other.
 
     The ids right below ``last_token`` stand for the ``bins - 1`` centres of [-1, 1] cut at ``bins`` points,
@@ -102,16 +126,21 @@ class TokenHeadConfig:
     bins: int = 256
     last_token: int = 32_000
     kind: Literal["tokens"] = "tokens"
-    noisy: ClassVar[bool] = False
 
     @property
     def horizon(self) -> int:
         """One action at a time."""
         return 1
 
+    def faults(self) -> Iterator[str]:
+        if not self.bins - 1 <= self.last_token < self.vocabulary:
+            yield f": {self.bins} bins up to token {self.last_token} are not among {self.vocabulary} tokens"
+        if self.bins < 2:
+            yield f".bins must be at least 2, got {self.bins}"
+
 
 @dataclass(frozen=True)
-class RegressionHeadConfig:
+class RegressionHeadConfig(HeadSettings):
     """OpenVLA-OFT's actions: a residual MLP reads all dimensions of an action off the decoder in parallel."""
 
     action_dim: int
@@ -119,11 +148,14 @@ class RegressionHeadConfig:
     width: int
     depth: int = 2
     kind: Literal["regression"] = "regression"
-    noisy: ClassVar[bool] = False
+
+    @property
+    def placeholders(self) -> int:
+        return self.horizon * self.action_dim
 
 
 @dataclass(frozen=True)
-class FlowHeadConfig:
+class FlowHeadConfig(HeadSettings):
     """SmolVLA's actions: an expert as deep as the decoder, but narrower, that moves noise along a flow.
 
     Every ``self_attention_every``-th of its layers, from the first one on, lets action tokens see each
@@ -142,9 +174,13 @@ class FlowHeadConfig:
     causal_actions: bool = True
     kind: Literal["flow"] = "flow"
     noisy: ClassVar[bool] = True
+    has_expert: ClassVar[bool] = True
+
+    def faults(self) -> Iterator[str]:
+        if not 0 < self.min_period < self.max_period:
+            yield ": min_period must be positive and less than max_period"
 
 
-# Of each, `noisy` says whether the actions are sampled: their chunks then begin as noise.
 HeadConfig = DiffusionHeadConfig | TokenHeadConfig | RegressionHeadConfig | FlowHeadConfig
 
 
@@ -174,9 +210,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.vision:
             raise InputError("vision must name at least one encoder")
-        if self.state_in == "expert" and not self.has_expert:
+        if self.state_in == "expert" and not self.head.has_expert:
             raise InputError("state_in 'expert' needs an action expert, which only a flow-matching head has")
-        if self.image_first and self.placeholders:
+        if self.image_first and self.head.placeholders:
             raise InputError("a head that reads placeholders stands behind BOS: image_first must be false")
         if self.pixel_shuffle < 1 or self.vision[0].grid % self.pixel_shuffle:
             raise InputError(
@@ -192,17 +228,6 @@ class ModelConfig:
     def visual_tokens(self) -> int:
         """Visual tokens of all images; several encoders see the same patches and are concatenated."""
         return self.cameras * self.grid**2
-
-    @property
-    def has_expert(self) -> bool:
-        """Whether actions are tokens of an expert that reads the keys and values of every decoder layer."""
-        return isinstance(self.head, FlowHeadConfig)
-
-    @property
-    def placeholders(self) -> int:
-        """Empty tokens in the decoder's sequence that actions are read from."""
-        head = self.head
-        return head.horizon * head.action_dim if isinstance(head, RegressionHeadConfig) else 0
 
     @property
     def least_text(self) -> int:
@@ -221,11 +246,12 @@ class ModelConfig:
         if self.image_first:
             order = [visual, Segment("text", text_tokens), *states]
         else:
-            end = [Segment("actions", self.placeholders), Segment("end", 1)] if self.placeholders else []
+            slots = self.head.placeholders
+            end = [Segment("actions", slots), Segment("end", 1)] if slots else []
             text = Segment("text", text_tokens - 1 - bool(end))
             order = [Segment("bos", 1), visual, *states, text, *end]
         order = [replace(segment, causal=self.decoder.causal) for segment in order]
-        if isinstance(self.head, FlowHeadConfig):
+        if isinstance(self.head, FlowHeadConfig):  # the only one with an expert
             block = order[-1].block + 1
             if self.proprio_dim and self.state_in == "expert":
                 order.append(Segment("state", 1, block, expert=True))

@@ -31,13 +31,13 @@ def score_queries(settings: Pruning, config: ModelConfig) -> ScoreQueries:
     Raises:
         InputError: the settings name the action expert's tokens, and there is no expert.
     """
-    if settings.score_queries == "actions" and not config.has_expert:
+    if settings.score_queries == "actions" and not config.head.has_expert:
         raise InputError(
             "score_queries 'actions' needs an action expert, which reads every layer's keys (a flow head); "
             "this policy's head does not: use 'text' or 'last'"
         )
     if settings.score_queries is None:
-        return "actions" if config.has_expert and settings.method == "lookahead" else "text"
+        return "actions" if config.head.has_expert and settings.method == "lookahead" else "text"
     return settings.score_queries
 
 

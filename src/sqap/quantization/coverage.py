@@ -95,15 +95,16 @@ def check_coverage(model: VLA, quantization: Quantization) -> None:
         raise CheckpointError(f"the recipe says rotate = {quantization.rotate}, but the decoder is {state}")
     edges = edges_of(model.decoder) if quantization.rotate else {}
     online = {f"decoder.{name}" for name, edge in edges.items() if edge.reads == "inner"}
+    sensitive = {f"head.{key}" for key in model.head.sensitive}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | QuantizedLinear):
-            _check_linear(name, module, quantization, name in online)
+            scheme = quantization.scheme(name, name in sensitive)
+            _check_linear(name, module, scheme, name in online)
 
 
 def _check_linear(
-    name: str, linear: nn.Linear | QuantizedLinear, quantization: Quantization, online: bool
+    name: str, linear: nn.Linear | QuantizedLinear, scheme: Scheme | None, online: bool
 ) -> None:
-    scheme = quantization.scheme(name)
     if isinstance(linear, nn.Linear):
         if scheme is not None:
             raise CheckpointError(f"{name} is not quantized, but the recipe wants {scheme.weight_bits} bits")

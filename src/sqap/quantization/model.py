@@ -1,4 +1,4 @@
-"""Quantizing a whole model, in the order the data takes: eyes, projector, decoder, hands."""
+"""Quantizing a whole model, in the order the data takes: vision, projector, decoder, head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sqap.defaults import defaults
 from sqap.errors import InputError
 from sqap.models.config import DecoderConfig
 from sqap.models.decoder import Decoder, Stream
-from sqap.models.heads import FlowHead, HeadProtocol
+from sqap.models.heads import HeadProtocol
 from sqap.models.stages import fill_around, stages, widen_around
 from sqap.models.storage import STORAGE_DTYPE, Weights, fill, widen
 from sqap.models.vla import VLA, ModelInputs
@@ -62,7 +62,7 @@ def quantize_model(
             before the work begins), an override matches no linear, calibration is missing, or a weight or an
             input is not finite.
     """
-    _check(dict(stages(model)), quantization)
+    _check(dict(stages(model)), quantization, expert=model.config.head.has_expert)
     model = share(model)
     if weights is not None:
         fill_around(model, weights)
@@ -79,7 +79,7 @@ def quantize_model(
         model.decoder.embed_tokens.to(STORAGE_DTYPE)  # calibrate on what is stored, in half the memory
         walk.before = lambda _, stage: rotate_stage(stage, rotation)
 
-    streams = model.streams(inputs, walk.through, keeps=model.config.has_expert)
+    streams = model.streams(inputs, walk.through, keeps=model.config.head.has_expert)
     streams = quantize_layers(walk, model.decoder, streams, rotation)
     set_kv_bits(model.decoder, quantization.kv_bits)
     if weights is not None:
@@ -154,7 +154,7 @@ def prepare_quantized(model: VLA, quantization: Quantization) -> None:
     Raises:
         InputError: the model is already rotated or quantized, or a linear's shape does not fit the recipe.
     """
-    _check(dict(stages(model)), quantization)
+    _check(dict(stages(model)), quantization, expert=model.config.head.has_expert)
     if quantization.rotate:
         prepare_rotated(model)
     for name, stage in stages(model):
@@ -172,10 +172,10 @@ def _counter(progress: Progress, staged: Iterable[nn.Module]) -> Callable[[int],
     return lambda count: progress(count, total)
 
 
-def _check(staged: Mapping[str, nn.Module], quantization: Quantization) -> None:
+def _check(staged: Mapping[str, nn.Module], quantization: Quantization, expert: bool = False) -> None:
+    if expert and quantization.kv_bits is not None:
+        raise InputError("kv_bits must be null: the action expert reads keys and values as they are")
     for name, stage in staged.items():
-        if isinstance(stage, FlowHead) and quantization.kv_bits is not None:
-            raise InputError("kv_bits must be null: the action expert reads keys and values as they are")
         if any(isinstance(module, QuantizedLinear) for module in stage.modules()):
             raise InputError("the model is already quantized")
         if any(isinstance(module, HadamardLinear) for module in stage.modules()):

@@ -193,9 +193,10 @@ def wanted(name: str, stage: nn.Module, quantization: Quantization) -> Schemes:
         InputError: one's shape does not fit its scheme.
     """
     schemes = {}
+    sensitive = getattr(stage, "sensitive", ())
     for key, module in stage.named_modules():
         if isinstance(module, nn.Linear):
-            scheme = quantization.scheme(f"{name}.{key}")
+            scheme = quantization.scheme(f"{name}.{key}", key in sensitive)
             if scheme is not None:
                 try:
                     stored_shapes(module.in_features, module.out_features, scheme)

@@ -21,6 +21,7 @@ from sqap.recipe.quantization import (
     Scheme,
     WeightGranularity,
 )
+from sqap.recipe.version_1 import from_version_1
 from sqap.serialization import from_json, read_json
 
 __all__ = [
@@ -38,10 +39,7 @@ __all__ = [
     "WeightGranularity",
 ]
 
-RECIPE_VERSION = 1
-# The linears that read or write actions, whatever the head: few weights, and nothing behind them to make good
-# for their errors.
-ACTIONS = "head.x_embedder|head.final_layer|head.fc2|head.lm_head|head.action_*_proj"
+RECIPE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class Recipe:
         How the paper shares the budget among its criteria is not known to us; half of it by attention and
         up to three tenths around the end effector is our reading.
         """
-        return cls(Quantization(4, 4), Pruning(keep_ratio=0.6, after_layer=2, method="sqap"))
+        return cls(Quantization(Scheme(4, 4)), Pruning(keep_ratio=0.6, after_layer=2, method="sqap"))
 
     @classmethod
     def read(cls, path: str | Path) -> Recipe:
@@ -93,13 +91,16 @@ class Recipe:
 
     @classmethod
     def from_json(cls, data: Any) -> Recipe:
-        """The recipe that `to_json` wrote.
+        """The recipe that `to_json` wrote, in this version or in version 1.
 
         Raises:
             InputError: a key is unknown or missing, or a value is not allowed.
         """
         version = data.get("version", RECIPE_VERSION) if isinstance(data, dict) else RECIPE_VERSION
-        _check_version(version)  # before the keys, which another version may well have others of
+        if version == 1:
+            data = from_version_1(data)
+        else:
+            _check_version(version)  # before the keys, which another version may well have others of
         recipe: Recipe = from_json(cls, data, "recipe", InputError)
         return recipe
 
@@ -117,14 +118,7 @@ def _whole(decoder: Scheme) -> Quantization:
     """The quantizer that measured best; see docs/quantizer.md."""
     rest = Scheme(4, 8)
     return Quantization(
-        **dataclasses.asdict(decoder),
-        vision=rest,
-        projector=rest,
-        head=rest,
-        overrides=(Override(ACTIONS),),
-        rounding="gptq",
-        clip=True,
-        rotation_seed=0,
+        decoder, vision=rest, projector=rest, head=rest, rounding="gptq", clip=True, rotation_seed=0
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -78,13 +77,16 @@ class Override:
 
 
 @dataclass(frozen=True)
-class Quantization(Scheme):
-    """Which linears are quantized, and how: the inherited grids are the decoder's.
+class Quantization:
+    """Which linears are quantized, and how.
 
     Args:
-        vision: grids of the vision encoder's linears; None leaves them in bfloat16, as the paper does.
+        decoder: grids of the decoder's linears; None leaves them in bfloat16.
+        vision: of the vision encoder's; None as the paper does.
         projector: of the projector's.
         head: of the action head's.
+        sensitive: of those that the head calls sensitive, which read or write actions
+            (`sqap.models.heads.HeadProtocol.sensitive`): few weights, whose errors no later layer corrects.
         overrides: exceptions by name; the first that matches counts.
         rounding: to the nearest level, or by GPTQ (Frantar et al. 2023), which needs calibration frames.
         correction: share, from 0 to 1, of what quantized layers have done to the inputs of a decoder's linear
@@ -96,9 +98,11 @@ class Quantization(Scheme):
         kv_bits: 4 or 8 bits for keys and values, behind a Hadamard matrix per head; None leaves them.
     """
 
+    decoder: Scheme | None = Scheme()
     vision: Scheme | None = None
     projector: Scheme | None = None
     head: Scheme | None = None
+    sensitive: Scheme | None = None
     overrides: tuple[Override, ...] = ()
     rounding: Rounding = "nearest"
     correction: float = 0.0
@@ -108,7 +112,6 @@ class Quantization(Scheme):
     kv_bits: int | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not 0 <= self.correction <= 1:
             raise InputError(f"correction must be in [0, 1], got {self.correction}")
         if self.correction and self.rounding != "gptq":
@@ -118,12 +121,16 @@ class Quantization(Scheme):
         if self.rotation_seed is not None and (self.rotation_seed < 0 or not self.rotate):
             raise InputError(f"rotation_seed {self.rotation_seed} must be 0 or more, and needs rotate = true")
 
-    def scheme(self, name: str) -> Scheme | None:
-        """The grids of the linear called ``name`` in the model, or None if it is left as it is."""
+    def scheme(self, name: str, sensitive: bool = False) -> Scheme | None:
+        """The grids of the linear called ``name`` in the model, or None if it is left as it is.
+
+        Args:
+            name: its path.
+            sensitive: whether the action head calls it so.
+        """
         for override in self.overrides:
             if override.matches(name):
                 return override.scheme
         part = name.partition(".")[0]
-        if part == "decoder":
-            return Scheme(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Scheme)})
-        return {"vision": self.vision, "projector": self.projector, "head": self.head}.get(part)
+        parts = {"decoder": self.decoder, "vision": self.vision, "projector": self.projector}
+        return parts.get(part, (self.sensitive if sensitive else self.head) if part == "head" else None)

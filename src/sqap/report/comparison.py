@@ -13,8 +13,8 @@ def label(policy: Policy) -> str:
     """What a policy is, in a few words: ``W4A8, 154 of 256 tokens``."""
     quantization, pruning = policy.recipe.quantization, policy.recipe.pruning
     words = []
-    if quantization is not None:
-        words.append(f"W{quantization.weight_bits}A{quantization.activation_bits}")
+    if quantization is not None and quantization.decoder is not None:
+        words.append(f"W{quantization.decoder.weight_bits}A{quantization.decoder.activation_bits}")
     if pruning is not None:
         tokens = policy.config.model.visual_tokens
         words.append(f"{pruning.budget(tokens)} of {tokens} tokens")

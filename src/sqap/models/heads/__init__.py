@@ -35,6 +35,9 @@ class HeadProtocol(Protocol):
     chain: ClassVar[str | None]
     """Name of a list of blocks, each of which reads what the one before it returns, if there is one."""
 
+    sensitive: ClassVar[tuple[str, ...]]
+    """Paths of its linears that read or write actions, which a recipe treats on their own."""
+
     def tail(self, layout: Layout) -> int:
         """How many of the last tokens' final hidden states it reads to act."""
 

@@ -49,6 +49,7 @@ class DiffusionHead(nn.Module):
 
     keeps = False
     chain: ClassVar[str | None] = "blocks"
+    sensitive: ClassVar[tuple[str, ...]] = ("x_embedder", "final_layer")
 
     def __init__(self, config: DiffusionHeadConfig, condition_width: int) -> None:
         super().__init__()

@@ -113,6 +113,7 @@ class FlowHead(nn.Module):
 
     keeps = True
     chain: ClassVar[str | None] = None
+    sensitive: ClassVar[tuple[str, ...]] = ("action_in_proj", "action_out_proj")
 
     def __init__(self, config: FlowHeadConfig, decoder: DecoderConfig) -> None:
         super().__init__()

@@ -34,6 +34,7 @@ class RegressionHead(nn.Module):
 
     keeps = False
     chain: ClassVar[str | None] = None
+    sensitive: ClassVar[tuple[str, ...]] = ("fc2",)
 
     def __init__(self, config: RegressionHeadConfig, width: int) -> None:
         super().__init__()

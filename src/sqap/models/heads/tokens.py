@@ -38,6 +38,7 @@ class TokenHead(nn.Module):
 
     keeps = True
     chain: ClassVar[str | None] = None
+    sensitive: ClassVar[tuple[str, ...]] = ("lm_head",)
 
     def __init__(self, config: TokenHeadConfig, width: int) -> None:
         super().__init__()
