@@ -87,7 +87,9 @@ def test_guidance_is_two_passes(guidance: float, condition: Tensor, noise: Tenso
     torch.testing.assert_close(
         head.guided_noise(noise, t, head.conditions(condition)), two_passes(noise, t), atol=1e-4, rtol=1e-4
     )
-    expected = ddim_sample(two_passes, noise, head.alpha_bar, CONFIG.sample_steps)
+    expected = ddim_sample(
+        lambda x, t: two_passes(x, torch.full((3,), t)), noise, head.alpha_bar, CONFIG.sample_steps
+    )
     torch.testing.assert_close(head.sample(condition, noise), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -95,7 +97,10 @@ def test_guidance_is_two_passes(guidance: float, condition: Tensor, noise: Tenso
 def test_guidance_of_one_never_asks_without_the_condition(condition: Tensor, noise: Tensor) -> None:
     head = build(guidance=1.0)
     expected = ddim_sample(
-        lambda x, t: head.predict_noise(x, t, condition), noise, head.alpha_bar, CONFIG.sample_steps
+        lambda x, t: head.predict_noise(x, torch.full((3,), t), condition),
+        noise,
+        head.alpha_bar,
+        CONFIG.sample_steps,
     )
 
     head.uncondition.fill_(torch.nan)

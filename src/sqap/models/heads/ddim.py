@@ -34,22 +34,20 @@ def ddim_steps(train_steps: int, sample_steps: int) -> list[int]:
 
 
 def ddim_sample(
-    predict_noise: Callable[[Tensor, Tensor], Tensor],
+    predict_noise: Callable[[Tensor, int], Tensor],
     noise: Tensor,
     alpha_bar: Tensor,
     sample_steps: int,
 ) -> Tensor:
     """Denoise ``noise`` ``(batch, horizon, action_dim)`` in ``sample_steps`` steps, without clipping.
 
-    ``predict_noise(x, t)`` is the network; ``t`` ``(batch,)`` counts the training steps.
+    ``predict_noise(x, t)`` is the network; ``t`` counts the training steps.
     """
-    steps = ddim_steps(len(alpha_bar), sample_steps)
+    steps, kept = ddim_steps(len(alpha_bar), sample_steps), alpha_bar.tolist()
     x = noise
     for i in reversed(range(len(steps))):
-        a = float(alpha_bar[steps[i]])
-        a_next = float(alpha_bar[steps[i - 1]]) if i else 1.0
-        t = torch.full((len(x),), steps[i], dtype=torch.int64, device=x.device)
-        eps = predict_noise(x, t)
+        a, a_next = kept[steps[i]], kept[steps[i - 1]] if i else 1.0
+        eps = predict_noise(x, steps[i])
         clean = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
         x = math.sqrt(a_next) * clean + math.sqrt(1 - a_next) * eps
     return x

@@ -121,9 +121,10 @@ class DiffusionHead(nn.Module):
         condition, noise = (torch.cat(parts) for parts in zip(*states, strict=True))
         both, asked = self.conditions(condition), []
 
-        def ask(x: Tensor, t: Tensor) -> Tensor:
-            asked.append(self.batch(x, t, both))
-            return self.guided_noise(x, t, both)
+        def ask(x: Tensor, t: int) -> Tensor:
+            times = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+            asked.append(self.batch(x, times, both))
+            return self.guided_noise(x, times, both)
 
         ddim_sample(ask, noise, self.alpha_bar, self.config.sample_steps)
         return asked
@@ -142,15 +143,13 @@ class DiffusionHead(nn.Module):
         """
         if len(condition) != len(noise):
             raise ValueError(f"there are {len(condition)} conditions for noise of {len(noise)} chunks")
-        both = self.conditions(condition)
-        given = self.z_embedder(both)
+        given = self.z_embedder(self.conditions(condition))
         steps = ddim_steps(len(self.alpha_bar), self.config.sample_steps)
         times = self.embed_time(torch.tensor(steps, dtype=torch.int64, device=noise.device))
-        spacing = len(self.alpha_bar) // self.config.sample_steps
+        tokens = dict(zip(steps, (times[:, None] + given).unbind(), strict=True))
 
-        def predict(x: Tensor, t: Tensor) -> Tensor:
-            repeated = x.repeat(self.halves, 1, 1)
-            return self.guide(self.denoise(repeated, times[t[:1] // spacing] + given))
+        def predict(x: Tensor, t: int) -> Tensor:
+            return self.guide(self.denoise(x.repeat(self.halves, 1, 1), tokens[t]))
 
         return ddim_sample(predict, noise, self.alpha_bar, self.config.sample_steps)
 

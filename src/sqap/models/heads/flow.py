@@ -143,8 +143,8 @@ class FlowHead(nn.Module):
 
     def act(self, decoder: Decoder, state: FlowState) -> Tensor:
         seen, noise, tokens = state
-        past = self.read(seen)
-        return self.integrate(lambda x, time: self.move(x, time, past, tokens), noise)
+        past, ropes = self.read(seen), self.ropes(noise, tokens)
+        return self.integrate(lambda x, time: self.move(x, time, past, ropes), noise)
 
     def questions(self, states: Sequence[FlowState]) -> list[tuple[list[KeysValues], Tensor, float, int]]:
         """The arguments of `velocity` in every denoising step."""
@@ -172,7 +172,7 @@ class FlowHead(nn.Module):
         return [cast(ExpertLayer, layer) for layer in self.layers]
 
     def read(self, seen: Sequence[KeysValues]) -> list[KeysValues]:
-        """What each layer makes of the decoder's keys and values, whatever the noise is."""
+        """The prefix's keys and values as each layer attends to them, constant over the denoising steps."""
         return [layer.self_attn.read(kv) for layer, kv in zip(self.experts, seen, strict=True)]
 
     def integrate(self, velocity: Callable[[Tensor, float], Tensor], noise: Tensor) -> Tensor:
@@ -183,12 +183,12 @@ class FlowHead(nn.Module):
         return x
 
     def velocity(self, seen: Sequence[KeysValues], x: Tensor, time: float, tokens: int) -> Tensor:
-        """Where ``x`` ``(batch, horizon, action_dim)`` came from at ``time``, behind so many ``tokens``."""
-        return self.move(x, time, self.read(seen), tokens)
+        """The predicted velocity at ``x`` ``(batch, horizon, action_dim)``; the prefix has ``tokens`` tokens."""
+        return self.move(x, time, self.read(seen), self.ropes(x, tokens))
 
-    def move(self, x: Tensor, time: float, past: Sequence[KeysValues], tokens: int) -> Tensor:
-        """`velocity`, given what `read` makes of what was seen."""
-        h, ropes = self.embed(x, time), self.ropes(x, tokens)
+    def move(self, x: Tensor, time: float, past: Sequence[KeysValues], ropes: tuple[Rope, Rope]) -> Tensor:
+        """`velocity`, given what `read` and `ropes` return: neither changes between denoising steps."""
+        h = self.embed(x, time)
         for layer, kv in zip(self.experts, past, strict=True):
             h = layer(h, kv, ropes[int(layer.self_attn.cross)])
         out: Tensor = self.action_out_proj(self.norm(h))
