@@ -183,7 +183,7 @@ class FlowHead(nn.Module):
         return x
 
     def velocity(self, seen: Sequence[KeysValues], x: Tensor, time: float, tokens: int) -> Tensor:
-        """The predicted velocity at ``x`` ``(batch, horizon, action_dim)``; the prefix has ``tokens`` tokens."""
+        """The predicted velocity at ``x`` ``(batch, horizon, action_dim)``, behind a prefix of ``tokens``."""
         return self.move(x, time, self.read(seen), self.ropes(x, tokens))
 
     def move(self, x: Tensor, time: float, past: Sequence[KeysValues], ropes: tuple[Rope, Rope]) -> Tensor:
