@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import sqap
 from sqap.benchmark import SHAPES, Subject, bench
-from sqap.benchmark.candidates import CANDIDATES, example, weight_bytes
+from sqap.benchmark.candidates import CANDIDATES, candidate, example, weight_bytes
 from sqap.benchmark.dense import dense, unpack
 from sqap.benchmark.exported import Arrays, Exported, Network, export
 from sqap.benchmark.shapes import random_policy
@@ -73,6 +73,19 @@ def test_one_candidate_at_a_time_takes_as_many_steps(saved: Path) -> None:
     assert report["interleaved"] == "in thirds"
     assert set(report["candidates"]) == {"sqap", "torch-fp32"}
     assert seen[-1][0] == seen[-1][1]
+
+
+def test_budgets_are_timed_side_by_side(saved: Path) -> None:
+    """The policy prunes nothing; two candidates keep a half and a quarter of its visual tokens."""
+    names = ["sqap-keep-0.5", "sqap-keep-0.25"]
+    report = bench(Subject(str(saved), Recipe.w4a8(keep=1)), names, steps=1, warmups=0, threads=1)
+    selection = {name: row["stages_ms"]["selection"] for name, row in report["candidates"].items()}
+    assert selection["sqap"] == 0
+    assert min(selection[name] for name in names) > 0
+    half, quarter = (candidate(name).make(sqap.load(saved)).recipe.pruning for name in names)
+    assert half is not None
+    assert quarter is not None
+    assert (half.keep_ratio, quarter.keep_ratio) == (0.5, 0.25)
 
 
 def test_a_rival_that_cannot_run_is_reported_with_the_reason(
@@ -177,6 +190,8 @@ def test_a_random_policy_acts(policy: Policy, recipe: Recipe) -> None:
     ("arguments", "sentence"),
     [
         (["POLICY", "--vs", "magic"], "no candidate is called 'magic'; there are sqap, "),
+        (["POLICY", "--vs", "sqap-keep-all"], "no candidate is called 'sqap-keep-all'"),
+        (["POLICY", "--vs", "sqap-keep-2"], "keep_ratio must be in (0, 1], got 2.0"),
         (["--shape", "gpt-5"], "no shape is called 'gpt-5'; there are cogact-7b"),
         ([], "name a policy to time, or a --shape"),
         (["POLICY", "--shape", "cogact-7b"], "one of the two"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -23,11 +24,12 @@ from sqap.compress import compress
 from sqap.errors import InputError
 from sqap.models import ModelConfig
 from sqap.observation import Camera, Observation
-from sqap.policy import Policy
-from sqap.recipe import Recipe
+from sqap.policy import Policy, check_pruning
+from sqap.recipe import Pruning, Recipe
 
 INSTRUCTION = "put the carrot on the plate"
 SIDE = 256  # pixels of the images a robot sends
+KEEPING = "sqap-keep-"
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,17 @@ def unpruned(policy: Policy) -> Policy:
     return replace(policy, recipe=replace(policy.recipe, pruning=None))
 
 
+def keeping(keep_ratio: float) -> Candidate:
+    """The same policy with another share of the visual tokens kept, by the recipe's criterion."""
+
+    def make(policy: Policy) -> Policy:
+        pruning = replace(policy.recipe.pruning or Pruning(), keep_ratio=keep_ratio, later=())
+        check_pruning(pruning, policy.config.model)
+        return replace(policy, recipe=replace(policy.recipe, pruning=pruning))
+
+    return Candidate(f"the compressed policy, keeping {keep_ratio:.3g} of its visual tokens", make)
+
+
 def _dynamic_int8(policy: Policy) -> Policy:
     policy = dense(policy, torch.float32)
     with warnings.catch_warnings():
@@ -142,6 +155,20 @@ CANDIDATES = {
 }
 
 
+def candidate(name: str) -> Candidate:
+    """The candidate called ``name``: one of `CANDIDATES`, or ``sqap-keep-RATIO``.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name in CANDIDATES:
+        return CANDIDATES[name]
+    with suppress(ValueError):
+        if name.startswith(KEEPING):
+            return keeping(Pruning(float(name.removeprefix(KEEPING))).keep_ratio)
+    raise InputError(f"no candidate is called {name!r}; there are {', '.join(CANDIDATES)}, {KEEPING}RATIO")
+
+
 def example(policy: Policy) -> Observation:
     """Noise, as large as what a robot sends, with its gripper in front of every camera."""
     generator, config = np.random.default_rng(0), policy.config
@@ -178,5 +205,4 @@ def check(subject: Subject, names: Sequence[str]) -> None:
     if subject.layers is not None and not subject.random:
         raise InputError("--layers shortens a --shape; a policy has the layers that it has")
     for name in names:
-        if name not in CANDIDATES:
-            raise InputError(f"no candidate is called {name!r}; there are {', '.join(CANDIDATES)}")
+        candidate(name)

@@ -53,7 +53,7 @@ def bench(
 
     Args:
         subject: what to time.
-        rivals: names of `sqap.benchmark.CANDIDATES`.
+        rivals: names, as `sqap.benchmark.candidates.candidate` knows them.
         steps: how many are timed of each.
         warmups: how many come before and are not.
         threads: of each candidate; as many as there are cores if None.

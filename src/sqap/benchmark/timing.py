@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sqap.benchmark import tools
-from sqap.benchmark.candidates import CANDIDATES, Subject, example, weight_bytes
+from sqap.benchmark.candidates import Subject, candidate, example, weight_bytes
 from sqap.errors import SqapError
 from sqap.models.decoder import LayerOutput
 from sqap.models.through import direct
@@ -48,7 +48,7 @@ class Bench:
     def __init__(self, spec: tuple[Subject, str, int, Path | None]) -> None:
         self._subject, self._name, threads, environments = spec
         torch.set_num_threads(threads)
-        environment = CANDIDATES[self._name].environment
+        environment = candidate(self._name).environment
         if environments is not None and environment is not None:
             tools.add_environment(environments / environment)
 
@@ -58,10 +58,10 @@ class Bench:
         return self._step() if request == "step" else peak_rss_bytes()
 
     def _load(self) -> Loaded:
-        candidate = CANDIDATES[self._name]
+        chosen = candidate(self._name)
         start = time.perf_counter()
         try:
-            self._policy = candidate.make(self._subject.load())
+            self._policy = chosen.make(self._subject.load())
         except ImportError as problem:
             raise SqapError(f"{problem}: docs/bench.md says what to install") from problem
         seconds = time.perf_counter() - start
@@ -71,7 +71,7 @@ class Bench:
         chunk, self._memory = first.chunk, first.memory
         if not np.isfinite(chunk).all():
             raise SqapError("its actions are not finite")
-        self._stages = Stages(self._policy) if candidate.staged else None
+        self._stages = Stages(self._policy) if chosen.staged else None
         return Loaded(seconds, weight_bytes(self._policy), chunk)
 
     def _step(self) -> Timed:
