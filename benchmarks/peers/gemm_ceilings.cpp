@@ -18,6 +18,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
@@ -90,8 +92,28 @@ LOOP(integers_avx512vnni, "avx512f,avx512vnni", __m512i, _mm512_setzero_si512(),
      _mm512_dpbusd_epi32(sums[i], w, x), 64)
 #if defined(__clang__) || __GNUC__ >= 11
 LOOP(integers_avxvnni, "avx2,avxvnni", __m256i, _mm256_setzero_si256(), _mm256_dpbusd_avx_epi32(sums[i], w, x), 32)
+// AMX's tiles belong to a thread, which configures and releases them; Linux wants to be asked for them, once.
+__attribute__((target("amx-tile,amx-int8"))) double integers_amx() {
+    struct alignas(64) {
+        uint8_t palette = 1, rest[15] = {};
+        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } const config;
+    static const bool allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+    if (!allowed) return 0;
+    constexpr int STEPS = 20000;
+    _tile_loadconfig(&config);
+    for (int step = 0; step < STEPS; step++) {
+        _tile_dpbsud(0, 4, 6);
+        _tile_dpbsud(1, 4, 7);
+        _tile_dpbsud(2, 5, 6);
+        _tile_dpbsud(3, 5, 7);
+    }
+    _tile_release();
+    return double(STEPS) * 4 * 16 * 16 * 64 * 2;
+}
 #else
-constexpr Loop integers_avxvnni = nullptr;
+constexpr Loop integers_avxvnni = nullptr, integers_amx = nullptr;
 #endif
 
 #elif defined(__aarch64__)
@@ -147,6 +169,7 @@ struct Peaks {
 
 const Peaks PEAKS[] = {
 #if defined(__x86_64__)
+    {"amx", integers_amx, floats_avx512},
     {"avx512vnni", integers_avx512vnni, floats_avx512},
     {"avxvnni", integers_avxvnni, floats_avx2},
     {"avx2", integers_avx2, floats_avx2},
