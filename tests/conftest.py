@@ -39,7 +39,7 @@ def policy() -> Policy:
         vision=(VisionConfig(image_size=32, patch_size=8, width=16, depth=1, heads=2, mlp_width=32),),
         projector=(32, 32),
         decoder=DecoderConfig(
-            vocabulary=8, width=32, depth=3, heads=2, kv_heads=1, head_dim=16, mlp_width=64
+            vocabulary=8, width=32, depth=4, heads=2, kv_heads=1, head_dim=16, mlp_width=64
         ),
         head=DiffusionHeadConfig(action_dim=4, horizon=8, width=16, depth=1, heads=2),
     )

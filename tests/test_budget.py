@@ -10,7 +10,7 @@ from sqap.budget import _last, _steps, fit
 from sqap.errors import InputError
 from sqap.processing import ActionUnits
 from sqap.recipe import Override, Pruning, Quantization, Scheme
-from sqap.sensitivity import Replay, blocks
+from sqap.sensitivity import Replay, blocks, kept_apart
 
 UNITS = ActionUnits(translation=(0, 1, 2), millimetres=10.0, gripper=3)
 COARSE = Quantization(
@@ -59,7 +59,7 @@ def test_steps_cost_what_raising_their_blocks_costs(replay):
     steps = _steps(replay, recipe, None)
     assert {step.block for step in steps} == set(blocks(replay.policy, recipe)) - {"projector"}
     spared = [step.override for step in steps if step.override.scheme is None]
-    finest = dataclasses.replace(recipe, overrides=(*fixed, *spared))
+    finest = dataclasses.replace(recipe, overrides=(*kept_apart(replay.policy, recipe), *spared))
     paid = replay.measure("", finest).weight_bytes - replay.measure("", recipe).weight_bytes
     assert sum(step.cost for step in steps) == paid > 0
 

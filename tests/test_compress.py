@@ -354,8 +354,8 @@ def test_a_keep_ratio_that_keeps_nothing_is_refused(policy, frames):
 
 
 def test_pruning_after_the_last_layer_is_refused(policy, frames):
-    recipe = dataclasses.replace(Recipe.w4a8(), pruning=Pruning(after_layer=3))
-    with pytest.raises(InputError, match="the decoder has 3 layers"):
+    recipe = dataclasses.replace(Recipe.w4a8(), pruning=Pruning(after_layer=4))
+    with pytest.raises(InputError, match="the decoder has 4 layers"):
         sqap.compress(policy, recipe, frames)
 
 

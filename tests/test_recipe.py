@@ -238,7 +238,7 @@ def test_pruning_refuses(settings: dict[str, Any], message: str) -> None:
         ({"pruning": {"score_layers": [0, "1"]}}, r"recipe.pruning.score_layers\[1\] must be int"),
         ({"pruning": {"later": [{"after_layer": 3}]}}, r"recipe.pruning.later\[0\] lacks 'keep_ratio'"),
         ({"pruning": {"keep_ratio": 2}}, r"keep_ratio must be in \(0, 1\]"),
-        ({"version": RECIPE_VERSION + 1}, "reads recipe version 2, the recipe is 3"),
+        ({"version": RECIPE_VERSION + 1}, "reads recipe versions 1 and 2, the recipe is 3"),
     ],
 )
 def test_json_refuses(data: Any, message: str) -> None:

@@ -44,7 +44,7 @@ def run_demo(out: Path, episodes: int, console: Console, progress: ProgressBar) 
     small_dir = out / "policy"
     check_place(small_dir)
     original = sqap.load(SOURCE)
-    recipe = Recipe.w4a8(keep=0.6)
+    recipe = Recipe.w4a8()
     with progress("calibration frames") as advance:
         frames = collect_frames(original, ENV, TASKS, FRAMES, advance)
     with progress("quantizing", percent=True) as advance:

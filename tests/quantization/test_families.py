@@ -70,7 +70,7 @@ def test_everything_is_quantized_but_the_robots_state(family: str) -> None:
 @torch.no_grad()
 def test_it_loads_into_a_prepared_model(family: str) -> None:
     config = family_config(family)
-    recipe = dataclasses.replace(WHOLE, weight_bits=4)
+    recipe = dataclasses.replace(WHOLE, decoder=Scheme(4, 8))
     saved, loaded = quantize_model(random_model(config), recipe, calibration(config)), VLA(config)
     prepare_quantized(loaded, recipe)
     loaded.load_state_dict(saved.state_dict())

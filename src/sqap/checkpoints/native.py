@@ -119,7 +119,7 @@ def _read(directory: Path, known_by: str) -> Policy:
     where = str(directory / MANIFEST)
     config: PolicyConfig = from_json(PolicyConfig, manifest["policy"], f"{where}: policy", CheckpointError)
     check_config(config, f"{where}: policy")
-    recipe: Recipe = from_json(Recipe, manifest["recipe"], f"{where}: recipe", CheckpointError)
+    recipe = Recipe.from_json(manifest["recipe"], f"{where}: recipe", CheckpointError)
     calibration: Calibration | None = None
     if manifest["calibration"] is not None:
         calibration = from_json(
