@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sqap.models.config import DiffusionHeadConfig
 from sqap.models.decoder import Decoder, Reader, Stream
-from sqap.models.heads.ddim import add_noise, cosine_alpha_bar, ddim_sample, ddim_steps
+from sqap.models.heads.ddim import add_noise, cosine_alpha_bar, ddim_sample
 from sqap.models.layout import Layout
 from sqap.models.transformer import MLP, Fused, SelfAttention, sinusoidal_embedding
 
@@ -143,9 +143,9 @@ class DiffusionHead(nn.Module):
             raise ValueError(f"there are {len(condition)} conditions for noise of {len(noise)} chunks")
         both = self.conditions(condition)
         given = self.z_embedder(both)
-        steps = ddim_steps(len(self.alpha_bar), self.config.sample_steps)
-        times = self.embed_time(torch.tensor(steps, dtype=torch.int64, device=noise.device))
         spacing = len(self.alpha_bar) // self.config.sample_steps
+        steps = torch.arange(self.config.sample_steps, dtype=torch.int64, device=noise.device)
+        times = self.embed_time(steps * spacing)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             repeated = x.repeat(self.halves, 1, 1)
