@@ -120,18 +120,20 @@ class QuantizedLinear(nn.Module):
         """The float32 weight ``(out, in)`` that the integers stand for."""
         return dequantize_weight(self.levels(), self.scale)
 
-    def forward(self, x: Tensor, function: kernels.Function = "none", times: Tensor | None = None) -> Tensor:
-        """``function(x) * times`` ``(..., in)`` to ``(..., out)`` in the type of ``x``.
+    def forward(
+        self, input: Tensor, function: kernels.Function = "none", times: Tensor | None = None
+    ) -> Tensor:
+        """``function(input) * times`` ``(..., in)`` to ``(..., out)`` in the type of ``input``.
 
         Raises:
             InputError: the result would need a gradient.
         """
-        if torch.is_grad_enabled() and (x.requires_grad or (times is not None and times.requires_grad)):
+        if torch.is_grad_enabled() and (input.requires_grad or (times is not None and times.requires_grad)):
             raise InputError(
                 "a quantized linear has no gradient, and its input needs one: run the model under "
                 "torch.no_grad(), or on inputs and parameters that need none"
             )
-        return self.bound()(x, function, times)
+        return self.bound()(input, function, times)
 
     @property
     def backend(self) -> kernels.Backend:
