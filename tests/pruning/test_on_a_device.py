@@ -17,12 +17,12 @@ from sqap.pruning.lookahead import layers_to_look_at
 from sqap.pruning.memory import Memory
 from sqap.quantization import quantize_model
 from sqap.recipe import Cut, Pruning, Quantization, Scheme
+from sqap.recipe.pruning import ScoreQueries
 from tests.families import FAMILIES, family_config, random_inputs, random_model
 
 META = torch.device("meta")
 SETTINGS = {
     "lookahead": Pruning(0.5, 1),
-    "two cuts": Pruning(0.75, 1, later=(Cut(2, 0.25),)),
     "a ring": Pruning(0.5, 1, ring_share=0.2),
     "changed": Pruning(0.5, 1, rest="changed"),
     "sqap": Pruning(0.5, 2, "sqap", score_layers=(0, 1), rest="random"),
@@ -63,15 +63,25 @@ def run(family: str, quantized: bool, settings: Pruning) -> tuple[Tensor, StepPr
     return model(family, quantized)(random_inputs(config, 1).to(META), pruner), pruner
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("quantized", [False, True], ids=["float", "w4a8"])
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.inference_mode()
-def test_no_step_asks_the_device_for_a_value(family: str, quantized: bool, settings: Pruning) -> None:
+def check(family: str, quantized: bool, settings: Pruning) -> None:
     actions, pruner = run(family, quantized, settings)
     assert actions.is_meta
     assert len(pruner.selections) == family_config(family).cameras
     assert all(selection.mask.is_meta for selection in pruner.selections)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "w4a8"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_no_step_asks_the_device_for_a_value(family: str, quantized: bool) -> None:
+    queries: ScoreQueries = "actions" if family == "flow" else "text"
+    check(family, quantized, Pruning(0.75, 1, score_queries=queries, later=(Cut(2, 0.25),)))
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@torch.inference_mode()
+def test_no_criterion_asks_the_device_for_a_value(settings: Pruning) -> None:
+    check("regression", False, settings)
 
 
 @pytest.mark.parametrize("settings", ON_THE_CPU.values(), ids=ON_THE_CPU)

@@ -110,7 +110,7 @@ def look_fused(
     """What ``rows`` would attend to in later layers (`kernels.Backend.look`); None as of `run_fused`."""
     found = [bound for bound in (_found(layer, x) for layer in layers) if bound is not None]
     fused = [bound.fused for bound in found if bound.fused is not None]
-    if len(fused) < len(layers) or any(bound.backend is not found[0].backend for bound in found):
+    if not fused or len(fused) < len(layers) or any(bound.backend is not found[0].backend for bound in found):
         return None
     return found[0].backend.look(fused, x, rope, rows)
 

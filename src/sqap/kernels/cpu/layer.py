@@ -27,12 +27,8 @@ class Layer:
         out, down = cast(cpu.Linear, spec.out), cast(cpu.Linear, spec.down)
         for parameter in spec.parameters:
             _check("a norm's or branch's parameter", parameter, (out.out_features,))
-        self.path, self.head_dim, self._width, self._heads = (
-            out.path,
-            spec.heads[2],
-            out.out_features,
-            spec.heads,
-        )
+        self.path, self.head_dim, self._heads = out.path, spec.heads[2], spec.heads
+        self._width = out.out_features
         self._kept = spec  # the native code has its tensors' addresses
         self.native = _native.Layer(
             [linear.native for linear in inputs],
