@@ -28,7 +28,7 @@ setup: $(INSTALLED)
 	@PYTHON=$(BIN)/python scripts/system-packages $(OSMESA)
 
 # Whatever the system lacks comes first, before anything is downloaded.
-$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/sqap/kernels/csrc/*)
+$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/sqap/kernels/cpu/csrc/*)
 	@PYTHON='$(PYTHON)' scripts/system-packages python compiler $(OSMESA)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e ".[sim,dev]"

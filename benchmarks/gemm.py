@@ -28,8 +28,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 import sqap
-from sqap import kernels
 from sqap.files import write_json
+from sqap.kernels import cpu
 from sqap.process import available_cores
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))  # (n, k): attention, up and down projections
@@ -126,7 +126,7 @@ class Run:
         self.candidates, self.threads, self.rounds, self.folder = candidates, threads, rounds, folder
         self.cells: list[Cell] = []
         self.versions: dict[str, str] = {}
-        self.ceilings = Ceilings(kernels.chosen(), threads, folder)
+        self.ceilings = Ceilings(cpu.chosen(), threads, folder)
         self._processes: dict[str, Process] = {}
         self._reasons: dict[str, str] = {}  # why a candidate has no process
 
@@ -219,10 +219,10 @@ class Run:
             "rounds": self.rounds,
             "rows": rows,
             "machine": {
-                "processor": kernels.describe()["processor"],
+                "processor": cpu.describe()["processor"],
                 "cores": available_cores(),
                 "cache_bytes": cache_bytes(),
-                "kernels": kernels.chosen(),
+                "kernels": cpu.chosen(),
                 "system": platform.platform(),
                 "load": os.getloadavg(),
             },

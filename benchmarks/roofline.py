@@ -21,10 +21,10 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from sqap import kernels
 from sqap.benchmark import SHAPES, Subject, bench
 from sqap.benchmark.candidates import example
 from sqap.files import write_json
+from sqap.kernels import cpu
 from sqap.models.decoder import Attention
 from sqap.models.transformer import SelfAttention
 from sqap.policy import Policy
@@ -102,7 +102,7 @@ def measure(subject: Subject, threads: int, steps: int, console: Console) -> dic
     torch.set_num_threads(threads)
     work = count(subject.load())
     with tempfile.TemporaryDirectory() as folder, Progress(console=console) as progress:
-        ceilings = Ceilings(kernels.chosen(), threads, Path(folder))
+        ceilings = Ceilings(cpu.chosen(), threads, Path(folder))
         ceilings.look()
         bar = progress.add_task("steps")
 

@@ -8,20 +8,21 @@ import pytest
 import torch
 
 import sqap
-from sqap import build, kernels
+from sqap import build
+from sqap.kernels import cpu
 
 
 def test_the_build_id_names_version_files_kernels_and_torch() -> None:
     assert build.build_id() == {
         "sqap": sqap.__version__,
         "package": build.package_hash(),
-        "kernels": kernels.chosen(),
+        "kernels": cpu.chosen(),
         "torch": torch.__version__,
     }
 
 
 def test_the_kernels_in_use_are_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "chosen", lambda: "reference")
+    monkeypatch.setattr(cpu, "chosen", lambda: "reference")
     assert build.build_id()["kernels"] == "reference"
 
 
@@ -52,12 +53,12 @@ def test_one_changed_renamed_or_added_file_makes_another_hash(
     assert build.package_hash.__wrapped__() == found["same"]
 
 
-@pytest.mark.skipif(kernels._native is None, reason="the native kernels are not built")
+@pytest.mark.skipif(cpu._native is None, reason="the native kernels are not built")
 def test_another_native_extension_makes_another_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Rebuilt:
         __file__ = str(tmp_path / "_native.so")
 
     Path(Rebuilt.__file__).write_bytes(b"other kernels")
     before = build.package_hash.__wrapped__()
-    monkeypatch.setattr(kernels, "_native", Rebuilt)
+    monkeypatch.setattr(cpu, "_native", Rebuilt)
     assert build.package_hash.__wrapped__() != before

@@ -7,8 +7,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import sqap
-from sqap import kernels
 from sqap.cli import app
+from sqap.kernels import cpu
 
 runner = CliRunner()
 
@@ -92,10 +92,10 @@ def test_inspect_says_which_kernels_run(tmp_path, monkeypatch):
     out = run("inspect", "--cpu", "--json", tmp_path / "cpu.json")
     assert "portable" in out
     found = json.loads((tmp_path / "cpu.json").read_text())
-    assert [path["name"] for path in found["paths"] if path["runs"]] == list(kernels.paths())
-    assert [path["name"] for path in found["paths"] if path["used"]] == [kernels.chosen()]
-    monkeypatch.setattr(kernels, "chosen", kernels.chosen.__wrapped__)
-    monkeypatch.setenv(kernels.VARIABLE, "mmx")
+    assert [path["name"] for path in found["paths"] if path["runs"]] == list(cpu.paths())
+    assert [path["name"] for path in found["paths"] if path["used"]] == [cpu.chosen()]
+    monkeypatch.setattr(cpu, "chosen", cpu.chosen.__wrapped__)
+    monkeypatch.setenv(cpu.VARIABLE, "mmx")
     assert "SQAP_KERNELS is 'mmx'" in run("inspect", "--cpu", code=1)
 
 

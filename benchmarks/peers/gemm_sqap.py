@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from gemm_serve import Array, Make, Product, Weight, serve, threads
 
+from sqap.kernels.packing import pack_int4
 from sqap.quantization import QuantizedLinear
-from sqap.quantization.packing import pack_int4
 from sqap.recipe import Scheme
 
 W4A8 = Scheme()

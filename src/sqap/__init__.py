@@ -4,7 +4,8 @@ from sqap.checkpoints import load
 from sqap.compress import compress
 from sqap.observation import Camera, Observation
 from sqap.policy import Policy
-from sqap.recipe import Recipe
+from sqap.quantization.inplace import quantize_
+from sqap.recipe import Recipe, Scheme
 
 __version__ = "0.1.0"
-__all__ = ["Camera", "Observation", "Policy", "Recipe", "compress", "load"]
+__all__ = ["Camera", "Observation", "Policy", "Recipe", "Scheme", "compress", "load", "quantize_"]

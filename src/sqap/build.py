@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 import sqap
-from sqap import kernels
+from sqap.kernels import cpu
 
 PACKAGE = Path(__file__).parent
 
 
 def build_id() -> dict[str, str]:
-    """Version and hash of the package, the path of its kernels that is in use, and torch's version.
+    """Version and hash of the package, the path of its CPU kernels that is in use, and torch's version.
 
     Raises:
         InputError: SQAP_KERNELS names a path that does not run here.
@@ -23,7 +23,7 @@ def build_id() -> dict[str, str]:
     return {
         "sqap": sqap.__version__,
         "package": package_hash(),
-        "kernels": kernels.chosen(),
+        "kernels": cpu.chosen(),
         "torch": torch.__version__,
     }
 
@@ -32,8 +32,8 @@ def build_id() -> dict[str, str]:
 def package_hash() -> str:
     """SHA-256 over the package's Python files and the native extension that is loaded."""
     files = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
-    if kernels._native is not None:  # an editable install may have it outside the package
-        files["kernels/_native"] = Path(kernels._native.__file__)
+    if cpu._native is not None:  # an editable install may have it outside the package
+        files["kernels/_native"] = Path(cpu._native.__file__)
     return hash_files(files)
 
 

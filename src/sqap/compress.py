@@ -59,8 +59,8 @@ def compress(
             saved.
 
     Raises:
-        InputError: the policy is compressed already, the recipe does not fit it, frames are needed, a weight
-            is not finite, or the directory cannot be used.
+        InputError: the policy is compressed already or not on the CPU, the recipe does not fit it, frames are
+            needed, a weight is not finite, or the directory cannot be used.
         CheckpointError: weights cannot be read, or hold values that are not finite.
     """
     if policy.recipe != Recipe():
@@ -122,6 +122,7 @@ def reprune(
     """
     recipe = dataclasses.replace(small.recipe, pruning=pruning)
     _check(policy, Recipe(pruning=pruning), frames)
+    _check_device(small)
     inputs = [model_inputs(policy, frame, seed) for seed, frame in enumerate(frames)]
     full = _ranking(policy.model, pruning, inputs, policy.weights)
     other = dataclasses.replace(small, recipe=recipe, calibration=None, fingerprint=None)
@@ -217,6 +218,7 @@ def _calibrate(
 
 def _check(policy: Policy, recipe: Recipe, frames: Sequence[Observation]) -> None:
     """Make sure that the recipe fits the policy, and that there are frames where it needs some."""
+    _check_device(policy)
     if recipe.pruning is not None:
         check_pruning(recipe.pruning, policy.config.model)
     if frames:
@@ -225,6 +227,11 @@ def _check(policy: Policy, recipe: Recipe, frames: Sequence[Observation]) -> Non
         raise InputError("rounding 'gptq' calibrates on frames; give at least one, or round to 'nearest'")
     if recipe.pruning is not None and recipe.pruning.method == "sqap":
         raise InputError("pruning method 'sqap' calibrates its attention ranking; give at least one frame")
+
+
+def _check_device(policy: Policy) -> None:
+    if policy.device.type != "cpu":
+        raise InputError(f"the policy is on {policy.device}; calibrate it on the CPU: policy.to('cpu')")
 
 
 @contextmanager

@@ -143,9 +143,12 @@ class Policy:
     fingerprint: str | None = None
     weights: Weights | None = field(default=None, repr=False)
     _loaded: bool = field(default=False, init=False, repr=False, compare=False)
+    _device: torch.device = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
+        there = self.model.decoder.norm.weight.device
+        self._device = torch.device("cpu") if self.weights is not None and there.type == "meta" else there
         pruning = self.recipe.pruning
         self.selector: Selector | None = None
         self.pruner: Callable[..., StepPruner] = StepPruner
@@ -217,7 +220,7 @@ class Policy:
         triples = list(zip(observations, seeds, memories, strict=True))
         prepared = [self._prepare(*triple) for triple in triples]
         inputs, pruners = [given for given, _ in prepared], [pruner for _, pruner in prepared]
-        found = self.model.run(inputs, self.through, pruners)
+        found = self.model.run([given.to(self.device) for given in inputs], self.through, pruners)
         return [self._step(actions, pruner) for actions, pruner in zip(found, pruners, strict=True)]
 
     def _prepare(
@@ -232,14 +235,16 @@ class Policy:
         return inputs, self._pruner(observation, inputs.token_ids.shape[1], generator, memory)
 
     def _step(self, actions: torch.Tensor, pruner: StepPruner | None) -> Step:
-        normalised = actions[0].float().numpy()
+        normalised = actions[0].float().cpu().numpy()
         chunk = unnormalize(normalised, self.config.actions)
         for found in (normalised, chunk):  # what is clipped or turned into 0 and 1 hides what it was
             _check_actions(found)
-        return Step(chunk) if pruner is None else Step(chunk, pruner.selections, pruner.memory)
+        if pruner is None:
+            return Step(chunk)
+        return Step(chunk, tuple(selection.cpu() for selection in pruner.selections), pruner.memory)
 
     def inputs(self, observation: Observation, generator: torch.Generator) -> ModelInputs:
-        """What the model is given for an observation, with noise where it starts from noise.
+        """What the model is given for an observation, with noise where it starts from noise; on the CPU.
 
         Floats are float32 whatever the model computes in.
 
@@ -277,6 +282,27 @@ class Policy:
             raise InputError("the policy reads the robot's state; the observation has none")
         return normalize_proprio(observation.state, self.config.proprio)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model acts."""
+        return self._device
+
+    @defaults()
+    def to(self, device: torch.device | str) -> Policy:
+        """Move the policy in place, as `torch.nn.Module.to` does, and return it.
+
+        It then acts there: what it is given is copied there, and chunks and selections come back. Noise and
+        chance are drawn on the CPU whatever the device, so that a seed stands for the same. Weights that are
+        still on disk go there part by part as they are loaded. Compressing needs a policy on the CPU.
+
+        Args:
+            device: ``"cpu"``, ``"cuda"`` or another of PyTorch's.
+        """
+        self._device = torch.device(device)
+        if self.weights is None or self._loaded:
+            self.model.to(self._device)
+        return self
+
     @defaults()
     def load_weights(self, progress: Progress | None = None) -> None:
         """Read into memory what of the model is still on disk; the first `act` does, if nobody did before.
@@ -297,11 +323,12 @@ class Policy:
                 return
             total, done = sum(parameter.numel() for parameter in self.model.parameters()), 0
             for name, stage in stages(self.model):
-                fill(stage, self.weights, prefix=f"{name}.")
+                fill(stage, self.weights, prefix=f"{name}.", device=self.device)
                 done += sum(parameter.numel() for parameter in stage.parameters())
                 if progress is not None:
                     progress(done, total)
-            fill(self.model, self.weights)
+            fill(self.model, self.weights, device=self.device)
+            self.model.to(self.device)  # buffers, and what never was on disk
             if isinstance(self.weights, Rounded):
                 widen(self.model)
             else:
@@ -328,7 +355,7 @@ class Policy:
         targets = [self._target(observation, camera) for camera in self.config.cameras]
         layout = self.config.model.layout(text_tokens)
         length, visual = layout.blocks[0].stop, layout.span("visual")
-        return self.pruner(self.selector, length, visual, targets, generator, memory)
+        return self.pruner(self.selector, length, visual, targets, generator, memory, self.device)
 
     def _target(self, observation: Observation, camera: str) -> tuple[float, float] | None:
         """Where the end effector is in what is looked at of a camera's image, if the observation tells."""

@@ -93,7 +93,7 @@ def test_episodes_from_the_log_are_told_from_those_run_now(command, tmp_path):
 # A part of the settings -> what tells it, and what it says on another machine.
 MACHINES = {
     "simulator.mujoco": ("sqap.environments.describe", lambda told: told | {"mujoco": "another"}),
-    "build.processor": ("sqap.kernels.describe", lambda told: told | {"processor": "another"}),
+    "build.processor": ("sqap.kernels.cpu.describe", lambda told: told | {"processor": "another"}),
     "build.instructions": ("torch.backends.cpu.get_cpu_capability", lambda told: "another"),
 }
 

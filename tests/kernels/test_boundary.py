@@ -10,17 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from sqap import kernels
+from sqap.kernels import Grids, Packed, cpu
 
-PATHS = [path for path in kernels.paths() if path != kernels.REFERENCE]
+PATHS = [path for path in cpu.paths() if path != cpu.REFERENCE]
 every_path = pytest.mark.parametrize("path", PATHS)
 
 
 GUARDED = """
 import ctypes, mmap, sys
 import torch
-from sqap import kernels
-from sqap.kernels.layer import Layer, Norm, look
+from sqap.kernels import cpu
+from sqap.kernels.backend import Grids, LayerSpec, Norm, Packed
+from sqap.kernels.cpu.layer import Layer, look
 
 libc = ctypes.CDLL(None, use_errno=True)
 page, kept = mmap.PAGESIZE, []
@@ -44,18 +45,18 @@ def check_layer(rms):
     def linear(inputs, outputs):
         weight = guarded(torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8))
         scale, bias = guarded(torch.ones(outputs, 1)), guarded(torch.ones(outputs))
-        return kernels.Linear(weight, scale, bias, weight_bits=8, activation_bits=8, symmetric=True,
-                              group_size=inputs, path=path)
+        return cpu.Linear(Packed(weight, scale, bias, Grids(8, 8, True, inputs)), path)
 
     batch, tokens, width, hidden, heads, kv_heads, dim = 2, 13, 24, 40, 3, 1, 8
     keys = heads if not rms else kv_heads
     sizes = [heads * dim, keys * dim, keys * dim] if rms else [3 * heads * dim]
     one = guarded(torch.ones(width))
     norm = Norm(one, None if rms else one, 1e-5, rms)
-    layer = Layer(inputs=[linear(width, size) for size in sizes], out=linear(heads * dim, width),
-                  up=[linear(width, hidden)] * (1 + rms), down=linear(hidden, width), norms=(norm, norm),
-                  gains=(None, None) if rms else (one, one), function="silu", heads=(heads, keys, dim),
-                  causal=rms)
+    spec = LayerSpec(inputs=[linear(width, size) for size in sizes], out=linear(heads * dim, width),
+                     up=[linear(width, hidden)] * (1 + rms), down=linear(hidden, width), norms=(norm, norm),
+                     gains=(None, None) if rms else (one, one), function="silu", heads=(heads, keys, dim),
+                     causal=rms)
+    layer = Layer(spec)
     rope = [guarded(torch.ones(batch, tokens, dim)) for _ in range(2)]
     kept = [guarded(torch.ones(batch, keys, tokens, dim)) for _ in range(2)]
     layer(guarded(torch.randn(batch, tokens, width)), rope, torch.tensor([0, tokens - 1]), kept)
@@ -73,11 +74,11 @@ for bits in (4, 8):
         x = guarded(torch.randn(tokens, inputs))
         q = guarded(torch.randint(-127, 128, (tokens, inputs), dtype=torch.int8))
         scale, bias = guarded(torch.ones(outputs, 1)), guarded(torch.ones(outputs))
-        kernels.matmul(q, weight, bits, path)
+        cpu.matmul(q, weight, bits, path)
         for symmetric in (True, False):
             for size in (inputs, 2, 0):
-                linear = kernels.Linear(weight, scale, bias, weight_bits=bits, activation_bits=8,
-                                        symmetric=symmetric, group_size=size, hadamard_block=2, path=path)
+                grids = Grids(bits, 8, symmetric, size, hadamard_block=2)
+                linear = cpu.Linear(Packed(weight, scale, bias, grids), path)
                 linear(x)
                 linear(x, "silu", x)
 print("done")
@@ -100,7 +101,7 @@ def native_linear(path: str, **changed: Any) -> Any:
         "shared": False, "bias": (ADDRESS, 12), "bits": 8, "symmetric": False, "group": 64, "hadamard": 1,
     }  # fmt: skip
     assert changed.keys() <= given.keys()
-    return kernels._native.Linear(path, *{**given, **changed}.values())
+    return cpu._native.Linear(path, *{**given, **changed}.values())
 
 
 @every_path
@@ -143,7 +144,7 @@ def test_the_native_code_believes_no_size(path: str) -> None:
         with pytest.raises(ValueError, match=sentence):
             linear.quantize(*first, *rest)
     with pytest.raises(ValueError, match="products: 8 bytes where 24"):
-        kernels._native.matmul(path, (ADDRESS, 128), 2, 64, (ADDRESS, 96), 4, 3, (ADDRESS, 8))
+        cpu._native.matmul(path, (ADDRESS, 128), 2, 64, (ADDRESS, 96), 4, 3, (ADDRESS, 8))
 
 
 def native_layer(path: str, fused: bool = False, **changed: Any) -> Any:
@@ -155,10 +156,10 @@ def native_layer(path: str, fused: bool = False, **changed: Any) -> Any:
 
     arrays = ("weight1", "bias1", "weight2", "bias2", "gain1", "gain2")
     given: dict[str, Any] = dict.fromkeys(arrays, (ADDRESS, 256)) | changed
-    norms = [kernels._native.norm(False, given[f"weight{i}"], given[f"bias{i}"], 1e-5) for i in (1, 2)]
+    norms = [cpu._native.norm(False, given[f"weight{i}"], given[f"bias{i}"], 1e-5) for i in (1, 2)]
     inputs = [linear(128)] if fused else [linear(64), linear(32), linear(32)]
     rest = linear(64), [linear(64)], linear(64), *norms, given["gain1"], given["gain2"]
-    return kernels._native.Layer(inputs, *rest, 0, 4, 2, 16, True)
+    return cpu._native.Layer(inputs, *rest, 0, 4, 2, 16, True)
 
 
 # What a layer is given for two times three tokens, and what looking at layers is for three.
@@ -217,36 +218,38 @@ def test_the_native_code_believes_no_size_of_what_is_looked_at(path: str) -> Non
         ({"tokens": -3}, "negative"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            kernels._native.look([layer, layer], *{**LOOK, **changed}.values())
+            cpu._native.look([layer, layer], *{**LOOK, **changed}.values())
     for layers, sentence in (
         ([], "no layers to look at"),
         ([layer, native_layer(path, fused=True)], "queries and keys of their own"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            kernels._native.look(layers, *LOOK.values())
+            cpu._native.look(layers, *LOOK.values())
 
 
 OUT_OF_MEMORY = """
 import resource, sys
 import torch
-from sqap import kernels
+from sqap.kernels import FUNCTIONS, Grids, Packed, cpu
 
 torch.set_num_threads(2)
 channels = 1 << 22
 weight = torch.zeros(1, channels, dtype=torch.int8)
-linear = kernels.Linear(weight, torch.ones(1, 1), None, weight_bits=8, activation_bits=8, symmetric=True,
-                        group_size=channels, path=sys.argv[1])
-few = kernels.Linear(weight[:, :8].contiguous(), torch.ones(1, 1), None, weight_bits=8, activation_bits=8,
-                     symmetric=True, group_size=8, path=sys.argv[1])
+
+def bound(weight):
+    grids = Grids(8, 8, True, weight.shape[1])
+    return cpu.Linear(Packed(weight, torch.ones(1, 1), None, grids), sys.argv[1])
+
+linear, few = bound(weight), bound(weight[:, :8].contiguous())
 few(torch.ones(100, 8), "silu")  # the threads are there, and their stacks
 x, q, scale = torch.ones(2, channels), torch.empty(2, channels, dtype=torch.int8), torch.empty(2, 1)
-first = kernels.array(x), False, 2, kernels.FUNCTIONS.index("silu"), (0, 0)
+first = cpu.array(x), False, 2, FUNCTIONS.index("silu"), (0, 0)
 used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) << 10
 for limit in (used + (12 << 20), resource.RLIM_INFINITY):
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
     try:
         # Each of two threads wants 16 MiB for a token.
-        linear.native.quantize(*first, kernels.array(q), kernels.array(scale), (0, 0))
+        linear.native.quantize(*first, cpu.array(q), cpu.array(scale), (0, 0))
         print("done")
     except MemoryError:
         print("MemoryError")
@@ -265,7 +268,7 @@ def test_a_new_thread_uses_as_many_threads_as_pytorch_was_told() -> None:
     before, found = torch.get_num_threads(), []
     torch.set_num_threads(3)
     try:
-        thread = threading.Thread(target=lambda: found.append(kernels._native.threads()))
+        thread = threading.Thread(target=lambda: found.append(cpu._native.threads()))
         thread.start()
         thread.join()
     finally:
@@ -273,31 +276,37 @@ def test_a_new_thread_uses_as_many_threads_as_pytorch_was_told() -> None:
     assert found == [3]
 
 
-GRID: Any = {"weight_bits": 4, "activation_bits": 8, "symmetric": True, "group_size": 64}
+def bound(
+    weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None, *last: int
+) -> cpu.Linear:
+    """Of 4-bit weights; ``last`` is the group size and the Hadamard block."""
+    return cpu.Linear(Packed(weight, scale, bias, Grids(4, 8, True, *(last or (64,)))))
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     q, weight = torch.zeros(2, 64, dtype=torch.int8), torch.zeros(3, 32, dtype=torch.uint8)
     with pytest.raises(ValueError, match="do not fit a weight stored"):
-        kernels.matmul(q, weight, 8)
+        cpu.matmul(q, weight, 8)
     with pytest.raises(ValueError, match="contiguous bytes"):
-        kernels.matmul(q[:, :62], weight[:, :31], 4)
+        cpu.matmul(q[:, :62], weight[:, :31], 4)
     with pytest.raises(ValueError, match=r"scales \(3, 3\) do not fit a weight of 3 by 64 channels"):
-        kernels.Linear(weight, torch.ones(3, 3), None, **GRID)
+        bound(weight, torch.ones(3, 3))
     with pytest.raises(ValueError, match="scales must be contiguous float32"):
-        kernels.Linear(weight, torch.ones(3, 1, dtype=torch.float64), None, **GRID)
+        bound(weight, torch.ones(3, 1, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"scales \(1, 2\) do not fit a weight of 3 by 64 channels"):
-        kernels.Linear(weight, torch.ones(1, 2), None, **GRID)
+        bound(weight, torch.ones(1, 2))
     with pytest.raises(ValueError, match=r"a bias \(4,\) does not fit a weight of 3 by 64 channels"):
-        kernels.Linear(weight, torch.ones(3, 1), torch.ones(4), **GRID)
+        bound(weight, torch.ones(3, 1), torch.ones(4))
     with pytest.raises(ValueError, match="64 channels cannot be cut into groups of 48"):
-        kernels.Linear(weight, torch.ones(3, 1), None, **{**GRID, "group_size": 48})
+        bound(weight, torch.ones(3, 1), None, 48)
     with pytest.raises(ValueError, match="a power of two that divides 64, got 3"):
-        kernels.Linear(weight, torch.ones(3, 1), None, **GRID, hadamard_block=3)
-    linear = kernels.Linear(weight, torch.ones(3, 1), None, **GRID)
+        bound(weight, torch.ones(3, 1), None, 64, 3)
+    linear = bound(weight, torch.ones(3, 1))
     with pytest.raises(ValueError, match=r"inputs \(2, 32\) do not fit a weight of 64 channels"):
         linear(torch.ones(2, 32))
     with pytest.raises(ValueError, match=r"factors \(2, 32\) do not fit inputs \(2, 64\)"):
         linear(torch.ones(2, 64), "silu", torch.ones(2, 32))
     with pytest.raises(ValueError, match=r"float32 or bfloat16 on the CPU, got torch\.float64"):
-        linear(torch.ones(2, 64, dtype=torch.float64))
+        linear.quantize(torch.ones(2, 64, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"on the CPU, got torch\.float32 on meta"):
+        linear(torch.ones(2, 64, device="meta"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sqap import kernels
+from sqap.kernels import cpu
 
 ROOT = Path(__file__).parents[2]
 CMAKE = [sys.executable, "-m", "cmake"]
@@ -28,7 +28,7 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     check = build(tmp_path, "-DSQAP_SANITIZE=ON")
     found = subprocess.run([check], capture_output=True, text=True)
     assert (found.returncode, found.stderr) == (0, "")
-    assert found.stdout.split() == [path for path in kernels.paths() if path != kernels.REFERENCE]
+    assert found.stdout.split() == [path for path in cpu.paths() if path != cpu.REFERENCE]
 
 
 @pytest.mark.skipif(

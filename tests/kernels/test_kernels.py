@@ -10,17 +10,17 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 
-from sqap import kernels
 from sqap.errors import InputError
-from sqap.models.transformer import FUNCTIONS
-from sqap.quantization.grid import level_range, quantize_activation
-from sqap.quantization.hadamard import block_hadamard
+from sqap.kernels import Function, Grids, Packed, cpu
+from sqap.kernels.hadamard import block_hadamard
+from sqap.kernels.levels import level_range, quantize_activation
+from sqap.kernels.packing import pack_int4
+from sqap.kernels.reference import ACTIVATIONS
 from sqap.quantization.linear import QuantizedLinear
-from sqap.quantization.packing import pack_int4
 from sqap.quantization.rotation import HadamardLinear
 from sqap.recipe import Scheme
 
-PATHS = [path for path in kernels.paths() if path != kernels.REFERENCE]
+PATHS = [path for path in cpu.paths() if path != cpu.REFERENCE]
 every_path = pytest.mark.parametrize("path", PATHS)
 sizes = st.integers(1, 200)
 seeds = st.integers(0, 2**31)
@@ -42,7 +42,7 @@ def check_products(path: str, bits: int, tokens: int, inputs: int, outputs: int,
     q = random_levels(-128, 127, seed + 1, tokens, inputs)
     weight[0] = low  # sums as large as can be
     q[:1] = -128
-    found = kernels.matmul(q, pack_int4(weight) if bits == 4 else weight, bits, path)
+    found = cpu.matmul(q, pack_int4(weight) if bits == 4 else weight, bits, path)
     assert torch.equal(found.long(), q.long() @ weight.long().T)
 
 
@@ -69,13 +69,10 @@ def test_products_are_exact_however_many_threads(path: str, threads: int) -> Non
 
 def bound(
     path: str, channels: int, bits: int, symmetric: bool, size: int, block: int = 1, outputs: int = 1
-) -> kernels.Linear:
+) -> cpu.Linear:
     """A linear with weights of 8 bits, all scales one."""
     weight = random_levels(-127, 127, 0, outputs, channels)
-    return kernels.Linear(
-        weight, torch.ones(1, 1), None, weight_bits=8, activation_bits=bits, symmetric=symmetric,
-        group_size=size, hadamard_block=block, path=path,
-    )  # fmt: skip
+    return cpu.Linear(Packed(weight, torch.ones(1, 1), None, Grids(8, bits, symmetric, size, block)), path)
 
 
 @st.composite
@@ -124,7 +121,7 @@ def test_activations_that_are_not_finite_give_outputs_that_are_not(
 
 def run(layer: QuantizedLinear, x: torch.Tensor, path: str, *first: Any) -> torch.Tensor:
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(kernels, "chosen", lambda: path)
+        patch.setattr(cpu, "chosen", lambda: path)
         y: torch.Tensor = layer(x, *first)
     return y
 
@@ -148,7 +145,7 @@ def test_a_linear_is_the_reference_within_a_millionth(
     x = torch.randn(tokens, 96) + 0.3
     terms = x.abs() @ layer.dequantized().abs().T + 1  # what is added up, perhaps to nothing
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
-        expected = run(layer, x.to(dtype), kernels.REFERENCE)
+        expected = run(layer, x.to(dtype), cpu.REFERENCE)
         found = run(layer, x.to(dtype), path)
         assert found.dtype == dtype
         assert ((found - expected).abs() <= tolerance * terms).all()
@@ -156,7 +153,7 @@ def test_a_linear_is_the_reference_within_a_millionth(
 
 @every_path
 @given(
-    st.sampled_from(get_args(kernels.Function)),
+    st.sampled_from(get_args(Function)),
     st.booleans(),
     st.sampled_from([(96, 1), (96, 2), (96, 32), (44, 4), (256, 256), (27, 1)]),
     st.sampled_from(["token", "group", "tensor"]),
@@ -166,7 +163,7 @@ def test_a_linear_is_the_reference_within_a_millionth(
 @settings(max_examples=100, deadline=None)
 def test_functions_and_rotations_come_before_the_grid(
     path: str,
-    function: kernels.Function,
+    function: Function,
     gated: bool,
     shape: tuple[int, int],
     granularity: str,
@@ -176,7 +173,7 @@ def test_functions_and_rotations_come_before_the_grid(
     channels, block = shape
     generator = torch.Generator().manual_seed(seed)
     x, times = (8 * torch.randn(2, 5, channels, generator=generator)).to(dtype)
-    exact = FUNCTIONS[function](x.double()) * (times.double() if gated else 1)
+    exact = ACTIVATIONS[function](x.double()) * (times.double() if gated else 1)
     exact = block_hadamard(exact, block)
     size = {"token": channels, "group": math.gcd(channels, 4), "tensor": 0}[granularity]
     first = function, times if gated else None
@@ -195,12 +192,12 @@ def test_functions_and_rotations_come_before_the_grid(
 
 @every_path
 @pytest.mark.parametrize("function", ["none", "silu", "gelu", "gelu_tanh"])
-def test_a_linear_behind_a_function_is_the_reference(path: str, function: kernels.Function) -> None:
+def test_a_linear_behind_a_function_is_the_reference(path: str, function: Function) -> None:
     torch.manual_seed(0)
     rotated = HadamardLinear(torch.nn.Linear(96, 40, bias=False), 32)
     layer = QuantizedLinear.from_linear(rotated, Scheme(4, 8))
     x, times = torch.randn(2, 3, 5, 96)
-    expected, found = (run(layer, x, which, function, times) for which in (kernels.REFERENCE, path))
+    expected, found = (run(layer, x, which, function, times) for which in (cpu.REFERENCE, path))
     assert torch.allclose(found, expected, atol=0.02 * float(expected.std()))
 
 
@@ -211,12 +208,12 @@ def test_no_tokens_give_no_outputs(path: str) -> None:
 
 
 def test_the_variable_chooses_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    choose = kernels.chosen.__wrapped__  # it looks but once
-    monkeypatch.delenv(kernels.VARIABLE, raising=False)
-    assert choose() == kernels.paths()[0]
-    monkeypatch.setenv(kernels.VARIABLE, "portable")
+    choose = cpu.chosen.__wrapped__  # it looks but once
+    monkeypatch.delenv(cpu.VARIABLE, raising=False)
+    assert choose() == cpu.paths()[0]
+    monkeypatch.setenv(cpu.VARIABLE, "portable")
     assert choose() == "portable"
-    monkeypatch.setenv(kernels.VARIABLE, "mmx")
+    monkeypatch.setenv(cpu.VARIABLE, "mmx")
     with pytest.raises(InputError, match=r"SQAP_KERNELS is 'mmx'; on this processor it can be .*reference"):
         choose()
 
@@ -224,7 +221,7 @@ def test_the_variable_chooses_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
 @every_path
 def test_pytorchs_own_products_and_these_take_turns(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """AMX's tiles are a thread's own, and PyTorch configures them for itself, in bfloat16."""
-    monkeypatch.setattr(kernels, "chosen", lambda: path)
+    monkeypatch.setattr(cpu, "chosen", lambda: path)
     packed = QuantizedLinear.from_linear(torch.nn.Linear(256, 512), Scheme())
     theirs = torch.nn.Linear(256, 512, dtype=torch.bfloat16)
     x = torch.randn(64, 256)

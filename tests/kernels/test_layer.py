@@ -11,20 +11,21 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sqap import kernels
-from sqap.kernels.layer import Layer, Norm
+from sqap.kernels import cpu
+from sqap.kernels.backend import LayerSpec, Norm
+from sqap.kernels.cpu.layer import Layer
+from sqap.kernels.hadamard import Hadamard
 from sqap.models.config import DecoderConfig, VisionConfig
 from sqap.models.decoder import Decoder, DecoderLayer, KVCache, Stream, rope_angles
 from sqap.models.heads.diffusion import DiTBlock
 from sqap.models.vision import Block
 from sqap.quantization import QuantizedLinear
 from sqap.quantization.fused import fuse, look_fused, run_fused
-from sqap.quantization.hadamard import Hadamard
 from sqap.quantization.kv import QuantizedKV
 from sqap.quantization.rotation import HadamardLinear
 from sqap.recipe import Scheme
 
-PATHS = [path for path in kernels.paths() if path != kernels.REFERENCE]
+PATHS = [path for path in cpu.paths() if path != cpu.REFERENCE]
 W8A8 = Scheme(8, 8)  # fine enough that a level more or less is not seen
 VISION = VisionConfig(
     image_size=28,
@@ -40,7 +41,7 @@ VISION = VisionConfig(
 
 @pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(kernels, "chosen", lambda: request.param)
+    monkeypatch.setattr(cpu, "chosen", lambda: request.param)
     return str(request.param)
 
 
@@ -219,7 +220,7 @@ def test_tensors_that_do_not_fit_the_layer_are_refused(path: str) -> None:
 
 
 def test_a_layer_of_parts_that_do_not_fit_is_refused(path: str) -> None:
-    def linear(inputs: int, outputs: int) -> kernels.Linear:
+    def linear(inputs: int, outputs: int) -> cpu.Linear:
         return QuantizedLinear(inputs, outputs, W8A8).bound()
 
     norms = (Norm(None, None, 1e-6),) * 2
@@ -228,7 +229,7 @@ def test_a_layer_of_parts_that_do_not_fit_is_refused(path: str) -> None:
         "up": [linear(16, 24), linear(16, 24)], "down": linear(24, 16), "norms": norms,
         "gains": (None, None), "function": "silu", "heads": (4, 2, 8), "causal": True,
     }  # fmt: skip
-    Layer(**good)
+    Layer(LayerSpec(**good))
     for name, value, sentence in (
         ("inputs", [linear(16, 32), linear(16, 16), linear(16, 24)], "do not fit the heads"),
         ("inputs", [linear(16, 56)], "do not fit the heads"),
@@ -243,7 +244,7 @@ def test_a_layer_of_parts_that_do_not_fit_is_refused(path: str) -> None:
         ("gains", (torch.ones(16, dtype=torch.float64), None), "contiguous float32"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            Layer(**{**good, name: value})
+            Layer(LayerSpec(**{**good, name: value}))
 
 
 def test_keys_and_values_are_kept_for_later_tokens() -> None:

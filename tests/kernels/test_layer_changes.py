@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sqap import kernels
 from sqap.errors import InputError
+from sqap.kernels import cpu
 from sqap.models.config import DecoderConfig, VisionConfig
 from sqap.models.decoder import DecoderLayer, rope_angles
 from sqap.models.heads.diffusion import DiTBlock
@@ -27,7 +27,7 @@ VISION = VisionConfig(
 
 @pytest.fixture(autouse=True)
 def native(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "chosen", lambda: kernels.PORTABLE)
+    monkeypatch.setattr(cpu, "chosen", lambda: cpu.PORTABLE)
 
 
 def quantized(layer: nn.Module) -> nn.Module:
@@ -173,9 +173,9 @@ SENTENCE = (
 )
 
 
-@pytest.mark.parametrize("path", [*kernels.paths()])
+@pytest.mark.parametrize("path", [*cpu.paths()])
 def test_a_gradient_through_a_quantized_linear_is_refused(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
-    monkeypatch.setattr(kernels, "chosen", lambda: path)
+    monkeypatch.setattr(cpu, "chosen", lambda: path)
     linear = QuantizedLinear.from_linear(nn.Linear(16, 8), Scheme(4, 8))
     plain, trained = torch.ones(2, 16), torch.ones(2, 16, requires_grad=True)
     with pytest.raises(InputError, match=SENTENCE):

@@ -12,26 +12,26 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sqap import kernels
 from sqap.cli import app
 from sqap.errors import InputError
-from sqap.kernels.check import difference
-from sqap.kernels.layer import Layer
+from sqap.kernels import cpu
+from sqap.kernels.cpu.check import difference
+from sqap.kernels.cpu.layer import Layer
 
-PATHS = [path for path in kernels.paths() if path != kernels.REFERENCE]
-FASTEST, NEXT = (*PATHS, kernels.REFERENCE)[:2]
-broken = pytest.mark.skipif(FASTEST == kernels.PORTABLE, reason="no path steps aside for another")
+PATHS = [path for path in cpu.paths() if path != cpu.REFERENCE]
+FASTEST, NEXT = (*PATHS, cpu.REFERENCE)[:2]
+broken = pytest.mark.skipif(FASTEST == cpu.PORTABLE, reason="no path steps aside for another")
 
 
 @pytest.fixture(autouse=True)
 def looked_at_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Paths are checked and chosen once for a process: in these tests, for each of them."""
-    monkeypatch.delenv(kernels.VARIABLE, raising=False)
-    for cached in (difference, kernels.chosen):
+    monkeypatch.delenv(cpu.VARIABLE, raising=False)
+    for cached in (difference, cpu.chosen):
         cached.cache_clear()
     yield
     monkeypatch.undo()
-    for cached in (difference, kernels.chosen):
+    for cached in (difference, cpu.chosen):
         cached.cache_clear()
 
 
@@ -78,39 +78,39 @@ def wrong_quantize(result: Any, linear: Any, x: Any, *function: Any) -> Any:
 
 
 FAULTS: dict[str, tuple[Any, str, Callable[..., Any], str]] = {
-    "products": (kernels, "matmul", lambda y, *_: one_more(y), "products with 4-bit weights"),
+    "products": (cpu, "matmul", lambda y, *_: one_more(y), "products with 4-bit weights"),
     "products of bytes": (
-        kernels,
+        cpu,
         "matmul",
         lambda y, q, w, bits, *_: one_more(y) if bits == 8 else y,
         "products with 8-bit weights",
     ),
     "zero points": (
-        kernels.Linear,
+        cpu.Linear,
         "quantize",
         wrong_quantize,
         "a W4A8 linear, scales per channel and per token with zero points",
     ),
     "one output": (
-        kernels.Linear,
+        cpu.Linear,
         "__call__",
         lambda y, *_: y.view(-1)[-1:].mul_(1.0001) is None or y,
         "a W4A8 linear, scales per channel and per token",
     ),
     "no number": (
-        kernels.Linear,
+        cpu.Linear,
         "__call__",
         lambda y, *_: y.view(-1)[-1:].fill_(torch.nan) is None or y,
         "a W4A8 linear, scales per channel and per token",
     ),
     "many tokens": (
-        kernels.Linear,
+        cpu.Linear,
         "__call__",
         lambda y, *_: one_more(y) if len(y) > 4 else y,
         "a W4A8 linear, scales per channel and per token",
     ),
     "a function": (
-        kernels.Linear,
+        cpu.Linear,
         "__call__",
         lambda y, linear, x, function="none", *_: y * 1.1 if function == "gelu" else y,
         "a linear behind the function 'gelu'",
@@ -139,7 +139,7 @@ def test_a_path_that_computes_something_else_steps_aside(
     breaks(monkeypatch, owner, name, spoil)
     with caplog.at_level(logging.WARNING, "sqap"):
         for _ in range(2):
-            assert kernels.chosen() == NEXT
+            assert cpu.chosen() == NEXT
     (record,) = caplog.records
     assert record.getMessage() == (
         f"on this processor, the results of the kernels {FASTEST!r} (first of all {what}) are wrong: "
@@ -154,32 +154,32 @@ def test_a_path_that_fails_steps_aside(
     def fail(*_: Any) -> None:
         raise RuntimeError("no such instruction")
 
-    breaks(monkeypatch, kernels, "matmul", fail)
-    assert kernels.chosen() == NEXT
+    breaks(monkeypatch, cpu, "matmul", fail)
+    assert cpu.chosen() == NEXT
     assert "(first of all products with 4-bit weights (no such instruction))" in caplog.text
 
 
 @broken
 def test_a_path_that_was_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    breaks(monkeypatch, kernels, "matmul", lambda y, *_: one_more(y))
-    monkeypatch.setenv(kernels.VARIABLE, FASTEST)
+    breaks(monkeypatch, cpu, "matmul", lambda y, *_: one_more(y))
+    monkeypatch.setenv(cpu.VARIABLE, FASTEST)
     sentence = f"SQAP_KERNELS is '{FASTEST}', whose results on this processor are wrong .*products with 4-bit"
     with pytest.raises(InputError, match=sentence):
-        kernels.chosen()
-    for other in (kernels.PORTABLE, kernels.REFERENCE):
-        kernels.chosen.cache_clear()
-        monkeypatch.setenv(kernels.VARIABLE, other)
-        assert kernels.chosen() == other
+        cpu.chosen()
+    for other in (cpu.PORTABLE, cpu.REFERENCE):
+        cpu.chosen.cache_clear()
+        monkeypatch.setenv(cpu.VARIABLE, other)
+        assert cpu.chosen() == other
 
 
 @broken
 def test_inspect_shows_the_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    breaks(monkeypatch, kernels, "matmul", lambda y, *_: one_more(y))
+    breaks(monkeypatch, cpu, "matmul", lambda y, *_: one_more(y))
     result = CliRunner().invoke(app, ["inspect", "--cpu", "--json", str(tmp_path / "cpu.json")])
     assert result.exit_code == 0, result.output
     assert result.output.count("│ wrong:") == 1
     found = {path["name"]: path for path in json.loads((tmp_path / "cpu.json").read_text())["paths"]}
     assert found[FASTEST]["differs"] == "products with 4-bit weights"
     assert (found[FASTEST]["used"], found[NEXT]["used"]) == (False, True)
-    assert found[kernels.PORTABLE]["differs"] is None
-    assert not found[kernels.PORTABLE]["checked"]
+    assert found[cpu.PORTABLE]["differs"] is None
+    assert not found[cpu.PORTABLE]["checked"]

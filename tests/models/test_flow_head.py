@@ -20,6 +20,7 @@ from sqap.recipe import Pruning
 from tests.families import family_config, random_inputs, random_model
 
 CONFIG = family_config("flow")
+CPU = torch.device("cpu")
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 
@@ -68,7 +69,7 @@ def joint(model: VLA, inputs: ModelInputs, x: Tensor, time: float) -> Tensor:
     prefix = model.embed(inputs)[0]
     n, m = len(prefix), len(x)
     action = head.action_in_proj(x)
-    when = time_embedding(time, head.config).expand_as(action)
+    when = time_embedding(time, head.config, CPU).expand_as(action)
     suffix = head.action_time_mlp_out(F.silu(head.action_time_mlp_in(torch.cat([action, when], dim=-1))))
     block = torch.cat([torch.zeros(n - 1), torch.arange(1, m + 2)])
     mask = block[None, :] <= block[:, None]
@@ -159,7 +160,7 @@ def test_the_expert_sees_what_pruning_leaves(model: VLA) -> None:
 
 def test_time_is_told_by_periods_from_the_shortest_to_the_longest() -> None:
     assert isinstance(CONFIG.head, FlowHeadConfig)
-    embedded = time_embedding(0.001, CONFIG.head)
+    embedded = time_embedding(0.001, CONFIG.head, CPU)
     half = len(embedded) // 2
     assert embedded[0] == pytest.approx(1.0)  # a quarter of 4 ms
     assert embedded[half - 1] == pytest.approx(0.00157, abs=1e-5)  # of 4 s

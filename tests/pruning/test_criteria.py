@@ -24,6 +24,16 @@ def test_top_k_is_a_sort_with_ties_to_the_lower_index(values: list[int], data: s
     assert criteria.top_k(torch.tensor(values, dtype=torch.float32), k).tolist() == expected
 
 
+@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=40), st.integers(0, 41))
+def test_the_first_of_the_marked_tokens_are_chosen(tokens: list[tuple[int, bool]], count: int) -> None:
+    scores, free = (torch.tensor(values) for values in zip(*tokens, strict=True))
+    best = sorted((i for i, (_, marked) in enumerate(tokens) if marked), key=lambda i: (-tokens[i][0], i))
+    for number in (count, torch.tensor(count)):
+        chosen = criteria.first(criteria.ranked(scores), free, number)
+        assert chosen.nonzero().flatten().tolist() == sorted(best[:count])
+    assert torch.equal(criteria.places(chosen, len(best[:count])), chosen.nonzero().flatten())
+
+
 @given(grids, st.tuples(coordinates, coordinates), st.floats(0, 1), st.floats(0, 1))
 def test_ring_holds_the_patches_between_its_radii(
     grid: int, centre: tuple[float, float], inner: float, width: float
@@ -131,11 +141,9 @@ def test_the_first_farthest_point_is_left_where_the_middle_is_gone() -> None:
     assert criteria.farthest_points(4, none, 2, left=left).tolist() == [3, 15]
 
 
-def test_random_tokens_follow_their_generator() -> None:
+def test_random_orders_follow_their_generator() -> None:
     def draw(seed: int) -> list[int]:
-        return criteria.random_tokens(
-            torch.ones(64, dtype=torch.bool), 20, torch.Generator().manual_seed(seed)
-        ).tolist()
+        return criteria.permutation(64, torch.Generator().manual_seed(seed)).tolist()[:20]
 
     assert draw(3) == draw(3) != draw(4)
     assert len(set(draw(3))) == 20

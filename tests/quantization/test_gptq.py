@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from sqap.errors import InputError
+from sqap.kernels.levels import dequantize_weight, level_range
 from sqap.quantization import gptq as module
 from sqap.quantization.gptq import Factor, Hessian, gptq
-from sqap.quantization.grid import clip_scale, dequantize_weight, level_range, max_scale, round_to_grid
+from sqap.quantization.grid import clip_scale, max_scale, round_to_grid
 
 GRANULARITIES: list[tuple[Any, int | None]] = [("channel", None), ("group", 10), ("tensor", None)]
 

@@ -8,19 +8,15 @@ import torch
 from hypothesis import given, settings
 
 from sqap.errors import InputError
-from sqap.quantization.grid import (
-    clip_scale,
+from sqap.kernels.levels import (
     dequantize_activation,
     dequantize_weight,
     largest_level,
     level_range,
-    max_scale,
     quantize_activation,
-    quantize_weight,
-    round_to_grid,
     row_chunks,
-    scale_shape,
 )
+from sqap.quantization.grid import clip_scale, max_scale, quantize_weight, round_to_grid, scale_shape
 
 GRANULARITIES: list[tuple[Any, int | None]] = [("channel", None), ("group", 4), ("tensor", None)]
 ACTIVATIONS: list[tuple[Any, int | None]] = [("token", None), ("group", 4), ("tensor", None)]

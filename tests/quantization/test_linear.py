@@ -9,20 +9,14 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from sqap import kernels
+from sqap.kernels import cpu, reference
+from sqap.kernels.hadamard import block_hadamard
+from sqap.kernels.levels import dequantize_activation, level_range, quantize_activation
+from sqap.kernels.packing import pack_int4
+from sqap.kernels.reference import integer_matmul
 from sqap.quantization import QuantizedLinear
-from sqap.quantization import linear as linear_module
 from sqap.quantization.gptq import Hessian
-from sqap.quantization.grid import (
-    clip_scale,
-    dequantize_activation,
-    level_range,
-    quantize_activation,
-    quantize_weight,
-)
-from sqap.quantization.hadamard import block_hadamard
-from sqap.quantization.linear import integer_matmul
-from sqap.quantization.packing import pack_int4
+from sqap.quantization.grid import clip_scale, quantize_weight
 from sqap.quantization.rotation import HadamardLinear
 from sqap.recipe import Scheme
 
@@ -51,7 +45,7 @@ def schemes(draw: st.DrawFn) -> Scheme:
     return Scheme(weight_bits, activation_bits, granularity, group_size, *activations, draw(st.booleans()))
 
 
-@pytest.mark.parametrize("path", kernels.paths())
+@pytest.mark.parametrize("path", cpu.paths())
 @given(schemes(), st.sampled_from([0, 16]), st.booleans(), st.integers(0, 2**31))
 @settings(max_examples=60, deadline=None)
 @torch.no_grad()
@@ -75,7 +69,7 @@ def test_forward_is_dequantize_and_multiply(
     )
     expected = activations.double() @ quantized.dequantized().double().T + source.bias.double()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "chosen", lambda: path)
+        patch.setattr(cpu, "chosen", lambda: path)
         found = quantized(x)
     torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=2e-6)
 
@@ -83,7 +77,7 @@ def test_forward_is_dequantize_and_multiply(
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("bits", "inputs"), [((4, 8), 20000), ((8, 8), 2100), ((4, 4), 64)])
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
-@pytest.mark.parametrize("path", kernels.paths())
+@pytest.mark.parametrize("path", cpu.paths())
 def test_sums_are_exact_however_large(
     symmetric: bool,
     bits: tuple[int, int],
@@ -92,7 +86,7 @@ def test_sums_are_exact_however_large(
     path: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kernels, "chosen", lambda: path)
+    monkeypatch.setattr(cpu, "chosen", lambda: path)
     scheme = Scheme(*bits, granularity, activation_symmetric=symmetric)
     quantized = QuantizedLinear(inputs, 5, scheme)
     low, high = level_range(bits[0])
@@ -113,9 +107,9 @@ def test_sums_are_exact_however_large(
 def test_a_large_weight_is_unpacked_in_blocks(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     quantized = QuantizedLinear.from_linear(random_linear(), scheme)
     x = torch.randn(2, 3, 64)
-    monkeypatch.setattr(kernels, "chosen", lambda: kernels.REFERENCE)
+    monkeypatch.setattr(cpu, "chosen", lambda: cpu.REFERENCE)
     whole = quantized(x)
-    monkeypatch.setattr(linear_module, "BLOCK", 7 * 64)
+    monkeypatch.setattr(reference, "BLOCK", 7 * 64)
     torch.testing.assert_close(quantized(x), whole, rtol=1e-6, atol=1e-6)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from sqap.kernels.hadamard import block_hadamard
 from sqap.policy import Policy
 from sqap.quantization import QuantizedLinear
-from sqap.quantization.hadamard import block_hadamard
 
 
 def dense(policy: Policy, dtype: torch.dtype) -> Policy:

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 import sqap
-from sqap import kernels
 from sqap.benchmark.candidates import Subject, check
 from sqap.benchmark.timing import Bench, Loaded, Timed
 from sqap.errors import InputError, SqapError
+from sqap.kernels import cpu
 from sqap.process import Worker, available_cores
 
 OURS = "sqap"
@@ -175,11 +175,11 @@ def _speedup(ours: _Row, rival: _Row) -> dict[str, float]:
 
 
 def _machine() -> dict[str, Any]:
-    found = kernels.describe()
+    found = cpu.describe()
     return {
         "processor": found["processor"],
         "cores": available_cores(),
-        "kernels": kernels.chosen(),
+        "kernels": cpu.chosen(),
         "system": platform.platform(),
         "versions": {
             "sqap": sqap.__version__,

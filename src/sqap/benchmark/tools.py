@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sqap import kernels
 from sqap.benchmark.exported import Arrays, Network
+from sqap.kernels import cpu
 
 GROUP = 128
 
@@ -84,7 +84,7 @@ def _eight(dense: Path, small: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     # Of x86 without VNNI, sums of 8-bit products saturate: its makers advise seven bits there.
-    paths = kernels.paths()
+    paths = cpu.paths()
     saturates = "avx2" in paths and not any("vnni" in path for path in paths)
     how = {"per_channel": True, "reduce_range": saturates, "weight_type": QuantType.QInt8}
     quantize_dynamic(dense, small, op_types_to_quantize=["MatMul"], **how)

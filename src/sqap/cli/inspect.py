@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from sqap import kernels
 from sqap.checkpoints.prismatic import Choices
 from sqap.cli.options import (
     NONE,
@@ -18,6 +17,7 @@ from sqap.cli.options import (
     write_numbers,
 )
 from sqap.errors import InputError
+from sqap.kernels.cpu import describe
 from sqap.models.storage import stored_bytes
 from sqap.quantization import count_parameters, list_linears
 from sqap.report import tables
@@ -35,7 +35,7 @@ def inspect(
     """Show a policy's parts, bytes and bit-widths, and what is quantized and what is not."""
     with user_errors():
         if cpu:
-            found = kernels.describe()
+            found = describe()
             console.print(tables.kernels_table(found))
             if source is None:
                 write_numbers(json_path, found)

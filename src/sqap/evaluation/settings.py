@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from sqap import environments, kernels
+from sqap import environments
 from sqap.build import build_id
 from sqap.checkpoints.prismatic import Choices
+from sqap.kernels import cpu
 from sqap.process import available_cores
 
 
@@ -84,7 +85,7 @@ def current_settings(
         # The processor decides latencies, and by its instructions the order in which floats are added up.
         build=build_id()
         | {
-            "processor": kernels.describe()["processor"],
+            "processor": cpu.describe()["processor"],
             "instructions": torch.backends.cpu.get_cpu_capability(),
         },
         simulator=environments.describe(env),

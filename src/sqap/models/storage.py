@@ -72,6 +72,7 @@ def fill(
     prefix: str = "",
     skip: Collection[str] = (),
     dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> None:
     """Give a module the weights that it has on the meta device.
 
@@ -81,6 +82,7 @@ def fill(
         prefix: the module's name in its model, with a dot behind.
         skip: parameters to be left on the meta device.
         dtype: what they become; None leaves them in the types they are stored in.
+        device: where they go; the CPU by default.
 
     Raises:
         CheckpointError: one holds a value that is not finite.
@@ -90,8 +92,9 @@ def fill(
     named = {}
     for name in missing:  # one by one, so that not all are there in both types
         tensor = found.pop(prefix + name)
-        named[name] = tensor.to(dtype or tensor.dtype)
-        _check_finite(f"{weights.where}: {prefix}{name}", named[name], CheckpointError)
+        tensor = tensor.to(dtype or tensor.dtype)
+        _check_finite(f"{weights.where}: {prefix}{name}", tensor, CheckpointError)
+        named[name] = tensor.to(device or tensor.device)
     module.load_state_dict(named, assign=True, strict=False)
     module.requires_grad_(False)
 

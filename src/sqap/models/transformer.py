@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sqap import kernels
 from sqap.kernels import Function
-
-FUNCTIONS: dict[Function, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-}
+from sqap.kernels.reference import ACTIVATIONS
 
 
 class Fused(Protocol):
@@ -39,7 +32,7 @@ def activated(linear: nn.Module, function: Function, x: Tensor, times: Tensor | 
     if getattr(linear, "fuses", False):
         fused: Tensor = linear(x, function, times)
         return fused
-    y = FUNCTIONS[function](x)
+    y = ACTIVATIONS[function](x)
     out: Tensor = linear(y if times is None else y * times)
     return out
 
@@ -50,20 +43,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tenso
     Query heads are grouped by key/value head in order. ``mask`` ``(tokens, keys)`` is true where a query
     may look; ``causal`` says that queries and keys are the same tokens and none looks ahead.
     """
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        grouped = bool(q.shape[1] != k.shape[1])  # sizes are tensors while a tool traces the model
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
-    # torch's fused kernel reaches a third of the speed of two plain products in this one case.
-    batch, heads, tokens, width = q.shape
-    kv_heads, keys = k.shape[1], k.shape[2]
-    folded = (q * width**-0.5).reshape(batch * kv_heads, -1, width)
-    scores = torch.bmm(folded, k.reshape(-1, keys, width).transpose(1, 2)).view(batch, heads, tokens, keys)
-    if causal:
-        mask = torch.ones(tokens, keys, dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores + torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
-    weights = scores.softmax(-1).view(batch * kv_heads, -1, keys)
-    return torch.bmm(weights, v.reshape(-1, keys, width)).view(batch, heads, tokens, width)
+    attention = kernels.attention(q.device, q.dtype)
+    if attention is not None:
+        return attention(q, k, v, causal, mask)
+    grouped = bool(q.shape[1] != k.shape[1])  # sizes are tensors while a tool traces the model
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
 class SelfAttention(nn.Module):

@@ -38,6 +38,15 @@ class ModelInputs:
     noise: Tensor | None = None
     proprio: Tensor | None = None
 
+    def to(self, device: torch.device) -> ModelInputs:
+        """The same on another device, which is not waited for unless it is the CPU."""
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=device.type != "cpu")
+
+        noise, proprio = (None if x is None else move(x) for x in (self.noise, self.proprio))
+        return ModelInputs([move(x) for x in self.pixels], move(self.token_ids), noise, proprio)
+
 
 class VLA(nn.Module):
     """Pixels and token ids to a normalised action chunk."""

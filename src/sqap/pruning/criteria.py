@@ -19,8 +19,27 @@ GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Indices ``(k,)`` of the largest ``scores`` ``(N,)``, best first."""
+    return ranked(scores)[:k]
+
+
+def first(order: Tensor, free: Tensor, count: int | Tensor) -> Tensor:
+    """Mask ``(N,)`` of the first ``count`` tokens in ``order`` ``(N,)`` that ``free`` ``(N,)`` marks.
+
+    Where fewer are marked, it is all of them. No shape depends on a value, so no device is waited for.
+    """
+    marked = free.gather(0, order)
+    return torch.zeros_like(free).scatter(0, order, marked & (marked.cumsum(0) <= count))
+
+
+def ranked(scores: Tensor) -> Tensor:
+    """Indices ``(N,)`` of ``scores`` ``(N,)``, the largest first; ties go to the lower index."""
     # torch.topk leaves ties to the implementation; a stable sort does not.
-    return scores.sort(descending=True, stable=True).indices[:k]
+    return scores.sort(descending=True, stable=True).indices
+
+
+def places(mask: Tensor, count: int) -> Tensor:
+    """Indices ``(count,)``, ascending, of a mask with ``count`` marks: nonzero() of a shape that is known."""
+    return ranked(mask.byte())[:count]
 
 
 def distances(grid: int, centre: tuple[float, float]) -> Tensor:
@@ -50,6 +69,9 @@ def farthest_points(
     A grid is full of ties, and a policy that looks again and again at the same sample never sees what it
     leaves out. With a generator, ties are broken at random, and with nothing kept the first pick is too.
 
+    It is computed on the CPU wherever the masks are: on a GPU, a step waits for it. Each pick depends on the
+    one before, and a hundred picks as tensor operations would take several times as long.
+
     Args:
         kept: mask ``(N,)`` of the patches to start from; with none and without a generator, the first pick
             is the patch nearest the image's centre.
@@ -62,13 +84,13 @@ def farthest_points(
     """
     between = _squared_distances(grid)
     tokens = len(between)
-    seeds = kept.nonzero().flatten().tolist()
+    seeds = kept.cpu().nonzero().flatten().tolist()
     if generator is None:
         rank, first = np.arange(tokens)[::-1], (grid - 1) // 2 * (grid + 1)
     else:
-        rank = _permutation(tokens, generator).numpy()
+        rank = permutation(tokens, generator).numpy()
         first = int(rank.argmax())
-    gone = np.zeros(tokens, dtype=bool) if left is None else ~left.numpy()
+    gone = np.zeros(tokens, dtype=bool) if left is None else ~left.cpu().numpy()
     if gone[first]:
         first = int(np.where(gone, -1, rank).argmax())
     picked = [] if seeds else [first]
@@ -80,10 +102,9 @@ def farthest_points(
     return torch.tensor(picked[:count], dtype=torch.int64, device="cpu")
 
 
-def random_tokens(left: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """``count`` indices of those that the mask ``left`` ``(N,)`` leaves, every subset equally likely."""
-    order = _permutation(len(left), generator)
-    return order[left[order]][:count]
+def permutation(tokens: int, generator: torch.Generator | None = None) -> Tensor:
+    """A random order ``(tokens,)``, every one equally likely. It is drawn on the CPU for every device."""
+    return torch.randperm(tokens, generator=generator, dtype=torch.int64, device="cpu")
 
 
 def uniform_grid(grid: int, count: int) -> Tensor:
@@ -101,10 +122,6 @@ def uniform_grid(grid: int, count: int) -> Tensor:
         columns = (np.arange(in_row[row]) + shift) * grid / in_row[row]
         indices.append(row * grid + columns.astype(np.int64))
     return torch.from_numpy(np.concatenate(indices))
-
-
-def _permutation(tokens: int, generator: torch.Generator | None) -> Tensor:
-    return torch.randperm(tokens, generator=generator, dtype=torch.int64, device="cpu")
 
 
 @lru_cache

@@ -30,5 +30,5 @@ class Memory:
                 f"the memory holds visual features {tuple(self.visual.shape)}, but this policy's are "
                 f"{tuple(visual.shape)}: it is of another policy"
             )
-        change: Tensor = (visual.float() - self.visual.float()).norm(dim=-1)
+        change: Tensor = (visual.float() - self.visual.to(visual.device).float()).norm(dim=-1)
         return change

@@ -2,7 +2,8 @@
 
 DivPrune (Alvar et al. 2025, arXiv 2503.02175), DART (Wen et al. 2025, arXiv 2502.11494) and CDPruner (Zhang
 et al. 2025, arXiv 2506.10967), written from the papers and cutting behind the same layer as all other methods
-here. All of them are deterministic; ties go to the lower index.
+here. All of them are deterministic; ties go to the lower index. They choose one token after the other in
+Python, on the CPU: with them, a step on a GPU waits for each cut.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ def choose(
     """
     if features is None or (method == "cdpruner" and relevance is None):
         raise InputError(f"pruning method {method!r} compares the tokens' features, but got none")
-    places = left.nonzero().flatten()
-    some = features[places].float()
+    places = left.cpu().nonzero().flatten()
+    some = features.cpu()[places].float()
     if method == "divprune":
         found = diverse(some, count)
     elif method == "dart":
         found = least_duplicated(some, count)
     else:
         assert relevance is not None
-        found = determinantal(some, relevance[places], count)
+        found = determinantal(some, relevance.cpu()[places], count)
     return places[found]
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from sqap.errors import InputError
 from sqap.pruning import criteria, rivals
+from sqap.pruning.criteria import first, ranked
 from sqap.recipe import Pruning
 
 logger = logging.getLogger("sqap")
@@ -43,6 +44,13 @@ class Selection:
     def kept(self) -> Tensor:
         """``(budget,)`` indices, ascending."""
         return self.mask.nonzero().flatten()
+
+    def cpu(self) -> Selection:
+        """The same with its tensors on the CPU."""
+        scores = None if self.scores is None else self.scores.cpu()
+        return replace(
+            self, top=self.top.cpu(), ring=self.ring.cpu(), sampled=self.sampled.cpu(), scores=scores
+        )
 
 
 @dataclass
@@ -86,6 +94,9 @@ class Selector:
     ) -> Selection:
         """Choose exactly as many tokens as the budget of a cut.
 
+        Tensors are on one device, which need not be waited for, but for "farthest" points and the methods
+        `rivals.BY_FEATURES`: these are computed on the CPU.
+
         Args:
             scores: ``(N,)`` what the method ranks by.
             target: the end effector in image coordinates (u, v); without it the ring is left out and
@@ -104,17 +115,17 @@ class Selector:
         method, budget = self.settings.method, self.settings.budget(self.tokens, cut)
         none = torch.zeros_like(left)
         if method == "random":
-            return Selection(none, none, self._mask(criteria.random_tokens(left, budget, generator)), target)
+            return Selection(none, none, first(self._drawn(generator, left), left, budget), target)
         if method == "uniform":
-            return Selection(none, none, self._mask(criteria.uniform_grid(self.grid, budget)), target)
+            return Selection(none, none, self._mask(criteria.uniform_grid(self.grid, budget), left), target)
         if method in rivals.BY_FEATURES:
             chosen = rivals.choose(method, budget, left, features, scores)
-            return Selection(none, none, self._mask(chosen), target, scores)
+            return Selection(none, none, self._mask(chosen, left), target, scores)
         if scores is None:
             raise InputError(f"pruning method {method!r} ranks tokens by attention, but got no scores")
         scores = scores.masked_fill(~left, -torch.inf)
         if method == "attention":
-            return Selection(self._mask(criteria.top_k(scores, budget)), none, none, target, scores)
+            return Selection(first(ranked(scores), left, budget), none, none, target, scores)
         return self._share(scores, target, generator, left, budget, change)
 
     def _share(
@@ -130,28 +141,31 @@ class Selector:
         share = round(self.settings.top_share * budget)
         if self.top_k is not None:  # of the last budget
             share = min(share, round(self.top_k * budget / self.budget))
-        top = self._mask(criteria.top_k(scores, share))
-        ring = self._ring(top, target, left, budget)
+        top = first(ranked(scores), left, share)
+        # The two shares are rounded separately and could together exceed the budget by one.
+        ring = self._ring(target, left & ~top, min(round(self.settings.ring_share * budget), budget - share))
         kept = top | ring
-        count = budget - int(kept.sum())
+        free, count = left & ~kept, budget - kept.sum()
         if self.settings.rest == "farthest":
-            rest = criteria.farthest_points(self.grid, kept, count, generator, left)
-        elif self.settings.rest == "changed" and change is not None:
-            rest = criteria.top_k(change.masked_fill(~left | kept, -torch.inf), count)
+            rest = criteria.farthest_points(self.grid, kept, int(count), generator, left)
+            return Selection(top, ring, self._mask(rest, left), target, scores)
+        if self.settings.rest != "changed" or change is None:
+            order = self._drawn(generator, left)
         else:
-            rest = criteria.random_tokens(left & ~kept, count, generator)
-        return Selection(top, ring, self._mask(rest), target, scores)
+            order = ranked(change)
+        return Selection(top, ring, first(order, free, count), target, scores)
 
-    def _ring(self, top: Tensor, target: tuple[float, float] | None, left: Tensor, budget: int) -> Tensor:
-        """Ring tokens not in ``top``, nearest to the end effector first: contact is at its fingers."""
+    def _ring(self, target: tuple[float, float] | None, free: Tensor, share: int) -> Tensor:
+        """At most ``share`` ring tokens, nearest to the end effector first: contact is at its fingers."""
         if target is None or not self.settings.ring_share:
             self._warn_once()
-            return torch.zeros_like(top)
-        free = criteria.ring(self.grid, target, *self.settings.ring) & ~top & left
-        # The two shares are rounded separately and could together exceed the budget by one.
-        share = min(round(self.settings.ring_share * budget), budget - int(top.sum()))
-        closeness = -criteria.distances(self.grid, target).masked_fill(~free, torch.inf)
-        return self._mask(criteria.top_k(closeness, min(share, int(free.sum()))))
+            return torch.zeros_like(free)
+        order = criteria.distances(self.grid, target).sort(stable=True).indices
+        inside = criteria.ring(self.grid, target, *self.settings.ring)
+        return first(_there(order, free), free & _there(inside, free), share)
+
+    def _drawn(self, generator: torch.Generator | None, like: Tensor) -> Tensor:
+        return _there(criteria.permutation(self.tokens, generator), like)
 
     def _warn_once(self) -> None:
         if self.settings.ring_share and not self._warned:
@@ -161,7 +175,12 @@ class Selector:
                 "position, or it is behind the camera): pruning goes without the ring around it"
             )
 
-    def _mask(self, indices: Tensor) -> Tensor:
+    def _mask(self, indices: Tensor, like: Tensor) -> Tensor:
         mask = torch.zeros(self.tokens, dtype=torch.bool, device="cpu")
         mask[indices] = True
-        return mask
+        return _there(mask, like)
+
+
+def _there(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor of the CPU on the device of ``like``, without waiting for that."""
+    return tensor.to(like.device, non_blocking=True)

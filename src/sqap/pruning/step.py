@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sqap.errors import InputError
 from sqap.models.decoder import LayerOutput
+from sqap.pruning import criteria
 from sqap.pruning.attention import per_camera, query_rows, score_layers
 from sqap.pruning.memory import Memory
 from sqap.pruning.rivals import BY_FEATURES, relevance
@@ -28,6 +29,7 @@ class StepPruner:
         targets: per camera, the end effector in its image's coordinates, if known.
         generator: of what is left to chance.
         memory: of the step before, if there was one.
+        device: of the model.
 
     Attributes:
         selections: what is left, per camera; empty before the first cut, and if nothing is pruned.
@@ -42,8 +44,9 @@ class StepPruner:
         targets: Sequence[tuple[float, float] | None] = (None,),
         generator: torch.Generator | None = None,
         memory: Memory | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        settings = selector.settings
+        settings, device = selector.settings, device or torch.device("cpu")
         self.selections: tuple[Selection, ...] = ()
         self.memory: Memory | None = None
         self._before = memory
@@ -51,9 +54,12 @@ class StepPruner:
         self._targets, self._generator = targets, generator
         self._cuts = {cut.after_layer - 1: i for i, cut in enumerate(settings.cuts)}
         self._watched = score_layers(settings)
-        self._rows = query_rows(settings.score_queries or "text", visual, length)
+        self._rows = query_rows(settings.score_queries or "text", visual, length).to(
+            device, non_blocking=True
+        )
         # Where in the whole sequence the tokens are that are left.
-        self._positions = torch.arange(length, dtype=torch.int64, device="cpu")
+        self._positions = torch.arange(length, dtype=torch.int64, device=device)
+        self._left = torch.ones(len(targets), selector.tokens, dtype=torch.bool, device=device)
         self._dropped = 0
         self._received: list[Tensor] = []
 
@@ -86,19 +92,19 @@ class StepPruner:
                 target,
                 self._generator,
                 features=None if features is None else features[i],
-                left=self.selections[i].mask if self.selections else None,
+                left=self._left[i],
                 cut=cut,
                 change=None if change is None else change[i],
             )
             for i, target in enumerate(self._targets)
         )
-        whole = torch.ones(self._length, dtype=torch.bool, device="cpu")
-        whole[self._visual] = torch.cat([s.mask for s in self.selections])
-        kept = whole[self._positions]
-        self._positions = self._positions[kept]
-        self._dropped = self._length - len(self._positions)
-        places: Tensor = kept.nonzero().T
-        return places
+        self._left = torch.stack([selection.mask for selection in self.selections])
+        whole = torch.ones(self._length, dtype=torch.bool, device=self._left.device)
+        whole[self._visual] = self._left.flatten()
+        self._dropped = self._left.numel() - len(self._targets) * self._selector.settings.budget(tokens, cut)
+        places = criteria.places(whole[self._positions], self._length - self._dropped)
+        self._positions = self._positions[places]
+        return places[None]
 
     def _scores(self, output: LayerOutput) -> Tensor | None:
         """``(cameras, N)``, what the method ranks by; None if it does not rank."""
@@ -129,12 +135,12 @@ class StepPruner:
         return None if self._before is None else self._before.change(self.memory.visual)
 
     def _visual_of(self, values: Tensor) -> Tensor:
-        """Of the tokens that are left, the visual ones ``(visual, ...)`` on the CPU; 0 for those dropped."""
+        """Of the tokens that are left, the visual ones ``(visual, ...)``; 0 for those dropped."""
         if not self._dropped:
-            return values[self._visual].cpu()
-        whole = values.new_zeros(self._length, *values.shape[1:], device="cpu")
-        whole[self._positions] = values.cpu()
+            return values[self._visual]
+        whole = values.new_zeros(self._length, *values.shape[1:])
+        whole[self._positions] = values
         return whole[self._visual]
 
     def _by_camera(self, values: Tensor) -> Tensor:
-        return values.cpu().view(len(self._targets), -1, *values.shape[1:])
+        return values.view(len(self._targets), -1, *values.shape[1:])

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sqap.kernels.levels import row_chunks
 from sqap.quantization.gptq import TOKENS, Factor
-from sqap.quantization.grid import row_chunks
 
 
 class Correction:

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from sqap.errors import CheckpointError
+from sqap.kernels.hadamard import largest_block
 from sqap.models.edges import edges_of
 from sqap.models.storage import STORAGE_DTYPE, stored_bytes
 from sqap.models.vla import VLA
-from sqap.quantization.hadamard import largest_block
 from sqap.quantization.linear import QuantizedLinear, stored_shapes
 from sqap.quantization.rotation import HadamardLinear, is_rotated
 from sqap.recipe import Quantization, Scheme

@@ -1,4 +1,4 @@
-"""Layers all of whose linears are quantized run as one native call each."""
+"""Layers all of whose linears are quantized run as one call of their backend, where it has one."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from sqap import kernels
-from sqap.kernels.layer import Layer, Norm, look
+from sqap.kernels.backend import FusedLayer, LayerSpec, Norm
 from sqap.models.decoder import Decoder, DecoderLayer, FloatKV, RMSNorm
 from sqap.models.heads.diffusion import DiTBlock
 from sqap.models.vision import Block, LayerScale
 from sqap.quantization.linear import QuantizedLinear
 
 FUSED = DecoderLayer, Block, DiTBlock
-LANES = 8  # heads are multiples of this many channels wide
 
 # Of a module, what is read when its layer is bound; "forward" where an instance has one of its own.
 ATTRIBUTES = "eps", "causal", "heads", "kv_heads", "head_dim", "width", "activation", "kv_format", "forward"
@@ -38,8 +37,9 @@ class _Bound:
     attributes of modules take fifty.
 
     Args:
-        native: the layer.
-        path: of its products.
+        fused: the layer; None where its backend runs its modules one by one.
+        backend: of its linears.
+        name: the backend's.
         places: all that the layer and the modules in it hold and are.
         tensors: of these, those that are tensors.
         addresses: where the tensors' values are.
@@ -47,8 +47,9 @@ class _Bound:
         modules: dictionaries of modules, to which none may be added.
     """
 
-    native: Layer
-    path: str
+    fused: FusedLayer | None
+    backend: kernels.Backend
+    name: str
     places: tuple[tuple[dict[str, Any], ...], tuple[str, ...], tuple[object, ...]]
     tensors: tuple[Tensor, ...]
     addresses: tuple[int, ...]
@@ -57,7 +58,7 @@ class _Bound:
 
     def holds(self) -> bool:
         """Whether nothing has been replaced, and nobody has hooked into the layer."""
-        if self.path != kernels.chosen() or any(self.hooks):
+        if self.name != self.backend.name or any(self.hooks):
             return False
         owners, names, values = self.places
         if not all(map(is_, map(dict.get, owners, names), values)):
@@ -94,55 +95,57 @@ def run_fused(
 ) -> tuple[Tensor, Tensor | None] | None:
     """What the layer makes of ``x`` ``(batch, tokens, width)`` behind ``first``, and what ``rows`` attend to.
 
-    ``kept`` is filled with keys and values. None where it takes PyTorch: another device or type than float32,
-    a linear that is not quantized, hooks on modules in the layer, gradients.
+    ``kept`` is filled with keys and values. None where it takes the modules: the backend cannot run the layer
+    on such tokens, a linear is not quantized, modules in the layer have hooks, or something needs a gradient.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or (first and len(x) != 1):
+    found = _found(layer, x)
+    if found is None or found.fused is None or not found.fused.takes(x, first):
         return None
-    native = _found(layer, x)
-    return None if native is None else native(x, rope, rows, kept, first)
+    return found.fused(x, rope, rows, kept, first)
 
 
 def look_fused(
     layers: Sequence[nn.Module], x: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor
 ) -> Tensor | None:
-    """What ``rows`` would attend to in later layers (`sqap.kernels.layer.look`); None as of `run_fused`."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or len(x) != 1:
+    """What ``rows`` would attend to in later layers (`kernels.Backend.look`); None as of `run_fused`."""
+    found = [bound for bound in (_found(layer, x) for layer in layers) if bound is not None]
+    fused = [bound.fused for bound in found if bound.fused is not None]
+    if not fused or len(fused) < len(layers) or any(bound.backend is not found[0].backend for bound in found):
         return None
-    found = [native for native in (_found(layer, x) for layer in layers) if native is not None]
-    return look(found, x, rope, rows) if len(found) == len(layers) else None
+    return found[0].backend.look(fused, x, rope, rows)
 
 
-def _found(layer: nn.Module, x: Tensor) -> Layer | None:
-    """The native layer, bound anew where something has changed; None where it would not do."""
+def _found(layer: nn.Module, x: Tensor) -> _Bound | None:
+    """The layer bound to its backend, anew where something has changed; None where that would not do."""
     found = _layers.get(layer)
     if found is None or not found.holds():
         found = _bind(layer)
         if found is None:
             return None
         _layers[layer] = found
-    if torch.is_grad_enabled() and (x.requires_grad or found.trains()):
-        return None
-    return found.native
+    return None if torch.is_grad_enabled() and (x.requires_grad or found.trains()) else found
 
 
 def _bind(layer: nn.Module) -> _Bound | None:
-    """The layer as it is now; None if the native one would not do."""
+    """The layer as it is now; None if no backend's would do."""
     hooks = tuple(_hooks(layer))
-    if kernels.chosen() == kernels.REFERENCE or any(hooks) or not _fits(layer):
+    if any(hooks) or not _fits(layer):
         return None
     if any("forward" in vars(module) for module in layer.modules() if module is not layer):
         return None
-    linears, others = _parts(layer)
-    bound = [linear.bound() for linear in linears if isinstance(linear, QuantizedLinear)]
-    if len(bound) < len(linears) or any(p is not None and p.dtype != torch.float32 for p in others):
+    linears = [linear for linear in _linears(layer) if isinstance(linear, QuantizedLinear)]
+    if len(linears) < len(_linears(layer)):
+        return None
+    backend = linears[0].backend
+    if any(linear.backend is not backend for linear in linears):
         return None
     owners, names, values = zip(*_places(layer), strict=True)
     tensors = tuple(kept for kept in values if isinstance(kept, Tensor))
     modules = tuple(module._modules for module in layer.modules())
     return _Bound(
-        native=_native(layer, bound),
-        path=kernels.chosen(),
+        fused=backend.layer(_spec(layer, [linear.bound() for linear in linears])),
+        backend=backend,
+        name=backend.name,
         places=(owners, names, values),
         tensors=tensors,
         addresses=tuple(tensor.data_ptr() for tensor in tensors),
@@ -173,33 +176,20 @@ def _hooks(layer: nn.Module) -> Iterator[Mapping[int, object]]:
 
 
 def _fits(layer: nn.Module) -> bool:
-    """Whether the native layer knows all that this one does."""
+    """Whether a `LayerSpec` says all that this layer does."""
     if isinstance(layer, DecoderLayer):
-        return isinstance(layer.self_attn.kv_format, FloatKV) and layer.self_attn.head_dim % LANES == 0
-    assert isinstance(layer, Block | DiTBlock)
-    if isinstance(layer, Block) and layer.film is not None:
-        return False
-    return layer.attn.width % (LANES * layer.attn.heads) == 0
+        return isinstance(layer.self_attn.kv_format, FloatKV)
+    return not isinstance(layer, Block) or layer.film is None
 
 
-def _parts(layer: nn.Module) -> tuple[tuple[nn.Module, ...], tuple[Tensor | None, ...]]:
-    """The layer's linears in the order that they run in, and its other parameters."""
+def _linears(layer: nn.Module) -> tuple[nn.Module, ...]:
+    """The layer's linears in the order that they run in."""
     if isinstance(layer, DecoderLayer):
         attn, mlp = layer.self_attn, layer.mlp
-        linears = (
-            attn.q_proj,
-            attn.k_proj,
-            attn.v_proj,
-            attn.o_proj,
-            mlp.gate_proj,
-            mlp.up_proj,
-            mlp.down_proj,
-        )
-        return linears, (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
+        first = attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj
+        return *first, mlp.gate_proj, mlp.up_proj, mlp.down_proj
     assert isinstance(layer, Block | DiTBlock)
-    norms = layer.norm1, layer.norm2
-    parameters = [parameter for norm in norms for parameter in (norm.weight, norm.bias)]
-    return (layer.attn.qkv, layer.attn.proj, layer.mlp.fc1, layer.mlp.fc2), (*parameters, *_gains(layer))
+    return layer.attn.qkv, layer.attn.proj, layer.mlp.fc1, layer.mlp.fc2
 
 
 def _gains(layer: Block | DiTBlock) -> tuple[Tensor | None, Tensor | None]:
@@ -215,10 +205,10 @@ def _norm(norm: nn.LayerNorm | RMSNorm) -> Norm:
     return Norm(norm.weight, norm.bias, norm.eps)
 
 
-def _native(layer: nn.Module, linears: list[kernels.Linear]) -> Layer:
+def _spec(layer: nn.Module, linears: list[kernels.Linear]) -> LayerSpec:
     if isinstance(layer, DecoderLayer):
         attn = layer.self_attn
-        return Layer(
+        return LayerSpec(
             inputs=linears[:3],
             out=linears[3],
             up=linears[4:6],
@@ -231,7 +221,7 @@ def _native(layer: nn.Module, linears: list[kernels.Linear]) -> Layer:
         )
     assert isinstance(layer, Block | DiTBlock)
     heads = layer.attn.heads
-    return Layer(
+    return LayerSpec(
         inputs=linears[:1],
         out=linears[1],
         up=linears[2:3],

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from sqap.errors import InputError
-from sqap.quantization.grid import level_range, round_to_grid, row_chunks, rows_of
+from sqap.kernels.levels import level_range, row_chunks, rows_of
+from sqap.quantization.grid import round_to_grid
 
 PANEL = 128  # columns
 STRIP = 16  # columns of a panel that make up for each other one by one

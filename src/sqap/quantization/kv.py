@@ -14,10 +14,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from sqap.kernels.hadamard import Hadamard
+from sqap.kernels.levels import quantize_activation
+from sqap.kernels.packing import pack_int4, unpack_int4
 from sqap.models.decoder import Decoder, DecoderLayer, FloatKV, KVFormat
-from sqap.quantization.grid import quantize_activation
-from sqap.quantization.hadamard import Hadamard
-from sqap.quantization.packing import pack_int4, unpack_int4
 
 
 def set_kv_bits(decoder: Decoder, bits: int | None) -> None:

@@ -6,38 +6,26 @@ from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sqap import kernels
 from sqap.errors import InputError
-from sqap.models.transformer import FUNCTIONS
+from sqap.kernels.levels import dequantize_weight
+from sqap.kernels.packing import pack_int4, packed_width, unpack_int4
 from sqap.quantization.gptq import Factor, gptq
-from sqap.quantization.grid import (
-    clip_scale,
-    dequantize_activation,
-    dequantize_weight,
-    max_scale,
-    quantize_activation,
-    round_to_grid,
-    row_chunks,
-    rows_of,
-    scale_shape,
-)
-from sqap.quantization.hadamard import block_hadamard
-from sqap.quantization.packing import pack_int4, packed_width, unpack_int4
+from sqap.quantization.grid import clip_scale, max_scale, round_to_grid, scale_shape
 from sqap.quantization.rotation import HadamardLinear
 from sqap.recipe import Scheme
 
 _bound: WeakKeyDictionary[QuantizedLinear, tuple[tuple[object, ...], kernels.Linear]] = WeakKeyDictionary()
-BLOCK = 1 << 20  # bytes of a packed weight that are unpacked at a time: what fits in a cache
 
 
 class QuantizedLinear(nn.Module):
     """A linear on integers: weights quantized once, activations as they come.
 
-    With scales per channel, token or tensor, levels are multiplied and added as exact integers. With scales
-    per group, of weights or of activations, both are dequantized and multiplied in float32.
+    The first of `sqap.kernels.BACKENDS` that fits multiplies. With scales per channel, token or tensor,
+    levels are multiplied and added as exact integers. With scales per group, of weights or of activations,
+    both are dequantized and multiplied in float32.
 
     Buffers: ``weight``, uint8 ``(out, in / 2)`` for 4 bits (`pack_int4`) or int8 ``(out, in)`` for 8;
     ``scale``, float32 whatever the model is cast to (`scale_shape`); ``bias``, ``(out,)`` or None.
@@ -73,6 +61,13 @@ class QuantizedLinear(nn.Module):
         self.activation_group_size = scheme.activation_group_size
         self.activation_symmetric = scheme.activation_symmetric
         self.hadamard_block = hadamard_block
+        self.grids = kernels.Grids(
+            scheme.weight_bits,
+            scheme.activation_bits,
+            scheme.activation_symmetric,
+            group_size=_channels_per_scale(scheme, in_features),
+            hadamard_block=hadamard_block or 1,
+        )
         stored, scales = stored_shapes(in_features, out_features, scheme)
         dtype = torch.uint8 if self.weight_bits == 4 else torch.int8
         self.register_buffer("weight", torch.zeros(stored, dtype=dtype, device=device))
@@ -125,80 +120,35 @@ class QuantizedLinear(nn.Module):
         """The float32 weight ``(out, in)`` that the integers stand for."""
         return dequantize_weight(self.levels(), self.scale)
 
-    def forward(self, x: Tensor, function: kernels.Function = "none", times: Tensor | None = None) -> Tensor:
-        """``function(x) * times`` ``(..., in)`` to ``(..., out)`` in the type of ``x``.
+    def forward(
+        self, input: Tensor, function: kernels.Function = "none", times: Tensor | None = None
+    ) -> Tensor:
+        """``function(input) * times`` ``(..., in)`` to ``(..., out)`` in the type of ``input``.
 
         Raises:
             InputError: the result would need a gradient.
         """
-        if torch.is_grad_enabled() and (x.requires_grad or (times is not None and times.requires_grad)):
+        if torch.is_grad_enabled() and (input.requires_grad or (times is not None and times.requires_grad)):
             raise InputError(
                 "a quantized linear has no gradient, and its input needs one: run the model under "
                 "torch.no_grad(), or on inputs and parameters that need none"
             )
-        if x.device.type != "cpu" or kernels.chosen() == kernels.REFERENCE:
-            return self._reference(x, function, times).to(x.dtype)
-        if x.dtype not in (torch.float32, torch.bfloat16):
-            return self.bound()(x.float(), function, None if times is None else times.float()).to(x.dtype)
-        return self.bound()(x, function, times)
+        return self.bound()(input, function, times)
+
+    @property
+    def backend(self) -> kernels.Backend:
+        """What multiplies on the device that the weight is on."""
+        return kernels.find(self.weight.device, self.grids)
 
     def bound(self) -> kernels.Linear:
-        """What multiplies on this processor, made anew when a tensor has been replaced."""
-        weight, scale, bias = self.weight, self.scale, self.bias
-        key = kernels.chosen(), *map(kernels.address, (weight, scale, bias))
+        """The linear that the backend has made of this one, made anew when a tensor has been replaced."""
+        weight, scale, bias, backend = self.weight, self.scale, self.bias, self.backend
+        key = backend.name, *(0 if tensor is None else tensor.data_ptr() for tensor in (weight, scale, bias))
         found = _bound.get(self)
         if found is None or found[0] != key:
-            found = (
-                key,
-                kernels.Linear(
-                    weight,
-                    scale,
-                    bias,
-                    weight_bits=self.weight_bits,
-                    activation_bits=self.activation_bits,
-                    symmetric=self.activation_symmetric,
-                    group_size=self._channels_per_scale(),
-                    hadamard_block=self.hadamard_block or 1,
-                ),
-            )
+            found = key, backend.linear(kernels.Packed(weight, scale, bias, self.grids))
             _bound[self] = found
         return found[1]
-
-    def _reference(self, x: Tensor, function: kernels.Function, times: Tensor | None) -> Tensor:
-        """The same in PyTorch's arithmetic: ``(..., in)`` to ``(..., out)``, float32."""
-        wide = FUNCTIONS[function](x.float())
-        if times is not None:
-            wide = wide * times
-        if self.hadamard_block:
-            wide = block_hadamard(wide, self.hadamard_block)
-        q, scale, zero_point = quantize_activation(
-            wide,
-            self.activation_bits,
-            self.activation_granularity,
-            self.activation_symmetric,
-            self.activation_group_size,
-        )
-        out = wide.new_empty(*x.shape[:-1], self.out_features)
-        for rows in row_chunks(self.weight, BLOCK):
-            out[..., rows] = self._multiply(q, scale, zero_point, rows)
-        return out if self.bias is None else out + self.bias
-
-    def _channels_per_scale(self) -> int:
-        if self.activation_granularity == "tensor":
-            return 0
-        return self.activation_group_size or self.in_features
-
-    def _multiply(self, q: Tensor, scale: Tensor, zero_point: Tensor | None, rows: slice) -> Tensor:
-        """Some of the outputs, without bias: ``(..., rows)``, float32."""
-        levels, weight_scale = self.levels(rows), rows_of(self.scale, rows)
-        if self.group_size is not None or self.activation_group_size is not None:
-            return F.linear(
-                dequantize_activation(q, scale, zero_point), dequantize_weight(levels, weight_scale)
-            )
-        sums = integer_matmul(q, levels, 1 << self.activation_bits + self.weight_bits - 2)
-        if zero_point is not None:
-            sums -= zero_point * levels.sum(1, dtype=torch.int32)
-        return sums.float().mul_(scale).mul_(weight_scale.T)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -222,20 +172,6 @@ class QuantizedLinear(nn.Module):
         return self
 
 
-def integer_matmul(q: Tensor, weight: Tensor, largest: int) -> Tensor:
-    """int8 ``(..., in)`` times int8 ``(out, in)``: exact int32 ``(..., out)``, on any device.
-
-    ``largest`` is a bound on the magnitude of a single product; int32 holds 131071 of the largest there are.
-    float32 counts exactly up to 2**24, so the inputs are cut into as many slices as that takes.
-    """
-    step = 2**24 // largest
-    sums = F.linear(q[..., :step].float(), weight[:, :step].float()).to(torch.int32)
-    for start in range(step, q.shape[-1], step):
-        inputs = slice(start, start + step)
-        sums += F.linear(q[..., inputs].float(), weight[:, inputs].float()).to(torch.int32)
-    return sums
-
-
 def stored_shapes(
     in_features: int, out_features: int, scheme: Scheme
 ) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -251,3 +187,7 @@ def stored_shapes(
     width = packed_width(in_features) if scheme.weight_bits == 4 else in_features
     granularity, size = scheme.weight_granularity, scheme.group_size
     return (out_features, width), scale_shape(out_features, in_features, granularity, size)
+
+
+def _channels_per_scale(scheme: Scheme, in_features: int) -> int:
+    return 0 if scheme.activation_granularity == "tensor" else scheme.activation_group_size or in_features

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sqap.errors import InputError
+from sqap.kernels.hadamard import Hadamard, block_hadamard, largest_block, random_signs
 from sqap.models.config import DecoderConfig
 from sqap.models.decoder import Decoder, DecoderLayer, RMSNorm
 from sqap.models.stages import stages
 from sqap.models.vla import VLA
-from sqap.quantization.hadamard import Hadamard, block_hadamard, largest_block, random_signs
 
 PIECE = 1 << 20  # weights that are rotated at a time, in 64 bits: two or three times 8 MB
 

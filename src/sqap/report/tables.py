@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from sqap import kernels
+from sqap.kernels import cpu
 from sqap.quantization import LinearReport
 from sqap.sensitivity import Option
 
@@ -172,12 +172,12 @@ def _number(value: float | None, unit: str = "") -> str:
 
 
 def kernels_table(found: Mapping[str, Any]) -> Table:
-    """`sqap.kernels.describe` as a table: every path, what it needs, whether it is in use, and its check."""
+    """`sqap.kernels.cpu.describe` as a table: each path, what it needs, if it is in use, and its check."""
     state = {(True, True): "in use", (True, False): "runs here", (False, False): "not on this processor"}
     table = Table(title=f"{found['processor']}, {found['threads']} threads", title_justify="left")
     for column in ("kernels", "need", "", "check"):
         table.add_column(column)
-    table.caption = f"Checked: that small products and layers are the same as those of {kernels.PORTABLE!r}."
+    table.caption = f"Checked: that small products and layers are the same as those of {cpu.PORTABLE!r}."
     for path in found["paths"]:
         style = "bold" if path["used"] else "red" if path["differs"] else None
         check = f"wrong: {path['differs']}" if path["differs"] else "right" if path["checked"] else ""

@@ -145,8 +145,9 @@ class DiffusionHead(nn.Module):
             raise ValueError(f"there are {len(condition)} conditions for noise of {len(noise)} chunks")
         given = self.z_embedder(self.conditions(condition))
         steps = ddim_steps(len(self.alpha_bar), self.config.sample_steps)
-        times = self.embed_time(torch.tensor(steps, dtype=torch.int64, device=noise.device))
-        tokens = dict(zip(steps, (times[:, None] + given).unbind(), strict=True))
+        spacing = len(self.alpha_bar) // self.config.sample_steps
+        times = torch.arange(self.config.sample_steps, dtype=torch.int64, device=noise.device) * spacing
+        tokens = dict(zip(steps, (self.embed_time(times)[:, None] + given).unbind(), strict=True))
 
         def predict(x: Tensor, t: int) -> Tensor:
             return self.guide(self.denoise(x.repeat(self.halves, 1, 1), tokens[t]))

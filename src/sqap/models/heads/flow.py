@@ -197,7 +197,7 @@ class FlowHead(nn.Module):
     def embed(self, x: Tensor, time: float) -> Tensor:
         """Action tokens ``(batch, horizon, width)`` of ``x`` ``(batch, horizon, action_dim)`` at ``time``."""
         action = self.action_in_proj(x)
-        when = time_embedding(time, self.config).to(action).expand_as(action)
+        when = time_embedding(time, self.config, action.device).to(action).expand_as(action)
         h = self.action_time_mlp_in(torch.cat([action, when], dim=-1))
         out: Tensor = self.action_time_mlp_out(F.silu(h))
         return out
@@ -248,9 +248,9 @@ class ActionReader:
         return [step.attention(i, k)[:, :tokens] for i, k in keys.items()]
 
 
-def time_embedding(time: float, config: FlowHeadConfig) -> Tensor:
+def time_embedding(time: float, config: FlowHeadConfig, device: torch.device) -> Tensor:
     """``(width,)``: sines, then cosines, of periods that grow geometrically."""
-    fraction = torch.linspace(0, 1, config.width // 2, dtype=torch.float64, device="cpu")
+    fraction = torch.linspace(0, 1, config.width // 2, dtype=torch.float64, device=device)
     period = config.min_period * (config.max_period / config.min_period) ** fraction
     angles = 2 * math.pi * time / period
     return torch.cat([angles.sin(), angles.cos()]).float()

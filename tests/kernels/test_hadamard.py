@@ -8,7 +8,7 @@ from scipy.linalg import hadamard
 from torch import Tensor
 
 from sqap.errors import InputError
-from sqap.quantization.hadamard import Hadamard, block_hadamard, largest_block, random_signs
+from sqap.kernels.hadamard import Hadamard, block_hadamard, largest_block, random_signs
 
 # What real decoders are made of, and the core that makes one matrix of it; 43 * 256 has none.
 CORES = {

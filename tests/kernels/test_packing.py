@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 
 from sqap.errors import InputError
-from sqap.quantization.packing import pack_int4, unpack_int4
+from sqap.kernels.packing import pack_int4, unpack_int4
 
 matrices = st.integers(1, 5).flatmap(
     lambda pairs: st.lists(

@@ -11,8 +11,9 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from sqap import kernels
-from sqap.kernels.layer import Layer, Norm, look
+from sqap.kernels import cpu
+from sqap.kernels.backend import Function, Grids, LayerSpec, Norm, Packed
+from sqap.kernels.cpu.layer import Layer, look
 
 CHANNELS, OUTPUTS, GROUP = 64, 40, 32
 TOKENS = 3, 37  # rows are multiplied one by one for few tokens, in tiles for many
@@ -60,30 +61,27 @@ class _Grids:
         bits = f"W{self.weight_bits}A{self.activation_bits}"
         return f"a {bits} linear, scales per {self.weights} and per {self.inputs}{zero}"
 
-    def linear(self, path: str, inputs: int = CHANNELS, outputs: int = OUTPUTS) -> kernels.Linear:
+    def linear(self, path: str, inputs: int = CHANNELS, outputs: int = OUTPUTS) -> cpu.Linear:
         """The same weights for every path."""
         shape = {"channel": (outputs, 1), "group": (outputs, inputs // GROUP), "tensor": (1, 1)}
-        return kernels.Linear(
+        size = {"token": inputs, "group": GROUP, "tensor": 0}[self.inputs]
+        packed = Packed(
             _weight(self.weight_bits, outputs, inputs),
             (_floats(*shape[self.weights]) + 4) / (inputs << self.weight_bits),
             _floats(outputs),
-            weight_bits=self.weight_bits,
-            activation_bits=self.activation_bits,
-            symmetric=self.symmetric,
-            group_size={"token": inputs, "group": GROUP, "tensor": 0}[self.inputs],
-            hadamard_block=self.hadamard,
-            path=path,
+            Grids(self.weight_bits, self.activation_bits, self.symmetric, size, self.hadamard),
         )
+        return cpu.Linear(packed, path)
 
 
 @cache
 def difference(path: str) -> str | None:
     """The first thing that ``path`` computes otherwise than plain C++ does; None if there is none."""
-    if path in (kernels.PORTABLE, kernels.REFERENCE):
+    if path in (cpu.PORTABLE, cpu.REFERENCE):
         return None
     for case in _cases():
         try:
-            pairs = zip(case.run(path), case.run(kernels.PORTABLE), strict=True)
+            pairs = zip(case.run(path), case.run(cpu.PORTABLE), strict=True)
             if not all(_same(found, expected, case.tolerance) for found, expected in pairs):
                 return case.name
         except (ValueError, RuntimeError, MemoryError) as error:
@@ -107,7 +105,7 @@ def _cases() -> Iterator[_Case]:
         grids = _Grids(*scheme, *scales, symmetric)
         yield _Case(str(grids), partial(_linear, grids))
     # From here on, a level more or less may come of a function's last bit.
-    for function in get_args(kernels.Function):
+    for function in get_args(Function):
         yield _Case(f"a linear behind the function {function!r}", partial(_behind, function), tolerance=0.02)
     yield _Case("a decoder layer", partial(_layer, True), tolerance=0.02)
     yield _Case("an encoder block", partial(_layer, False), tolerance=0.02)
@@ -117,7 +115,7 @@ def _cases() -> Iterator[_Case]:
 def _products(bits: int, channels: int, path: str) -> list[Tensor]:
     """Of the largest levels there are, too."""
     q = _levels(8, TOKENS[-1], channels)
-    return [kernels.matmul(q[:tokens], _weight(bits, OUTPUTS, channels), bits, path) for tokens in TOKENS]
+    return [cpu.matmul(q[:tokens], _weight(bits, OUTPUTS, channels), bits, path) for tokens in TOKENS]
 
 
 def _linear(grids: _Grids, path: str) -> list[Tensor]:
@@ -127,7 +125,7 @@ def _linear(grids: _Grids, path: str) -> list[Tensor]:
     return [*on_grids, *(linear(x[:tokens]) for tokens in TOKENS)]
 
 
-def _behind(function: kernels.Function, path: str) -> list[Tensor]:
+def _behind(function: Function, path: str) -> list[Tensor]:
     """A function, a product and a Hadamard matrix before the grid: values on it, and outputs."""
     linear, results = _Grids(4, 8, hadamard=GROUP).linear(path), []
     for dtype in (torch.float32, torch.bfloat16):
@@ -167,7 +165,7 @@ def _bound(decoder: bool, path: str) -> Layer:
     queries, keys = heads * width, kv_heads * width
     one = _floats(CHANNELS)
     norm = Norm(one, None if decoder else one, 1e-5, rms=decoder)
-    return Layer(
+    spec = LayerSpec(
         inputs=[linear(CHANNELS, n) for n in ((queries, keys, keys) if decoder else (3 * queries,))],
         out=linear(queries, CHANNELS),
         up=[linear(CHANNELS, 2 * CHANNELS)] * (2 if decoder else 1),
@@ -178,6 +176,7 @@ def _bound(decoder: bool, path: str) -> Layer:
         heads=(heads, kv_heads, width),
         causal=decoder,
     )
+    return Layer(spec)
 
 
 @cache

@@ -3,69 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from sqap.kernels import FUNCTIONS, Function, Linear, _native, array
+from sqap.kernels import cpu
+from sqap.kernels.backend import FUNCTIONS, LayerSpec, Norm
+from sqap.kernels.cpu import _native, array
 
-
-@dataclass(frozen=True)
-class Norm:
-    """LayerNorm, or RMSNorm; its weight and bias ``(width,)`` are float32 or None."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-    rms: bool = False
+LANES = 8  # heads are multiples of this many channels wide
 
 
 class Layer:
-    """A pre-norm layer: ``x + out(attention(inputs(norm1(x))))``, and then the same with an MLP.
+    """A `sqap.kernels.backend.FusedLayer` whose parameters are contiguous float32.
 
-    Args:
-        inputs: of queries, keys and values, or one linear for all three.
-        out: what is done to what attention has mixed.
-        up: the MLP's first linear, or its gate's and the one that the gate multiplies.
-        down: the MLP's second linear.
-        norms: before attention, and before the MLP.
-        gains: ``(width,)`` float32 of the two branches, or None.
-        function: between the MLP's linears.
-        heads: query heads, key and value heads, and the width of each, a multiple of 8.
-        causal: whether no token sees those after it.
+    Raises:
+        ValueError: the linears or parameters do not fit together.
     """
 
-    def __init__(
-        self,
-        *,
-        inputs: Sequence[Linear],
-        out: Linear,
-        up: Sequence[Linear],
-        down: Linear,
-        norms: tuple[Norm, Norm],
-        gains: tuple[Tensor | None, Tensor | None],
-        function: Function,
-        heads: tuple[int, int, int],
-        causal: bool,
-    ) -> None:
-        parameters = [parameter for norm in norms for parameter in (norm.weight, norm.bias)]
-        for parameter in (*parameters, *gains):
-            if parameter is not None:
-                _check("a norm's or branch's parameter", parameter, (out.out_features,))
-        self.path, self.head_dim, self._width, self._heads = out.path, heads[2], out.out_features, heads
-        self._kept = inputs, out, up, down, norms, gains  # the native code has their addresses
+    def __init__(self, spec: LayerSpec) -> None:
+        inputs, up = ([cast(cpu.Linear, linear) for linear in linears] for linears in (spec.inputs, spec.up))
+        out, down = cast(cpu.Linear, spec.out), cast(cpu.Linear, spec.down)
+        for parameter in spec.parameters:
+            _check("a norm's or branch's parameter", parameter, (out.out_features,))
+        self.path, self.head_dim, self._heads = out.path, spec.heads[2], spec.heads
+        self._width = out.out_features
+        self._kept = spec  # the native code has its tensors' addresses
         self.native = _native.Layer(
             [linear.native for linear in inputs],
             out.native,
             [linear.native for linear in up],
             down.native,
-            *(_native.norm(norm.rms, array(norm.weight), array(norm.bias), norm.eps) for norm in norms),
-            *map(array, gains),
-            FUNCTIONS.index(function),
-            *heads,
-            causal,
+            *map(_norm, spec.norms),
+            *map(array, spec.gains),
+            FUNCTIONS.index(spec.function),
+            *spec.heads,
+            spec.causal,
         )
+
+    def takes(self, x: Tensor, first: int = 0) -> bool:
+        """Float32 on the CPU; behind a ``first`` token, of one observation."""
+        return x.is_cpu and x.dtype == torch.float32 and (not first or len(x) == 1)
 
     def __call__(
         self,
@@ -75,16 +54,7 @@ class Layer:
         kept: tuple[Tensor, Tensor] | None = None,
         first: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
-        """``x`` ``(batch, tokens, width)`` to the same, and what ``rows`` attend to ``(batch, tokens)``.
-
-        Args:
-            x: float32.
-            rope: cosines and sines of the rotary positions, ``(batch, tokens, head_dim)``, or ``(1, tokens,
-                head_dim)`` where they are the same for the whole batch.
-            rows: ``(rows,)`` indices of the tokens whose attention is wanted, averaged over heads and rows.
-            kept: to be filled with keys and values, float32 ``(batch, kv_heads, tokens, head_dim)``.
-            first: tokens before it give keys and values alone, and are missing in what is returned; of a
-                batch of one.
+        """As `FusedLayer.__call__`.
 
         Raises:
             ValueError: the tensors do not fit together.
@@ -109,14 +79,8 @@ class Layer:
 def look(layers: Sequence[Layer], x: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
     """What ``rows`` would attend to in later layers, were ``x`` ``(1, tokens, width)`` their input.
 
-    Args:
-        layers: with linears of their own for queries and keys.
-        x: float32.
-        rope: cosines and sines of the rotary positions, ``(1, tokens, head_dim)``.
-        rows: ``(rows,)`` indices of the tokens that ask.
-
-    Returns:
-        ``(1, tokens)`` averaged over layers, heads and rows.
+    As `sqap.kernels.backend.Backend.look`, of float32 and layers with linears of their own for queries and
+    keys.
 
     Raises:
         ValueError: the tensors do not fit together, or there are no layers.
@@ -129,6 +93,10 @@ def look(layers: Sequence[Layer], x: Tensor, rope: tuple[Tensor, Tensor], rows: 
     natives = [layer.native for layer in layers]
     _native.look(natives, array(x), tokens, *map(array, (cos, sin, wanted, received)))
     return received
+
+
+def _norm(norm: Norm) -> object:
+    return _native.norm(norm.rms, array(norm.weight), array(norm.bias), norm.eps)
 
 
 def _angles(part: Tensor, shape: tuple[int, ...]) -> Tensor:
