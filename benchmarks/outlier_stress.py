@@ -30,7 +30,8 @@ from sqap.environments import default_tasks
 from sqap.files import write_json
 from sqap.frames import collect_frames
 from sqap.models import VLA, ModelInputs
-from sqap.models.decoder import Decoder, DecoderLayer, LayerOutput
+from sqap.models.decoder import Decoder, DecoderLayer
+from sqap.models.stream import LayerOutput
 from sqap.pruning.attention import query_rows
 from sqap.pruning.calibration import overlap_at_k
 from sqap.quantization import quantize_decoder, quantize_model

@@ -21,7 +21,7 @@ from sqap import environments
 from sqap.compress import model_inputs
 from sqap.files import write_json
 from sqap.frames import collect_frames
-from sqap.models.decoder import LayerOutput
+from sqap.models.stream import LayerOutput
 from sqap.policy import Policy
 
 FRAMES = 24

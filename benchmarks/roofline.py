@@ -115,7 +115,7 @@ def measure(subject: Subject, threads: int, steps: int, console: Console) -> dic
     if "ceilings_reason" in found:
         raise SystemExit(f"the ceilings cannot be measured: {found['ceilings_reason']}")
     if not found["peak_gops"]:
-        raise SystemExit(f"no ceiling is known for the {kernels.chosen()!r} kernels")
+        raise SystemExit(f"no ceiling is known for the {cpu.chosen()!r} kernels")
     timed = report["candidates"]["sqap"]
     stages = {
         name: {**asdict(done), "shortest_ms": done.shortest_ms(found), "ms": timed["stages_ms"][name]}

@@ -14,7 +14,8 @@ from sqap.kernels import Grids, LayerSpec, Packed, cpu
 from sqap.kernels.backend import Attention, FusedLayer
 from sqap.models import VisionConfig
 from sqap.models.config import DecoderConfig
-from sqap.models.decoder import Decoder, Stream, rope_angles
+from sqap.models.decoder import Decoder, rope_angles
+from sqap.models.stream import Stream
 from sqap.models.transformer import attend
 from sqap.models.vision import Block
 from sqap.quantization import QuantizedLinear

@@ -16,8 +16,10 @@ from sqap.kernels.backend import LayerSpec, Norm
 from sqap.kernels.cpu.layer import Layer
 from sqap.kernels.hadamard import Hadamard
 from sqap.models.config import DecoderConfig, VisionConfig
-from sqap.models.decoder import Decoder, DecoderLayer, KVCache, Stream, rope_angles
+from sqap.models.decoder import Decoder, DecoderLayer, rope_angles
 from sqap.models.heads.diffusion import DiTBlock
+from sqap.models.kv import KVCache
+from sqap.models.stream import Stream
 from sqap.models.vision import Block
 from sqap.quantization import QuantizedLinear
 from sqap.quantization.fused import fuse, look_fused, run_fused

@@ -8,7 +8,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
 from sqap.models import DecoderConfig
-from sqap.models.decoder import Decoder, KVCache, LayerOutput, attention_received
+from sqap.models.decoder import Decoder, attention_received
+from sqap.models.kv import KVCache
+from sqap.models.stream import LayerOutput
 
 TOLERANCE = 1e-4
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sqap.models.decoder import LayerOutput
 from sqap.models.heads import DiffusionHead
+from sqap.models.stream import LayerOutput
 from tests.families import FAMILIES, family_config, random_inputs, random_model
 
 

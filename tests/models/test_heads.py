@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sqap.models import DecoderConfig, RegressionHeadConfig, TokenHeadConfig
-from sqap.models.decoder import Decoder, LayerOutput
+from sqap.models.decoder import Decoder
 from sqap.models.heads import RegressionHead, TokenHead
 from sqap.models.layout import Layout, Segment
+from sqap.models.stream import LayerOutput
 from sqap.quantization import QuantizedLinear
 from sqap.recipe import Scheme
 

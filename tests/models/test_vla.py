@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sqap.models import VLA, ModelConfig, ModelInputs
-from sqap.models.decoder import LayerOutput
 from sqap.models.projector import Projector
+from sqap.models.stream import LayerOutput
 from tests.families import FAMILIES, family_config, random_inputs, random_model
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sqap.models.decoder import KVCache
 from sqap.models.heads import TokenHead
+from sqap.models.kv import KVCache
 
 from .conftest import MakeUpstream, Upstream
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sqap.models import VLA, ModelInputs
-from sqap.models.decoder import LayerOutput
+from sqap.models.stream import LayerOutput
 from sqap.pruning.attention import AttentionWatcher, query_rows
 from sqap.pruning.calibration import attention_scores, choose_k, overlap_at_k, overlap_curve
 

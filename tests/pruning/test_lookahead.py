@@ -10,8 +10,9 @@ from torch import Tensor
 
 from sqap.errors import InputError
 from sqap.models import VLA, DecoderConfig, ModelInputs
-from sqap.models.decoder import LayerOutput, rotate
+from sqap.models.decoder import rotate
 from sqap.models.heads import FlowHead
+from sqap.models.stream import LayerOutput
 from sqap.pruning import Selector, StepPruner
 from sqap.pruning.attention import AttentionWatcher, per_camera, query_rows, score_queries
 from sqap.pruning.lookahead import affordable, choose_layers, later_attention, layers_to_look_at, recall

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from sqap.models import VLA, ModelInputs
-from sqap.models.decoder import Decoder, KVCache, LayerOutput, rope_angles, rotate
+from sqap.models.decoder import Decoder, rope_angles, rotate
+from sqap.models.kv import KVCache
+from sqap.models.stream import LayerOutput
 from sqap.pruning import Selector, StepPruner, rivals
 from sqap.quantization import quantize_model
 from sqap.recipe import Cut, Pruning, PruningMethod, Quantization, Scheme

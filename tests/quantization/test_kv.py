@@ -11,7 +11,9 @@ from torch import Tensor
 
 from sqap.kernels.hadamard import Hadamard
 from sqap.models import DecoderConfig
-from sqap.models.decoder import Attention, Decoder, DecoderLayer, FloatKV, KVCache, LayerOutput
+from sqap.models.decoder import Attention, Decoder, DecoderLayer
+from sqap.models.kv import FloatKV, KVCache
+from sqap.models.stream import LayerOutput
 from sqap.quantization.kv import QuantizedKV, dequantize_kv, quantize_kv, set_kv_bits
 
 CONFIG = DecoderConfig(40, 64, 3, 4, 2, 16, 96)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from sqap.errors import InputError
 from sqap.kernels.hadamard import Hadamard, block_hadamard
 from sqap.models import VLA, DecoderConfig, ModelInputs
-from sqap.models.decoder import Decoder, DecoderLayer, LayerOutput, RMSNorm, rope_angles
+from sqap.models.decoder import Decoder, DecoderLayer, RMSNorm, rope_angles
+from sqap.models.stream import LayerOutput
 from sqap.quantization import prepare_rotated, quantize_model, rotate_decoder
 from sqap.quantization import rotation as rotation_module
 from sqap.quantization.rotation import (

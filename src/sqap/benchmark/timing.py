@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sqap.benchmark import tools
 from sqap.benchmark.candidates import Subject, candidate, example, weight_bytes
 from sqap.errors import SqapError
-from sqap.models.decoder import LayerOutput
+from sqap.models.stream import LayerOutput
 from sqap.models.through import direct
 from sqap.models.vision import VisionEncoder
 from sqap.policy import Policy

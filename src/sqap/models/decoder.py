@@ -6,8 +6,8 @@ a `KVFormat` says how keys and values are held. All are given from outside; noth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Protocol, cast
 
@@ -16,145 +16,10 @@ from torch import Tensor, nn
 
 from sqap.models.config import DecoderConfig
 from sqap.models.edges import Edge
+from sqap.models.kv import FloatKV, KVCache, KVFormat
+from sqap.models.stream import LayerOutput, Reader, Stream, TokenPruner
 from sqap.models.through import Through, direct
 from sqap.models.transformer import Fused, activated, attend
-
-
-@dataclass(frozen=True)
-class LayerOutput:
-    """What a pruner may go by behind a layer.
-
-    Args:
-        hidden: ``(batch, tokens, width)``, the layer's output.
-        embedded: what the first layer was given, of all tokens, those included that have been dropped.
-        received: ``(batch, tokens)``, the attention each token gets in this layer, averaged over heads and
-            the asked-for rows; None where none were asked for.
-        look_ahead: ``look_ahead(layers, rows)`` is the attention ``(batch, tokens)`` that tokens would get
-            from ``rows`` in later layers, were ``hidden`` their input, averaged over layers, heads and rows.
-            None for ``rows`` means the action expert's tokens, where there is an expert.
-    """
-
-    hidden: Tensor
-    embedded: Tensor
-    received: Tensor | None
-    look_ahead: Callable[[Sequence[int], Tensor | None], Tensor]
-
-
-class TokenPruner(Protocol):
-    """Decides between layers which tokens of the sequence go on; its tensors may live on any device."""
-
-    def score_rows(self, layer: int) -> Tensor | None:
-        """Places ``(rows,)`` in the sequence whose attention in this layer is wanted, or None."""
-
-    def keep(self, layer: int, output: LayerOutput) -> Tensor | None:
-        """Places ``(batch, kept)`` in the sequence, ascending, that go on after this layer; None for all."""
-
-
-class KVFormat(Protocol):
-    """How keys and values are held for the queries that look at them, with a cache or without one."""
-
-    def store(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The queries for the keys that `load` gives back, and what is held of keys and values.
-
-        All are ``(batch, heads, tokens, ...)``, so that what is held of later tokens can be appended.
-        """
-
-    def load(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values ``(batch, kv_heads, tokens, head_dim)`` from what is held of them."""
-
-
-class FloatKV:
-    """Keys and values as they are."""
-
-    def store(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return q, (k, v)
-
-    def load(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        k, v = stored
-        return k, v
-
-
-class KVCache:
-    """Keys and values per layer as a `KVFormat` holds them; behind a pruned layer, of kept positions only.
-
-    Args:
-        layers: of the decoder.
-        room: tokens that can come after a layer's first ones without a copy of these.
-    """
-
-    def __init__(self, layers: int, room: int = 0) -> None:
-        self._room, self._lengths = room, [0] * layers
-        self._buffers: list[tuple[Tensor, ...]] = [()] * layers
-        self.next_position = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Memory taken by all that is stored."""
-        return sum(tensor.nbytes for i in range(len(self._buffers)) for tensor in self.stored(i))
-
-    def is_empty(self, layer: int) -> bool:
-        """Whether nothing is stored yet."""
-        return not self._buffers[layer]
-
-    def stored(self, layer: int) -> tuple[Tensor, ...]:
-        """What a layer's format holds of all tokens so far."""
-        return tuple(buffer[:, :, : self._lengths[layer]] for buffer in self._buffers[layer])
-
-    def extend(self, layer: int, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Append tensors ``(batch, kv_heads, tokens, ...)`` and return all that is stored."""
-        length = self._lengths[layer]
-        total = length + new[0].shape[2]
-        if not length and not self._room:
-            self._buffers[layer] = new
-        elif not length or total > self._buffers[layer][0].shape[2]:
-            room = total + self._room
-            grown = tuple(x.new_empty(*x.shape[:2], room, *x.shape[3:]) for x in new)
-            for buffer, old in zip(grown, self.stored(layer), strict=False):
-                buffer[:, :, :length] = old
-            self._buffers[layer] = grown
-        if self._buffers[layer] is not new:
-            for buffer, x in zip(self._buffers[layer], new, strict=True):
-                buffer[:, :, length:total] = x
-        self._lengths[layer] = total
-        return self.stored(layer)
-
-
-class Reader(Protocol):
-    """Tokens outside the decoder that read its keys: those of an action expert."""
-
-    def attention(self, stream: Stream, keys: Mapping[int, Tensor]) -> list[Tensor]:
-        """Attention ``(batch, tokens)`` they would pay the first block, for each layer of ``keys``.
-
-        Args:
-            stream: behind a layer, with the keys and values so far.
-            keys: of later layers, as `keys` gives them.
-        """
-
-
-@dataclass(frozen=True)
-class Stream:
-    """The tokens of one observation, or of a batch, on their way through the decoder's layers.
-
-    Args:
-        blocks: hidden states ``(batch, tokens, width)`` of each block of the layout.
-        ropes: their rotary positions.
-        embedded: the first block as it was before the first layer.
-        pruner: shortens the first block.
-        stored: keys and values of all blocks, layer by layer so far; None if nobody reads them.
-        cache: holds earlier tokens; None if there are none.
-        reader: reads the stored keys and values beside the tokens.
-        tail: how many of the first block's last tokens the last layer computes; all if None. Of the other
-            blocks it then computes keys and values alone.
-    """
-
-    blocks: tuple[Tensor, ...]
-    ropes: tuple[tuple[Tensor, Tensor], ...]
-    embedded: Tensor
-    pruner: TokenPruner | None = None
-    stored: tuple[tuple[Tensor, ...], ...] | None = None
-    cache: KVCache | None = None
-    reader: Reader | None = None
-    tail: int | None = None
 
 
 class RMSNorm(nn.Module):

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sqap.models.config import ModelConfig
-from sqap.models.decoder import Decoder, Stream, TokenPruner
+from sqap.models.decoder import Decoder
 from sqap.models.heads import make_head
 from sqap.models.layout import Layout
 from sqap.models.projector import Projector
+from sqap.models.stream import Stream, TokenPruner
 from sqap.models.through import Through, direct
 from sqap.models.vision import VisionEncoder
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sqap.errors import InputError
 from sqap.models.config import ModelConfig
-from sqap.models.decoder import LayerOutput
+from sqap.models.stream import LayerOutput
 from sqap.recipe import Pruning, ScoreQueries
 
 

@@ -10,9 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sqap.models.decoder import DecoderLayer, Stream, keys
+from sqap.models.decoder import DecoderLayer, keys
 from sqap.models.heads.flow import FirstStep, FlowHead
 from sqap.models.storage import Weights
+from sqap.models.stream import Stream
 from sqap.models.through import loaded, streamed
 from sqap.models.vla import VLA, ModelInputs
 from sqap.pruning.attention import AttentionWatcher, query_rows, score_queries

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sqap.errors import InputError
-from sqap.models.decoder import LayerOutput
+from sqap.models.stream import LayerOutput
 from sqap.pruning import criteria
 from sqap.pruning.attention import per_camera, query_rows, score_layers
 from sqap.pruning.memory import Memory

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from sqap import kernels
 from sqap.kernels.backend import FusedLayer, LayerSpec, Norm
-from sqap.models.decoder import Decoder, DecoderLayer, FloatKV, RMSNorm
+from sqap.models.decoder import Decoder, DecoderLayer, RMSNorm
 from sqap.models.heads.diffusion import DiTBlock
+from sqap.models.kv import FloatKV
 from sqap.models.vision import Block, LayerScale
 from sqap.quantization.linear import QuantizedLinear
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from sqap.kernels.hadamard import Hadamard
 from sqap.kernels.levels import quantize_activation
 from sqap.kernels.packing import pack_int4, unpack_int4
-from sqap.models.decoder import Decoder, DecoderLayer, FloatKV, KVFormat
+from sqap.models.decoder import Decoder, DecoderLayer
+from sqap.models.kv import FloatKV, KVFormat
 
 
 def set_kv_bits(decoder: Decoder, bits: int | None) -> None:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from sqap.defaults import defaults
 from sqap.errors import InputError
 from sqap.models.config import DecoderConfig
-from sqap.models.decoder import Decoder, Stream
+from sqap.models.decoder import Decoder
 from sqap.models.heads import HeadProtocol
 from sqap.models.stages import fill_around, stages, widen_around
 from sqap.models.storage import STORAGE_DTYPE, Weights, fill, widen
+from sqap.models.stream import Stream
 from sqap.models.vla import VLA, ModelInputs
 from sqap.quantization.fused import fuse
 from sqap.quantization.kv import set_kv_bits

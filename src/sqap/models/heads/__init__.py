@@ -18,12 +18,13 @@ from sqap.models.config import (
     HeadConfig,
     TokenHeadConfig,
 )
-from sqap.models.decoder import Decoder, Reader, Stream
+from sqap.models.decoder import Decoder
 from sqap.models.heads.diffusion import DiffusionHead
 from sqap.models.heads.flow import FlowHead
 from sqap.models.heads.regression import RegressionHead
 from sqap.models.heads.tokens import TokenHead
 from sqap.models.layout import Layout
+from sqap.models.stream import Reader, Stream
 
 
 class HeadProtocol(Protocol):

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from sqap.models.config import DiffusionHeadConfig
-from sqap.models.decoder import Decoder, Reader, Stream
+from sqap.models.decoder import Decoder
 from sqap.models.heads.ddim import add_noise, cosine_alpha_bar, ddim_sample, ddim_steps
 from sqap.models.layout import Layout
+from sqap.models.stream import Reader, Stream
 from sqap.models.transformer import MLP, Fused, SelfAttention, sinusoidal_embedding
 
 TIME_FREQUENCIES = 256

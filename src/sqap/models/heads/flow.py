@@ -11,19 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sqap.models.config import DecoderConfig, FlowHeadConfig
-from sqap.models.decoder import (
-    Decoder,
-    Reader,
-    RMSNorm,
-    Stream,
-    SwiGLU,
-    attention_received,
-    causal_mask,
-    rope_angles,
-    rotate,
-)
+from sqap.models.decoder import Decoder, RMSNorm, SwiGLU, attention_received, causal_mask, rope_angles, rotate
 from sqap.models.edges import Edge
 from sqap.models.layout import Layout
+from sqap.models.stream import Reader, Stream
 from sqap.models.transformer import attend
 
 KeysValues = tuple[Tensor, Tensor]  # both (batch, kv_heads, tokens, head_dim)

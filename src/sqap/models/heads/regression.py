@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sqap.models.config import RegressionHeadConfig
-from sqap.models.decoder import Decoder, Reader, Stream
+from sqap.models.decoder import Decoder
 from sqap.models.layout import Layout
+from sqap.models.stream import Reader, Stream
 
 
 class ResidualBlock(nn.Module):

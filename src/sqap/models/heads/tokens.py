@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sqap.models.config import TokenHeadConfig
-from sqap.models.decoder import Decoder, KVCache, Reader, Stream, TokenPruner
+from sqap.models.decoder import Decoder
+from sqap.models.kv import KVCache
 from sqap.models.layout import Layout
+from sqap.models.stream import Reader, Stream, TokenPruner
 
 
 @dataclass(frozen=True)
