@@ -1,10 +1,10 @@
 """sqap: quantization and visual token pruning for vision-language-action policies."""
 
+from sqap.build import __version__ as __version__
 from sqap.checkpoints import load
 from sqap.compress import compress
 from sqap.observation import Camera, Observation
 from sqap.policy import Policy
 from sqap.recipe import Recipe
 
-__version__ = "0.1.0"
 __all__ = ["Camera", "Observation", "Policy", "Recipe", "compress", "load"]
