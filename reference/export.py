@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from reference.blueprint import Blueprint
+from sqap.config import PolicyConfig
 from sqap.environments.metaworld import CAMERA
 from sqap.models import VLA
-from sqap.policy import Policy, PolicyConfig
+from sqap.policy import Policy
 from sqap.processing import ActionStatistics, ActionUnits
 
 

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import sqap.environments  # noqa: F401 - before any test imports MuJoCo, which then reads MUJOCO_GL
 from sqap import Camera, Observation, Policy
+from sqap.config import PolicyConfig
 from sqap.models import VLA, DecoderConfig, DiffusionHeadConfig, ModelConfig, VisionConfig
-from sqap.policy import PolicyConfig
 from sqap.processing import ActionStatistics
 
 # The same few examples every time, and none made smaller: what `mutmut` asks of tests.

@@ -160,7 +160,7 @@ def test_the_place_is_held_while_the_policy_is_saved(command, monkeypatch, tmp_p
         with pytest.raises(sqap.errors.InputError, match="is compressing to the same place"):
             Partial(tmp_path / ".small.partial")
 
-    monkeypatch.setattr(native, "save_policy", save)
+    monkeypatch.setattr(native, "save", save)
     assert command("--out", "small")[0] == 0
 
 

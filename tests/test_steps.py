@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from sqap import Camera, Observation, Policy
+from sqap.config import PolicyConfig
 from sqap.errors import InputError
-from sqap.policy import PolicyConfig
 from sqap.processing import ActionStatistics, ProprioStatistics
 from sqap.pruning import criteria
 from sqap.quantization import quantize_model

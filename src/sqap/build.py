@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-import sqap
 from sqap.kernels import cpu
 
+__version__ = "0.1.0"
 PACKAGE = Path(__file__).parent
 
 
@@ -21,7 +21,7 @@ def build_id() -> dict[str, str]:
         InputError: SQAP_KERNELS names a path that does not run here.
     """
     return {
-        "sqap": sqap.__version__,
+        "sqap": __version__,
         "package": package_hash(),
         "kernels": cpu.chosen(),
         "torch": torch.__version__,

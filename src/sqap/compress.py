@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 
 from sqap.build import build_id
+from sqap.config import Calibration
 from sqap.defaults import defaults
 from sqap.errors import InputError
 from sqap.models import VLA, ModelInputs, empty_model
 from sqap.models.stages import fill_around, stages, widen_around
 from sqap.models.storage import Rounded, Weights, check_finite, hash_tensors, round_to_storage
 from sqap.observation import Observation
-from sqap.policy import Calibration, Policy, check_pruning, hash_frames
+from sqap.policy import Policy, check_pruning, hash_frames
 from sqap.pruning.attention import score_layers, score_queries
 from sqap.pruning.calibration import attention_scores, choose_k, overlap_curve
 from sqap.pruning.lookahead import affordable, choose_layers, later_attention, recall

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from sqap.config import Calibration, PolicyConfig
 from sqap.defaults import defaults
 from sqap.errors import InputError, NonFiniteActionError
 from sqap.models import VLA, ModelConfig, ModelInputs
@@ -21,15 +22,7 @@ from sqap.models.stages import stages
 from sqap.models.storage import Rounded, Weights, fill, unify, widen
 from sqap.models.through import Through, direct
 from sqap.observation import Observation
-from sqap.processing import (
-    ActionStatistics,
-    ActionUnits,
-    ProprioStatistics,
-    normalize_proprio,
-    pixel_values,
-    prompt_ids,
-    unnormalize,
-)
+from sqap.processing import normalize_proprio, pixel_values, prompt_ids, unnormalize
 from sqap.pruning import Selection, Selector, StepPruner
 from sqap.pruning.attention import score_queries
 from sqap.pruning.geometry import into_crop, project
@@ -41,55 +34,6 @@ from sqap.recipe import Pruning, Recipe
 Progress = Callable[[int, int], None]
 # Of all policies: one of its own could be neither copied nor sent to another process.
 _loading = threading.Lock()
-
-
-@dataclass(frozen=True)
-class PolicyConfig:
-    """What a policy is, apart from its weights.
-
-    Args:
-        family: the published policy whose construction this follows, e.g. ``"cogact"``.
-        model: sizes of the four parts.
-        cameras: names of the images the policy reads, in order.
-        actions: how its outputs become robot units.
-        prompt: template around the instruction.
-        append_tokens: ids that follow the prompt's, less what of them it ends with already.
-        crop: share of an image's area that is looked at, from its centre.
-        proprio: how the robot's state is normalised, for policies that read it.
-        units: what the actions mean, for reports in millimetres; None if that is not known.
-    """
-
-    family: str
-    model: ModelConfig
-    cameras: tuple[str, ...]
-    actions: ActionStatistics
-    prompt: str = "{instruction}"
-    append_tokens: tuple[int, ...] = ()
-    crop: float = 1.0
-    proprio: ProprioStatistics | None = None
-    units: ActionUnits | None = None
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What `compress` learned from calibration frames, kept with the compressed policy.
-
-    Args:
-        frames: how many observations were used.
-        frames_hash: SHA-256 over their pixels and instructions.
-        top_k: how many tokens the ranking may choose; None if calibration has no say.
-        overlap: mean agreement of the full-precision and the quantized top k at that k.
-        layers: decoder layers, counted from 0, that method "lookahead" looks at.
-        recall: share of the budget's best tokens, by later layers' attention in full precision, that looking
-            ahead finds.
-    """
-
-    frames: int
-    frames_hash: str
-    top_k: int | None = None
-    overlap: float | None = None
-    layers: tuple[int, ...] | None = None
-    recall: float | None = None
 
 
 @dataclass(frozen=True)
@@ -339,9 +283,20 @@ class Policy:
 
     def save(self, directory: str | Path) -> None:
         """Write the policy, whole or not at all; see `sqap.checkpoints.native`."""
-        from sqap.checkpoints.native import save_policy
+        from sqap.checkpoints.native import save  # its package makes policies
+        from sqap.checkpoints.opened import Opened
 
-        save_policy(self, Path(directory))
+        record = Opened(
+            self.model,
+            self.config,
+            self.tokenizer,
+            self.recipe,
+            self.calibration,
+            self.source,
+            self.fingerprint,
+            self.weights,
+        )
+        save(record, Path(directory))
 
     def _pruner(
         self,

@@ -15,11 +15,12 @@ import numpy as np
 from torch import nn
 
 from sqap.compress import Ranking, compress, model_inputs, ranking
+from sqap.config import PolicyConfig
 from sqap.errors import InputError
 from sqap.models.stages import stages
 from sqap.models.storage import stored_bytes
 from sqap.observation import Observation
-from sqap.policy import Policy, PolicyConfig
+from sqap.policy import Policy
 from sqap.pruning.calibration import overlap_curve
 from sqap.quantization import wanted
 from sqap.recipe import Override, Pruning, Quantization, Recipe, Scheme

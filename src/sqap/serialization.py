@@ -17,12 +17,23 @@ from sqap.errors import SqapError
 
 def read_json(path: Path, error: type[SqapError]) -> Any:
     """Parse a JSON file, or raise ``error`` with one sentence."""
+    return parse_json(read_bytes(path, error), path, error)
+
+
+def read_bytes(path: Path, error: type[SqapError]) -> bytes:
+    """The content of a file, or raise ``error`` with one sentence."""
     if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
         raise error(f"cannot read {path}: it is not a file")
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))  # with a byte order mark or without
+        return path.read_bytes()
     except OSError as problem:
         raise error(f"cannot read {path}: {problem.strerror}") from problem
+
+
+def parse_json(content: bytes, path: Path, error: type[SqapError]) -> Any:
+    """Parse the content of the file at ``path``, or raise ``error`` with one sentence."""
+    try:
+        return json.loads(content.decode("utf-8-sig"))  # with a byte order mark or without
     except ValueError as problem:
         raise error(f"{path} is not valid JSON: {problem}") from problem
     except RecursionError:

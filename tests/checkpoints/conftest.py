@@ -12,13 +12,13 @@ import pytest
 import torch
 from published import FAMILIES, TINY, write_openvla_oft
 
-from sqap.checkpoints.prismatic import Published
+from sqap.checkpoints.opened import Opened
 from sqap.models import VLA
 
 # Bridge policies come with the robot's state and without; `published` writes them without.
 WRITERS = FAMILIES | {"oft-bridge": partial(write_openvla_oft, platform="bridge")}
 Publish = Callable[[str], Path]
-Load = Callable[[Published], dict[str, torch.Tensor]]
+Load = Callable[[Opened], dict[str, torch.Tensor]]
 
 
 class Payload:
@@ -55,7 +55,7 @@ def publish(written: Publish, tmp_path: Path) -> Publish:
 def load() -> Load:
     """``load(published)``: the whole model's state, every parameter read."""
 
-    def read(published: Published) -> dict[str, torch.Tensor]:
+    def read(published: Opened) -> dict[str, torch.Tensor]:
         with torch.device("meta"):
             model = VLA(published.config.model)
         model.load_state_dict(published.weights.read(model.state_dict()), assign=True)

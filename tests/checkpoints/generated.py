@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import sqap
 from sqap import Observation, Policy, Recipe
-from sqap.policy import PolicyConfig
+from sqap.config import PolicyConfig
 from sqap.processing import ActionStatistics, ProprioStatistics
 from tests.checkpoints.mutations import Mutation, Need, file_mutations, weighted
 from tests.checkpoints.mutations_json import Decisive, Telling, json_mutations

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sqap
-from sqap.checkpoints.prismatic import Choices
+from sqap.checkpoints.choices import Choices
 from sqap.checkpoints.published import recognise
 from sqap.errors import CheckpointError
 

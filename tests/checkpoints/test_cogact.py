@@ -9,7 +9,7 @@ import torch
 from published import TINY, write_cogact
 
 from sqap.checkpoints import cogact
-from sqap.checkpoints.prismatic import Choices
+from sqap.checkpoints.choices import Choices
 from sqap.errors import CheckpointError
 from sqap.models import DecoderConfig, DiffusionHeadConfig, TokenHeadConfig
 

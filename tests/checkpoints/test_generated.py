@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 import sqap
 from sqap import checkpoints
-from sqap.checkpoints.prismatic import Choices
+from sqap.checkpoints.choices import Choices
 from sqap.cli import app
 from sqap.errors import CheckpointError, SqapError
 from tests.checkpoints.conftest import Payload

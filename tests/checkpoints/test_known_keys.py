@@ -13,6 +13,7 @@ from published import TINY
 from published_text import preprocessor_config
 
 import sqap
+from sqap.config import PolicyConfig
 from sqap.errors import CheckpointError
 
 from .conftest import Load, Publish
@@ -27,7 +28,7 @@ def edit_text(directory: Path, **changes: object) -> None:
     edit(directory / "config.json", text_config=text | changes)
 
 
-def config(directory: Path) -> sqap.policy.PolicyConfig:
+def config(directory: Path) -> PolicyConfig:
     return sqap.load(directory, unnorm_key=KEY).config
 
 

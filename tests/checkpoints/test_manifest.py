@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import sqap
 from sqap.checkpoints import native
+from sqap.config import Calibration, PolicyConfig
 from sqap.errors import CheckpointError
-from sqap.policy import Calibration, PolicyConfig
 from sqap.processing import ActionUnits, ProprioStatistics
 
 

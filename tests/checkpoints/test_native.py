@@ -160,6 +160,13 @@ def test_saving_what_was_loaded_gives_the_same_bytes(policy, observe, tmp_path):
         assert (tmp_path / "twice" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+def test_an_opened_directory_is_written_again_without_a_policy(policy, observe, tmp_path):
+    sqap.compress(policy, Recipe.w4a8(), [observe(0)]).save(tmp_path / "once")
+    native.save(native.open(tmp_path / "once"), tmp_path / "twice")
+    for file in (tmp_path / "once").iterdir():
+        assert (tmp_path / "twice" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
 def test_saving_replaces_a_policy_and_leaves_nothing_behind(policy, observe, saved):
     sqap.compress(policy, Recipe.w4a8(), [observe()]).save(saved)
     assert sqap.load(saved).recipe == Recipe.w4a8()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from sqap.checkpoints import openvla
-from sqap.checkpoints.prismatic import Choices
+from sqap.checkpoints.choices import Choices
 from sqap.checkpoints.published import recognise
 from sqap.errors import CheckpointError
 from sqap.models import DecoderConfig, TokenHeadConfig

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from sqap.checkpoints import openvla_oft
+from sqap.checkpoints.choices import Choices
 from sqap.checkpoints.openvla_oft import merge_lora
-from sqap.checkpoints.prismatic import Choices
 from sqap.errors import CheckpointError
 from sqap.models import RegressionHeadConfig
 

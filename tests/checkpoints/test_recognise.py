@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from sqap.checkpoints.prismatic import Choices
+from sqap.checkpoints.choices import Choices
 from sqap.checkpoints.published import recognise
 from sqap.errors import CheckpointError
 

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import sqap
-from sqap.checkpoints.prismatic import Choices
+from sqap.checkpoints.choices import Choices
 from sqap.cli import app
+from sqap.config import PolicyConfig
 from sqap.errors import CheckpointError
-from sqap.policy import PolicyConfig
 
 from .conftest import Publish
 from .test_compress_published import observation

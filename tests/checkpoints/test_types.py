@@ -22,9 +22,9 @@ from typer.testing import CliRunner
 import sqap
 from sqap import Observation, Policy
 from sqap.cli import app
+from sqap.config import PolicyConfig
 from sqap.errors import NonFiniteActionError
 from sqap.models.storage import stored_bytes
-from sqap.policy import PolicyConfig
 from sqap.processing import ActionStatistics, ProprioStatistics
 from sqap.recipe import Override, Pruning, Quantization, Recipe, Scheme
 from tests.families import family_config, random_model

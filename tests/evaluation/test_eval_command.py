@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from sqap import Policy
 from sqap.checkpoints import fingerprint
-from sqap.checkpoints.prismatic import Choices
+from sqap.checkpoints.choices import Choices
 from sqap.cli import app
 from sqap.errors import SqapError
 from sqap.evaluation import executors, settings, worker

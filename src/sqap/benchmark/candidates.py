@@ -19,7 +19,7 @@ from sqap.benchmark.dense import dense, unpack
 from sqap.benchmark.exported import Elsewhere, export
 from sqap.benchmark.shapes import SHAPES, random_policy
 from sqap.benchmark.vla_cpp import PRECISIONS, vla_cpp
-from sqap.checkpoints.prismatic import Choices
+from sqap.checkpoints.choices import Choices
 from sqap.compress import compress
 from sqap.errors import InputError
 from sqap.models import ModelConfig

@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from sqap.checkpoints.prismatic import PROMPT
+from sqap.config import PolicyConfig
 from sqap.models import (
     DecoderConfig,
     DiffusionHeadConfig,
@@ -19,7 +20,7 @@ from sqap.models import (
     VisionConfig,
     empty_model,
 )
-from sqap.policy import Policy, PolicyConfig
+from sqap.policy import Policy
 from sqap.processing import ActionStatistics, ProprioStatistics
 from sqap.quantization import QuantizedLinear, prepare_quantized
 from sqap.recipe import Recipe

@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sqap.checkpoints import hub, native, published
-from sqap.checkpoints.prismatic import Bounds, Choices
+from sqap.checkpoints.choices import Bounds, Choices
 from sqap.checkpoints.weights import Progress
 from sqap.errors import CheckpointError
-from sqap.models import empty_model
 from sqap.policy import Policy
 
 _PACKAGE = Path(__file__).parent.parent
@@ -119,9 +118,10 @@ def load(
                 raise CheckpointError(
                     f"{directory} is sqap's own: {', '.join(vars(choices))} are chosen when it is made"
                 )
-            return native.load_policy(directory)
-        found = published.recognise(directory).open(directory, choices)
-    return Policy(empty_model(found.config.model), found.config, found.tokenizer, weights=found.weights)
+            opened = native.open(directory)
+        else:
+            opened = published.recognise(directory).open(directory, choices)
+    return Policy(**vars(opened))
 
 
 def is_own(directory: Path) -> bool:

@@ -12,13 +12,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sqap.checkpoints import prismatic
-from sqap.checkpoints.prismatic import VLM, Backbone, Choices, Names, Published
+from sqap.checkpoints.choices import Choices, choose_cameras
+from sqap.checkpoints.opened import CONFIG, Opened, open_published
+from sqap.checkpoints.prismatic import VLM, VOCABULARY, Backbone, Names
 from sqap.checkpoints.statistics import Dataset, action_statistics, check_length, choose_dataset
 from sqap.checkpoints.tensors import shorten, torch_file
-from sqap.checkpoints.weights import Part, Source, Table, TensorSet
+from sqap.checkpoints.weights import Part, Source, Table, TensorSet, linear_table
+from sqap.config import PolicyConfig
 from sqap.errors import CheckpointError
 from sqap.models import DecoderConfig, DiffusionHeadConfig, TokenHeadConfig, VisionConfig
-from sqap.policy import PolicyConfig
+from sqap.serialization import read_object
 
 FAMILY = "CogACT"
 CAMERAS = ("image",)
@@ -67,20 +70,20 @@ logger = logging.getLogger("sqap")
 
 def recognise(directory: Path) -> bool:
     """Whether ``directory`` is a training run of Prismatic's, as CogACT is published."""
-    return _base_vlm(prismatic.read_object(directory / prismatic.CONFIG)) is not None
+    return _base_vlm(read_object(directory / CONFIG, CheckpointError)) is not None
 
 
-def open(directory: Path, choices: Choices) -> Published:
+def open(directory: Path, choices: Choices) -> Opened:
     """Open a directory that was recognised: CogACT, or OpenVLA if it has no action model.
 
     Raises:
         CheckpointError: something is missing, damaged, does not fit or is not supported.
     """
-    names = prismatic.choose_cameras(choices.cameras, CAMERAS, (1,), FAMILY)
+    names = choose_cameras(choices.cameras, CAMERAS, (1,), FAMILY)
     choices.refuse(FAMILY, "bounds", "film")
     backbone = _backbone(directory)
     where = directory / prismatic.STATISTICS
-    dataset = choose_dataset(prismatic.read_object(where), choices.unnorm_key, where)
+    dataset = choose_dataset(read_object(where, CheckpointError), choices.unnorm_key, where)
     tensors = TensorSet(directory, [Part(torch_file(_find_checkpoint(directory)))])
     vlm = prismatic.describe_vlm(tensors, NAMES, _vision(tensors, backbone), _decoder(tensors))
     if any(name.startswith(ACTION_MODEL) for name in tensors.tensors):
@@ -90,8 +93,8 @@ def open(directory: Path, choices: Choices) -> Published:
         choices.refuse("OpenVLA", "ema")
         prismatic.check_one_action(choices)
         policy, table, unused = _openvla(vlm, tensors, dataset, names)
-    return prismatic.publish(
-        directory, choices, policy, tensors, vlm.table | table, (*vlm.unused, *UNUSED, *unused)
+    return open_published(
+        directory, choices, policy, VOCABULARY, tensors, vlm.table | table, (*vlm.unused, *UNUSED, *unused)
     )
 
 
@@ -114,7 +117,7 @@ def _cogact(
 ) -> tuple[PolicyConfig, Table, tuple[str, ...]]:
     """CogACT's policy, its head's tensors, and what it does not use."""
     head = _head(tensors, net)
-    _check_head(head, tensors.where / prismatic.CONFIG)
+    _check_head(head, tensors.where / CONFIG)
     # Upstream makes the seventh number, the gripper's, 0 or 1 whatever the dataset.
     binarize = (GRIPPER,) if head.action_dim > GRIPPER else ()
     actions = action_statistics(dataset, binarize=binarize)
@@ -157,8 +160,8 @@ def _base_vlm(config: Mapping[str, Any]) -> str | None:
 
 
 def _backbone(directory: Path) -> Backbone:
-    where = directory / prismatic.CONFIG
-    name = _base_vlm(prismatic.read_object(where))
+    where = directory / CONFIG
+    name = _base_vlm(read_object(where, CheckpointError))
     if name not in BASE_VLMS:
         raise CheckpointError(
             f"{where}: base_vlm {name} is not supported; supported are {', '.join(BASE_VLMS)}"
@@ -232,7 +235,7 @@ def _head(tensors: TensorSet, net: str) -> DiffusionHeadConfig:
 
 def _check_head(head: DiffusionHeadConfig, where: Path) -> None:
     """Refuse a configuration that contradicts the action model's tensors, or has it look at past actions."""
-    config = prismatic.read_object(where)
+    config = read_object(where, CheckpointError)
     implied = {
         "action_dim": head.action_dim,
         "future_action_window_size": head.horizon - 1,
@@ -254,5 +257,5 @@ def _head_table(head: DiffusionHeadConfig, net: str) -> Table:
         "head.uncondition": Source((f"{net}z_embedder.uncondition",)),
     }
     for ours, theirs in linears.items():
-        table |= prismatic.linear_table(f"head.{ours}", net + theirs)
+        table |= linear_table(f"head.{ours}", net + theirs)
     return table

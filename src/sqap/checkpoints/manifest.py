@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from sqap.config import Calibration, PolicyConfig
 from sqap.errors import CheckpointError
 from sqap.models import (
     DecoderConfig,
     ModelConfig,
     VisionConfig,
 )
-from sqap.policy import Calibration, PolicyConfig
 from sqap.processing import ActionStatistics, ProprioStatistics
 from sqap.recipe import Recipe
-from sqap.serialization import read_json
+from sqap.serialization import parse_json, read_bytes
 
 FORMAT_VERSION = 3
 MANIFEST, WEIGHTS, TOKENIZER = "policy.json", "model.safetensors", "tokenizer.json"
@@ -26,8 +27,8 @@ KEYS = {"format", "version", "policy", "recipe", "calibration", "source", "linea
 MAY_BE_ZERO = {"registers", "last_token"}  # of a model's whole numbers
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The content of ``policy.json``, with all files of the policy there.
+def read_manifest(directory: Path) -> tuple[dict[str, Any], str]:
+    """The content of ``policy.json`` and its SHA-256, with all files of the policy there.
 
     Raises:
         CheckpointError: there is none, it is of another version, or files are missing.
@@ -35,7 +36,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{directory} is not an sqap policy: it has no {MANIFEST}")
-    manifest = read_json(path, CheckpointError)
+    content = read_bytes(path, CheckpointError)
+    manifest = parse_json(content, path, CheckpointError)
     if not isinstance(manifest, dict) or manifest.get("format") != "sqap":
         raise CheckpointError(f"{path} does not describe an sqap policy")
     if manifest.get("version") != FORMAT_VERSION:
@@ -51,7 +53,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     for name in (WEIGHTS, TOKENIZER):
         if not (directory / name).is_file():
             raise CheckpointError(f"{directory} is incomplete: {name} is missing")
-    return manifest
+    return manifest, hashlib.sha256(content).hexdigest()
 
 
 def check_config(config: PolicyConfig, where: str) -> None:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,13 +29,14 @@ from sqap.checkpoints.manifest import (
     check_config,
     read_manifest,
 )
+from sqap.checkpoints.opened import Opened
 from sqap.checkpoints.place import check_place, replacing
 from sqap.checkpoints.tensors import FLOATS, shorten
+from sqap.config import Calibration, PolicyConfig
 from sqap.errors import CheckpointError, panics_raise
 from sqap.files import reason
 from sqap.models import VLA, empty_model
 from sqap.models.storage import check_finite, stored_tensors
-from sqap.policy import Calibration, Policy, PolicyConfig
 from sqap.quantization import check_coverage, list_linears, prepare_quantized
 from sqap.recipe import Recipe
 from sqap.serialization import from_json
@@ -41,8 +44,8 @@ from sqap.serialization import from_json
 ATTEMPTS = 3  # at reading a directory that is being replaced
 
 
-def save_policy(policy: Policy, directory: Path) -> None:
-    """Write ``policy`` to ``directory``, replacing an sqap policy that is there. It is on disk afterwards.
+def save(policy: Opened, directory: Path) -> None:
+    """Write a policy to ``directory``, replacing an sqap policy that is there. It is on disk afterwards.
 
     Raises:
         CheckpointError: the place cannot be written, holds something else, or a linear that the recipe
@@ -68,8 +71,8 @@ def save_policy(policy: Policy, directory: Path) -> None:
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def load_policy(directory: Path) -> Policy:
-    """Read what `save_policy` wrote.
+def open(directory: Path) -> Opened:
+    """Read what `save` wrote.
 
     What `compress` returned gives bit-identical actions. An original is stored in bfloat16 and computes in
     float32, whatever it computed in before.
@@ -79,18 +82,18 @@ def load_policy(directory: Path) -> Policy:
             was replaced again and again meanwhile.
     """
     for _ in range(ATTEMPTS):
-        known_by = fingerprint(directory)
+        manifest, known_by = read_manifest(directory)
         try:
-            policy = _read(directory, known_by)
+            found = _read(directory, manifest, known_by)
         except (CheckpointError, OSError) as problem:
-            if fingerprint(directory) != known_by:
+            if _sha256(directory / MANIFEST) != known_by:
                 continue  # half of it was another policy's
             if isinstance(problem, OSError):
                 raise CheckpointError(f"cannot read {directory}: {reason(problem)}") from problem
             raise
         # A policy saved here since the hashes were compared was not compared with any.
-        if fingerprint(directory) == known_by:
-            return policy
+        if _sha256(directory / MANIFEST) == known_by:
+            return found
     raise CheckpointError(f"{directory} was replaced while it was being read; load it again")
 
 
@@ -105,12 +108,10 @@ def fingerprint(directory: Path) -> str:
     Raises:
         CheckpointError: there is no sqap policy.
     """
-    read_manifest(directory)
-    return _sha256(directory / MANIFEST)
+    return read_manifest(directory)[1]
 
 
-def _read(directory: Path, known_by: str) -> Policy:
-    manifest = read_manifest(directory)
+def _read(directory: Path, manifest: Mapping[str, Any], known_by: str) -> Opened:
     for name, expected in manifest["sha256"].items():
         if _sha256(directory / name) != expected:
             raise CheckpointError(
@@ -132,7 +133,7 @@ def _read(directory: Path, known_by: str) -> Policy:
     _fill(model, directory / WEIGHTS)
     if [dataclasses.asdict(linear) for linear in list_linears(model)] != manifest["linears"]:
         raise CheckpointError(f"{where}: its list of linears is not what its recipe and weights make")
-    return Policy(
+    return Opened(
         model=model,
         config=config,
         tokenizer=_tokenizer(directory / TOKENIZER, config.model.decoder.vocabulary),

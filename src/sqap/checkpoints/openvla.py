@@ -10,16 +10,19 @@ from typing import Any, TypeVar
 import torch
 
 from sqap.checkpoints import prismatic
+from sqap.checkpoints.choices import Choices, choose_cameras
 from sqap.checkpoints.known_keys import OPENVLA, ROPE, TEXT
-from sqap.checkpoints.prismatic import VLM, Choices, Encoder, Names, Published
+from sqap.checkpoints.opened import CONFIG, Opened, open_published
+from sqap.checkpoints.prismatic import VLM, VOCABULARY, Encoder, Names
 from sqap.checkpoints.processor import check_pixels, normalisation, read_processor
 from sqap.checkpoints.robots import refuse_discrete
 from sqap.checkpoints.statistics import Dataset, action_statistics, choose_dataset
 from sqap.checkpoints.tensors import open_safetensors
 from sqap.checkpoints.weights import Part, Source, TensorSet, copied
+from sqap.config import PolicyConfig
 from sqap.errors import CheckpointError
 from sqap.models import DecoderConfig, TokenHeadConfig, VisionConfig
-from sqap.policy import PolicyConfig
+from sqap.serialization import read_object
 
 FAMILY = "OpenVLA"
 MODEL_TYPE = "openvla"
@@ -44,19 +47,19 @@ def recognise(directory: Path) -> bool:
     return is_openvla(directory) and not any(components(directory, name) for name in COMPONENTS)
 
 
-def open(directory: Path, choices: Choices) -> Published:
+def open(directory: Path, choices: Choices) -> Opened:
     """Open a directory that was recognised.
 
     Raises:
         CheckpointError: something is missing, damaged, does not fit or is not supported.
     """
-    config = prismatic.read_object(directory / prismatic.CONFIG)
-    names = prismatic.choose_cameras(choices.cameras, CAMERAS, (1,), FAMILY)
+    config = read_object(directory / CONFIG, CheckpointError)
+    names = choose_cameras(choices.cameras, CAMERAS, (1,), FAMILY)
     choices.refuse(FAMILY, "bounds", "ema", "film")
     if choices.chunk is None:
         refuse_discrete(directory, config)
     prismatic.check_one_action(choices)
-    where = directory / prismatic.CONFIG
+    where = directory / CONFIG
     dataset = read_dataset(directory, config, choices.unnorm_key)
     actions = action_statistics(dataset)
     tensors = TensorSet(directory, [Part(file) for file in open_safetensors(directory)])
@@ -70,12 +73,12 @@ def open(directory: Path, choices: Choices) -> Published:
         append_tokens=(prismatic.SPACE,),
     )
     table = vlm.table | {"head.lm_head.weight": _output_matrix(config, tensors, where)}
-    return prismatic.publish(directory, choices, policy, tensors, table, vlm.unused)
+    return open_published(directory, choices, policy, VOCABULARY, tensors, table, vlm.unused)
 
 
 def is_openvla(directory: Path) -> bool:
     """Whether the directory's configuration is of OpenVLA's class."""
-    return prismatic.read_object(directory / prismatic.CONFIG).get("model_type") == MODEL_TYPE
+    return read_object(directory / CONFIG, CheckpointError).get("model_type") == MODEL_TYPE
 
 
 def components(directory: Path, name: str) -> list[Path]:
@@ -91,8 +94,8 @@ def read_dataset(directory: Path, config: Mapping[str, Any], key: str | None) ->
     """
     where = directory / prismatic.STATISTICS
     if os.path.lexists(where):
-        return choose_dataset(prismatic.read_object(where), key, where)
-    return choose_dataset(config.get("norm_stats"), key, directory / prismatic.CONFIG)
+        return choose_dataset(read_object(where, CheckpointError), key, where)
+    return choose_dataset(config.get("norm_stats"), key, directory / CONFIG)
 
 
 def read_vlm(directory: Path, config: Mapping[str, Any], tensors: TensorSet) -> VLM:
@@ -101,7 +104,7 @@ def read_vlm(directory: Path, config: Mapping[str, Any], tensors: TensorSet) -> 
     Raises:
         CheckpointError: the configuration is malformed or of a kind that is not supported.
     """
-    where = directory / prismatic.CONFIG
+    where = directory / CONFIG
     OPENVLA.check(config, str(where))
     _check_parts(config, where)
     decoder = _decoder(config, tensors, where)
@@ -195,7 +198,7 @@ def _output_matrix(config: Mapping[str, Any], tensors: TensorSet, where: Path) -
 
 
 def _vision(directory: Path, config: Mapping[str, Any], tensors: TensorSet) -> list[VisionConfig]:
-    where = directory / prismatic.CONFIG
+    where = directory / CONFIG
     encoders, sizes = _encoders(config, where)
     processor = read_processor(directory)
     # The class's default, which transformers leaves out of the file.

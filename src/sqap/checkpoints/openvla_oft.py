@@ -8,8 +8,10 @@ from pathlib import Path
 from torch import Tensor
 
 from sqap.checkpoints import openvla, prismatic
+from sqap.checkpoints.choices import Choices, choose_cameras
+from sqap.checkpoints.opened import CONFIG, Opened, open_published
 from sqap.checkpoints.openvla import NAMES, components
-from sqap.checkpoints.prismatic import VLM, Choices, Published
+from sqap.checkpoints.prismatic import VLM, VOCABULARY
 from sqap.checkpoints.robots import Platform, check_film, check_proprio, choose_platform
 from sqap.checkpoints.statistics import (
     Dataset,
@@ -18,11 +20,12 @@ from sqap.checkpoints.statistics import (
     proprio_statistics,
 )
 from sqap.checkpoints.tensors import open_safetensors, shorten, torch_file
-from sqap.checkpoints.weights import Part, Source, Table, TensorSet
+from sqap.checkpoints.weights import Part, Source, Table, TensorSet, linear_table
+from sqap.config import PolicyConfig
 from sqap.errors import CheckpointError
 from sqap.models import RegressionHeadConfig, VisionConfig
-from sqap.policy import PolicyConfig
 from sqap.processing import ActionStatistics, ProprioStatistics
+from sqap.serialization import read_object
 
 FAMILY = "OpenVLA-OFT"
 HEAD, PROPRIO, FILM, DIFFUSION = "action_head.", "proprio_projector.", "film.", "noisy_action_projector"
@@ -40,14 +43,14 @@ def recognise(directory: Path) -> bool:
     return openvla.is_openvla(directory) and not openvla.recognise(directory)
 
 
-def open(directory: Path, choices: Choices) -> Published:
+def open(directory: Path, choices: Choices) -> Opened:
     """Open a directory that was recognised.
 
     Raises:
         CheckpointError: something is missing, damaged, does not fit or is not supported.
     """
     choices.refuse(FAMILY, "ema")
-    config = prismatic.read_object(directory / prismatic.CONFIG)
+    config = read_object(directory / CONFIG, CheckpointError)
     dataset = openvla.read_dataset(directory, config, choices.unnorm_key)
     tensors = _open_tensors(directory)
     vlm = _adapt(openvla.read_vlm(directory, config, tensors), tensors)
@@ -70,7 +73,7 @@ def open(directory: Path, choices: Choices) -> Published:
     )
     table = vlm.table | _head_table(head) | (_proprio_table() if proprio else {})
     unused = (*vlm.unused, f"{NAMES.llm}lm_head.weight")
-    return prismatic.publish(directory, choices, policy, tensors, table, unused)
+    return open_published(directory, choices, policy, VOCABULARY, tensors, table, unused)
 
 
 def merge_lora(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -136,7 +139,7 @@ def _film_table(config: VisionConfig, ours: str, theirs: str) -> Table:
     table = prismatic.vision_table(config, ours, theirs, layer_scale=NAMES.layer_scale, block=block)
     for j in range(config.depth - 1):
         for kind in ("scale", "shift"):
-            linear = prismatic.linear_table(f"{ours}blocks.{j}.film.{kind}.", f"{theirs}blocks.{j}.{kind}.")
+            linear = linear_table(f"{ours}blocks.{j}.film.{kind}.", f"{theirs}blocks.{j}.{kind}.")
             table |= linear
     return table
 
@@ -159,7 +162,7 @@ def _merged(source: Source, tensors: TensorSet) -> Source:
 def _cameras(given: tuple[str, ...] | None, platform: Platform, encoders: int) -> tuple[str, ...]:
     """Upstream splits the pixels of several images by the channels of two encoders."""
     counts = CAMERA_COUNTS if encoders > 1 else CAMERA_COUNTS[:1]
-    return prismatic.choose_cameras(given, platform.cameras[: counts[-1]], counts, FAMILY)
+    return choose_cameras(given, platform.cameras[: counts[-1]], counts, FAMILY)
 
 
 def _head(tensors: TensorSet, action_dim: int, platform: Platform) -> RegressionHeadConfig:
@@ -178,7 +181,7 @@ def _head_table(head: RegressionHeadConfig) -> Table:
         modules[f"blocks.{j}.fc."] = f"mlp_resnet_blocks.{j}.ffn.1."
     table: Table = {}
     for ours, theirs in modules.items():
-        table |= prismatic.linear_table(f"head.{ours}", f"{HEAD}model.{theirs}")
+        table |= linear_table(f"head.{ours}", f"{HEAD}model.{theirs}")
     return table
 
 
@@ -199,6 +202,6 @@ def _proprio(tensors: TensorSet, dataset: Dataset, platform: Platform) -> Propri
 
 
 def _proprio_table() -> Table:
-    return prismatic.linear_table("proprio.layers.0.", f"{PROPRIO}fc1.") | prismatic.linear_table(
+    return linear_table("proprio.layers.0.", f"{PROPRIO}fc1.") | linear_table(
         "proprio.layers.1.", f"{PROPRIO}fc2."
     )

@@ -20,7 +20,7 @@ SAVING = ".saving"  # ends the name of a directory that is being written
 
 
 def check_place(directory: Path) -> Path:
-    """Refuse a place that `save_policy` could not take, before long work is done for it.
+    """Refuse a place that `native.save` could not take, before long work is done for it.
 
     Returns:
         The directory itself, where ``directory`` is a link to it.

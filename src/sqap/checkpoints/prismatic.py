@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
 
-from tokenizers import Tokenizer
-
-from sqap import serialization
-from sqap.checkpoints import adapters
+from sqap.checkpoints.choices import Choices
 from sqap.checkpoints.processor import Triple
-from sqap.checkpoints.tokenizer import read_tokenizer
-from sqap.checkpoints.weights import Source, Table, TensorSet, Weights, without_batch
+from sqap.checkpoints.tokenizer import Vocabulary
+from sqap.checkpoints.weights import Source, Table, TensorSet, linear_table, without_batch
 from sqap.errors import CheckpointError
-from sqap.models import DecoderConfig, HeadConfig, ModelConfig, VisionConfig, empty_model
-from sqap.policy import PolicyConfig
+from sqap.models import DecoderConfig, HeadConfig, ModelConfig, VisionConfig
 
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
-# Llama 2's tokens: begin of sequence, end of sequence, and the lone space that stands before actions.
-BOS, EOS, SPACE = 1, 2, 29871
-TOKENIZER = "Llama 2"
+VOCABULARY = Vocabulary("Llama 2", first=1)
+EOS, SPACE = 2, 29871  # the end of a sequence, and the lone space that stands before actions
 # Rows that Prismatic adds to Llama's embedding table, for a padding token and for alignment.
 PADDING_ROWS = 64
-CONFIG, STATISTICS = "config.json", "dataset_statistics.json"
-
-Bounds = Literal["q99", "minmax"]
+STATISTICS = "dataset_statistics.json"
 
 
 @dataclass(frozen=True)
@@ -110,66 +101,6 @@ ROTARY = "layers.*.rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
-class Choices:
-    """What a checkpoint leaves open, or says in a way that does not suit.
-
-    Args:
-        unnorm_key: the dataset whose statistics turn actions into robot units; may be left out if there is
-            but one.
-        cameras: names of the images the policy reads, as many as it was trained with; the
-            family's own if None.
-        tokenizer: ``tokenizer.json``, or the directory it is in, if it is not beside the weights.
-        crop: share of an image's area that is looked at, from its centre; the family's own if None.
-        chunk: actions of one step; the family's or the robot's own if None.
-        bounds: what -1 and 1 stand for, the 1st and 99th percentiles or the extremes; the family's or the
-            robot's own if None.
-        ema: whether averaged weights are taken in place of the raw ones, where the files have both.
-        film: whether the instruction modulates vision, as in OpenVLA-OFT+; what the files tell if None.
-
-    Raises:
-        CheckpointError: the crop is no share, the chunk no number of actions, or the bounds are unknown.
-    """
-
-    unnorm_key: str | None = None
-    cameras: tuple[str, ...] | None = None
-    tokenizer: Path | None = None
-    crop: float | None = None
-    chunk: int | None = None
-    bounds: Bounds | None = None
-    ema: bool = False
-    film: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.crop is not None and not 0 < self.crop <= 1:
-            raise CheckpointError(
-                f"the crop is a share of the image's area, above 0 and up to 1, got {self.crop}"
-            )
-        if self.chunk is not None and self.chunk < 1:
-            raise CheckpointError(f"a chunk is of one action or more, got {self.chunk}")
-        if self.bounds is not None and self.bounds not in get_args(Bounds):
-            raise CheckpointError(f"bounds must be {' or '.join(get_args(Bounds))}, got {self.bounds!r}")
-
-    def refuse(self, family: str, *names: str) -> None:
-        """Refuse choices that a family leaves no room for.
-
-        Raises:
-            CheckpointError: one of ``names`` was chosen.
-        """
-        for name in names:
-            if getattr(self, name) != getattr(Choices, name):
-                raise CheckpointError(f"{family} leaves no choice of {name}; leave it out")
-
-
-@dataclass(frozen=True)
-class Published:
-    """A published checkpoint, opened: all of a policy but its model, and where that gets its weights."""
-
-    config: PolicyConfig
-    tokenizer: Tokenizer
-    weights: Weights
-
-
-@dataclass(frozen=True)
 class VLM:
     """The vision-language model: its sizes, where its tensors are, and which of them it does not need."""
 
@@ -248,34 +179,11 @@ def unused_vision(config: VisionConfig, prefix: str) -> list[str]:
     return [f"{prefix}blocks.{config.depth - 1}.*", f"{prefix}norm.*", f"{prefix}attn_pool.*"]
 
 
-def linear_table(ours: str, theirs: str) -> Table:
-    """Where a module's weight and bias come from."""
-    return {ours + kind: Source((theirs + kind,)) for kind in ("weight", "bias")}
-
-
 def decoder_table(config: DecoderConfig, theirs: str) -> Table:
     """Where the decoder's parameters come from."""
     names = ["embed_tokens.weight", "norm.weight"]
     names += [f"layers.{j}.{name}" for j in range(config.depth) for name in LAYER]
     return {f"decoder.{name}": Source((theirs + name,)) for name in names}
-
-
-def choose_cameras(
-    given: tuple[str, ...] | None, default: tuple[str, ...], counts: Sequence[int], family: str
-) -> tuple[str, ...]:
-    """The images the policy reads, by name.
-
-    Raises:
-        CheckpointError: the family cannot have that many.
-    """
-    cameras = default if given is None else tuple(given)
-    if len(cameras) not in counts or len(set(cameras)) != len(cameras):
-        many = " or ".join(map(str, counts))
-        raise CheckpointError(
-            f"{family} reads {many} different camera{'s' if counts[-1] > 1 else ''}, "
-            f"got {len(cameras)}: {', '.join(cameras)}"
-        )
-    return cameras
 
 
 def check_one_action(choices: Choices) -> None:
@@ -286,35 +194,6 @@ def check_one_action(choices: Choices) -> None:
     """
     if choices.chunk not in (None, 1):
         raise CheckpointError(f"a step of OpenVLA is one action, and cannot be a chunk of {choices.chunk}")
-
-
-def publish(
-    directory: Path,
-    choices: Choices,
-    config: PolicyConfig,
-    tensors: TensorSet,
-    table: Table,
-    unused: Sequence[str],
-) -> Published:
-    """A checkpoint whose tokenizer and tensors were checked against the model that its configuration makes.
-
-    Raises:
-        CheckpointError: they do not fit, or there is no tokenizer.
-    """
-    adapters.refuse_unmerged(directory, tensors)
-    tokenizer = read_tokenizer(
-        directory,
-        choices.tokenizer,
-        rows=config.model.decoder.vocabulary,
-        first=BOS,
-        needed=config.append_tokens,
-        like=TOKENIZER,
-    )
-    state = empty_model(config.model).state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if choices.crop is not None:
-        config = replace(config, crop=choices.crop)
-    return Published(config, tokenizer, Weights(tensors, table, shapes, unused))
 
 
 def make_model(
@@ -329,12 +208,3 @@ def make_model(
         cameras=len(cameras),
         proprio_dim=proprio_dim,
     )
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object, or an empty one if there is no file.
-
-    Raises:
-        CheckpointError: it holds something else.
-    """
-    return serialization.read_object(path, CheckpointError)

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqap.checkpoints import adapters, cogact, openvla, openvla_oft, prismatic
-from sqap.checkpoints.prismatic import Choices, Published
+from sqap.checkpoints import adapters, cogact, openvla, openvla_oft
+from sqap.checkpoints.choices import Choices
+from sqap.checkpoints.opened import CONFIG, Opened
 from sqap.checkpoints.tensors import shorten
 from sqap.errors import CheckpointError
+from sqap.serialization import read_object
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Format:
 
     name: str
     recognise: Callable[[Path], bool]
-    open: Callable[[Path, Choices], Published]
+    open: Callable[[Path, Choices], Opened]
 
 
 FORMATS = (
@@ -38,7 +40,7 @@ def recognise(directory: Path) -> Format:
     found = [known for known in FORMATS if known.recognise(directory)]
     if len(found) > 1:
         both = " and ".join(known.name for known in found)
-        raise CheckpointError(f"{directory / prismatic.CONFIG} is that of {both}; leave one of them there")
+        raise CheckpointError(f"{directory / CONFIG} is that of {both}; leave one of them there")
     if found:
         return found[0]
     names = "; ".join(known.name for known in FORMATS)
@@ -49,13 +51,13 @@ def recognise(directory: Path) -> Format:
 
 def _found(directory: Path) -> str:
     """What there is instead, as a phrase."""
-    path = directory / prismatic.CONFIG
+    path = directory / CONFIG
     if not path.is_file():
         if adapters.find(directory):
             return "it has a LoRA adapter without the model that it adapts: merge it into that one first"
         there = sorted(entry.name for entry in directory.iterdir())
         return f"it has no {path.name}, but {shorten(there)}" if there else "it is empty"
-    config = prismatic.read_object(path)
+    config = read_object(path, CheckpointError)
     if config.get("type") in LEROBOT:
         return f"LeRobot's {config['type']} is not supported yet"
     for key in ("model_type", "type"):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sqap.checkpoints import adapters
-from sqap.checkpoints.prismatic import Bounds, Choices
+from sqap.checkpoints.choices import Bounds, Choices
 from sqap.checkpoints.statistics import EXTREMES, PERCENTILES
 from sqap.errors import CheckpointError
 

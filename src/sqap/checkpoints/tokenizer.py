@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -12,23 +13,30 @@ from sqap.errors import CheckpointError, panics_raise
 FILE = "tokenizer.json"
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """A language model's tokens: whose they are, for messages, and the id that every prompt begins with."""
+
+    name: str
+    first: int
+
+
 def read_tokenizer(
-    directory: Path, given: Path | None, *, rows: int, first: int, needed: Iterable[int], like: str
+    directory: Path, given: Path | None, vocabulary: Vocabulary, *, rows: int, needed: Iterable[int]
 ) -> Tokenizer:
     """The tokenizer of ``directory``, or the one at ``given`` (a file or a directory), checked.
 
     Args:
         directory: the checkpoint.
         given: where to look instead.
+        vocabulary: what its tokens must be.
         rows: of the embedding table.
-        first: the id that every prompt begins with.
         needed: ids that the policy appends to prompts.
-        like: whose tokenizer it is, for messages.
 
     Raises:
         CheckpointError: there is none, or it does not belong to the model.
     """
-    path = _find(directory, given, like)
+    path = _find(directory, given, vocabulary.name)
     try:
         with panics_raise():
             tokenizer: Tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
@@ -39,7 +47,7 @@ def read_tokenizer(
     # Prompts are encoded one by one and are far shorter than any context.
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    _check(tokenizer, path, rows, first, needed, like)
+    _check(tokenizer, path, vocabulary, rows, needed)
     return tokenizer
 
 
@@ -54,7 +62,10 @@ def _find(directory: Path, given: Path | None, like: str) -> Path:
     return directory / FILE
 
 
-def _check(tokenizer: Tokenizer, path: Path, rows: int, first: int, needed: Iterable[int], like: str) -> None:
+def _check(
+    tokenizer: Tokenizer, path: Path, vocabulary: Vocabulary, rows: int, needed: Iterable[int]
+) -> None:
+    like, first = vocabulary.name, vocabulary.first
     highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if highest >= rows:
         raise CheckpointError(

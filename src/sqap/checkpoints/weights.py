@@ -48,6 +48,11 @@ class Source:
 Table = dict[str, Source]
 
 
+def linear_table(ours: str, theirs: str) -> Table:
+    """Where a module's weight and bias come from."""
+    return {ours + kind: Source((theirs + kind,)) for kind in ("weight", "bias")}
+
+
 @dataclass(frozen=True)
 class Part:
     """One file of a checkpoint; its names lose the prefix ``strip``, if they have it, and get ``prefix``."""

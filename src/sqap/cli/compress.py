@@ -11,8 +11,8 @@ import typer
 
 import sqap
 from sqap.checkpoints import locate
+from sqap.checkpoints.choices import Choices
 from sqap.checkpoints.place import check_place
-from sqap.checkpoints.prismatic import Choices
 from sqap.cli.options import (
     NONE,
     CameraOption,
@@ -30,11 +30,12 @@ from sqap.cli.options import (
     with_choices,
     write_numbers,
 )
+from sqap.config import Calibration
 from sqap.errors import InputError
 from sqap.files import resolve
 from sqap.models.storage import stored_bytes
 from sqap.observation import Observation
-from sqap.policy import Calibration, Policy
+from sqap.policy import Policy
 from sqap.quantization import Partial
 from sqap.recipe import Recipe
 from sqap.report import tables

@@ -9,7 +9,7 @@ import typer
 
 from sqap import environments
 from sqap.checkpoints import fingerprint, locate
-from sqap.checkpoints.prismatic import Choices
+from sqap.checkpoints.choices import Choices
 from sqap.cli.options import (
     NONE,
     JsonOption,

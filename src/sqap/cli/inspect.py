@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sqap.checkpoints.prismatic import Choices
+from sqap.checkpoints.choices import Choices
 from sqap.cli.options import (
     NONE,
     SOURCE,

@@ -13,7 +13,7 @@ import typer
 
 import sqap
 from sqap.checkpoints import is_own
-from sqap.checkpoints.prismatic import Choices
+from sqap.checkpoints.choices import Choices
 from sqap.errors import InputError
 from sqap.files import check_file, write_json
 from sqap.observation import Observation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from sqap.checkpoints.prismatic import Choices
+from sqap.checkpoints.choices import Choices
 from sqap.cli.options import (
     NONE,
     CameraOption,

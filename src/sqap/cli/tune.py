@@ -13,8 +13,8 @@ import sqap
 from sqap import environments
 from sqap.build import build_id
 from sqap.checkpoints import fingerprint
+from sqap.checkpoints.choices import Choices
 from sqap.checkpoints.place import check_place
-from sqap.checkpoints.prismatic import Choices
 from sqap.cli.options import (
     NONE,
     CameraOption,

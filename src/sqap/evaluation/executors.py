@@ -9,7 +9,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from sqap import environments
-from sqap.checkpoints.prismatic import Choices
+from sqap.checkpoints.choices import Choices
 from sqap.errors import InputError
 from sqap.evaluation.log import EpisodeLog, Record
 from sqap.evaluation.rollout import make_ensemble

@@ -13,7 +13,7 @@ import torch
 
 from sqap import environments
 from sqap.build import build_id
-from sqap.checkpoints.prismatic import Choices
+from sqap.checkpoints.choices import Choices
 from sqap.kernels import cpu
 from sqap.process import available_cores
 

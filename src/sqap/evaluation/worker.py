@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 import sqap
 from sqap import environments
 from sqap.checkpoints import identify
-from sqap.checkpoints.prismatic import Choices
+from sqap.checkpoints.choices import Choices
 from sqap.environments import Environment
 from sqap.errors import SqapError
 from sqap.evaluation.log import Record

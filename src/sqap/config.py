@@ -1,0 +1,57 @@
+"""What a policy is and what calibration found, as plain data: all of `policy.json` but the recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqap.models import ModelConfig
+from sqap.processing import ActionStatistics, ActionUnits, ProprioStatistics
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """What a policy is, apart from its weights.
+
+    Args:
+        family: the published policy whose construction this follows, e.g. ``"cogact"``.
+        model: sizes of the four parts.
+        cameras: names of the images the policy reads, in order.
+        actions: how its outputs become robot units.
+        prompt: template around the instruction.
+        append_tokens: ids that follow the prompt's, less what of them it ends with already.
+        crop: share of an image's area that is looked at, from its centre.
+        proprio: how the robot's state is normalised, for policies that read it.
+        units: what the actions mean, for reports in millimetres; None if that is not known.
+    """
+
+    family: str
+    model: ModelConfig
+    cameras: tuple[str, ...]
+    actions: ActionStatistics
+    prompt: str = "{instruction}"
+    append_tokens: tuple[int, ...] = ()
+    crop: float = 1.0
+    proprio: ProprioStatistics | None = None
+    units: ActionUnits | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `compress` learned from calibration frames, kept with the compressed policy.
+
+    Args:
+        frames: how many observations were used.
+        frames_hash: SHA-256 over their pixels and instructions.
+        top_k: how many tokens the ranking may choose; None if calibration has no say.
+        overlap: mean agreement of the full-precision and the quantized top k at that k.
+        layers: decoder layers, counted from 0, that method "lookahead" looks at.
+        recall: share of the budget's best tokens, by later layers' attention in full precision, that looking
+            ahead finds.
+    """
+
+    frames: int
+    frames_hash: str
+    top_k: int | None = None
+    overlap: float | None = None
+    layers: tuple[int, ...] | None = None
+    recall: float | None = None
