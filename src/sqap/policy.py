@@ -91,7 +91,7 @@ class Policy:
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
-        there = self.model.decoder.norm.weight.device
+        there = self.model.device
         self._device = torch.device("cpu") if self.weights is not None and there.type == "meta" else there
         pruning = self.recipe.pruning
         self.selector: Selector | None = None

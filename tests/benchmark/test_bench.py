@@ -191,6 +191,11 @@ def test_a_random_policy_acts(policy: Policy, recipe: Recipe) -> None:
     [
         (["POLICY", "--vs", "magic"], "no candidate is called 'magic'; there are sqap, "),
         (["POLICY", "--vs", "sqap-keep-all"], "no candidate is called 'sqap-keep-all'"),
+        (
+            ["POLICY", "--vs", "nowhere:fast"],
+            "no candidate is called 'nowhere:fast': No module",
+        ),
+        (["POLICY", "--vs", "json:dumps"], "json:dumps is no sqap.benchmark.candidates.Candidate"),
         (["POLICY", "--vs", "sqap-keep-2"], "keep_ratio must be in (0, 1], got 2.0"),
         (["--shape", "gpt-5"], "no shape is called 'gpt-5'; there are cogact-7b"),
         ([], "name a policy to time, or a --shape"),

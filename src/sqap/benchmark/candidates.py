@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ from sqap.benchmark import tools
 from sqap.benchmark.dense import dense, unpack
 from sqap.benchmark.exported import Elsewhere, export
 from sqap.benchmark.shapes import SHAPES, random_policy
-from sqap.benchmark.vla_cpp import PRECISIONS, vla_cpp
 from sqap.checkpoints.choices import Choices
 from sqap.compress import compress
 from sqap.errors import InputError
@@ -146,27 +146,36 @@ CANDIDATES = {
     "onnxruntime-int4": Candidate(
         "ONNX Runtime, 4-bit weights", _exported(tools.onnxruntime, 4), True, "onnxruntime"
     ),
-    **{
-        f"vla.cpp-{precision}": Candidate(
-            f"vla.cpp, {precision}", partial(vla_cpp, precision=precision), False, "vla.cpp"
-        )
-        for precision in PRECISIONS
-    },
 }
 
 
 def candidate(name: str) -> Candidate:
-    """The candidate called ``name``: one of `CANDIDATES`, or ``sqap-keep-RATIO``.
+    """The candidate called ``name``: one of `CANDIDATES`, ``sqap-keep-RATIO``, or ``module:attribute``.
 
     Raises:
         InputError: there is none.
     """
     if name in CANDIDATES:
         return CANDIDATES[name]
-    with suppress(ValueError):
-        if name.startswith(KEEPING):
-            return keeping(Pruning(float(name.removeprefix(KEEPING))).keep_ratio)
-    raise InputError(f"no candidate is called {name!r}; there are {', '.join(CANDIDATES)}, {KEEPING}RATIO")
+    ratio = re.fullmatch(rf"{KEEPING}(\d+(?:\.\d+)?)", name)
+    if ratio:
+        return keeping(Pruning(float(ratio[1])).keep_ratio)
+    if ":" in name:
+        return _imported(name)
+    known = *CANDIDATES, f"{KEEPING}RATIO", "module:attribute"
+    raise InputError(f"no candidate is called {name!r}; there are {', '.join(known)}")
+
+
+def _imported(name: str) -> Candidate:
+    """One whose glue is not part of sqap."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as problem:
+        raise InputError(f"no candidate is called {name!r}: {problem}") from problem
+    if not isinstance(found, Candidate):
+        raise InputError(f"{name} is no sqap.benchmark.candidates.Candidate, but a {type(found).__name__}")
+    return found
 
 
 def example(policy: Policy) -> Observation:

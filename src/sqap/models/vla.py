@@ -69,6 +69,11 @@ class VLA(nn.Module):
         """What is computed in: the type of the decoder's norms, which are never quantized."""
         return self.decoder.norm.weight.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.decoder.norm.weight.device
+
     def forward(self, inputs: ModelInputs, pruner: TokenPruner | None = None) -> Tensor:
         """Normalised actions ``(batch, horizon, action_dim)``."""
         (out,) = self.run([inputs], pruners=[pruner])

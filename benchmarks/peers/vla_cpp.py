@@ -1,16 +1,21 @@
-"""vla.cpp as a rival: it gets the policy's weights as a GGUF, and acts through its own Python package."""
+"""vla.cpp as a rival of `sqap bench`: PYTHONPATH=benchmarks sqap bench POLICY --vs peers.vla_cpp:q4_0
+
+It gets the policy's weights as a GGUF, and acts through its own Python package.
+"""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sqap.benchmark.candidates import Candidate
 from sqap.benchmark.exported import Elsewhere
 from sqap.errors import SqapError
 from sqap.models import ModelConfig, ModelInputs
@@ -23,7 +28,7 @@ THREADS_VARIABLE = "VLA_N_THREADS"
 class VlaCpp(Elsewhere):
     """Stands where the model stood."""
 
-    dtype = torch.float32
+    dtype, device = torch.float32, torch.device("cpu")
 
     def __init__(self, model: Any, pixel_format: int, config: ModelConfig, nbytes: int) -> None:
         super().__init__(nbytes)
@@ -59,8 +64,7 @@ def vla_cpp(policy: Policy, precision: str) -> Policy:
         ImportError: a package is not installed.
     """
     import vla_cpp
-
-    from sqap.benchmark.vla_cpp_gguf import write
+    from peers.vla_cpp_gguf import write
 
     os.environ[THREADS_VARIABLE] = str(torch.get_num_threads())
     with tempfile.TemporaryDirectory() as folder:
@@ -73,3 +77,9 @@ def vla_cpp(policy: Policy, precision: str) -> Policy:
             raise SqapError(f"vla.cpp: {problem}") from problem
     model: Any = VlaCpp(loaded, vla_cpp.PIXEL_F32_RGB_01, policy.config.model, nbytes)
     return Policy(model, policy.config, policy.tokenizer)
+
+
+bf16, q8_0, q5_1, q5_0, q4_1, q4_0 = (
+    Candidate(f"vla.cpp, {precision}", partial(vla_cpp, precision=precision), False, "vla.cpp")
+    for precision in PRECISIONS
+)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peers.vla_cpp import vla_cpp
 from typer.testing import CliRunner
 
 from sqap.benchmark import SHAPES, Subject
@@ -17,7 +18,6 @@ from sqap.benchmark.candidates import example
 from sqap.benchmark.dense import dense
 from sqap.benchmark.shapes import random_policy
 from sqap.benchmark.timing import Bench
-from sqap.benchmark.vla_cpp import vla_cpp
 from sqap.cli import app
 from sqap.errors import InputError, SqapError
 from sqap.models import ModelConfig
@@ -70,7 +70,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 
 def test_the_file_holds_the_function_of_the_rotated_decoder(compressed: Policy, tmp_path: Path) -> None:
-    from sqap.benchmark.vla_cpp_gguf import write
+    from peers.vla_cpp_gguf import write
 
     nbytes = write(compressed, tmp_path / "p.gguf", "bf16")
     found = read(tmp_path / "p.gguf")
@@ -99,7 +99,7 @@ def test_the_file_holds_the_function_of_the_rotated_decoder(compressed: Policy, 
 def test_matrices_are_stored_in_the_type_asked_for(
     compressed: Policy, tmp_path: Path, precision: str, worst: float
 ) -> None:
-    from sqap.benchmark.vla_cpp_gguf import write
+    from peers.vla_cpp_gguf import write
 
     for kind in ("bf16", precision):
         write(compressed, tmp_path / f"{kind}.gguf", kind)
@@ -144,7 +144,7 @@ def test_why_it_cannot_run_is_said(policy: Policy, monkeypatch: pytest.MonkeyPat
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "tiny", tiny())
     monkeypatch.setitem(sys.modules, "vla_cpp", None)
-    timed = Bench((Subject("tiny", Recipe(), random=True), "vla.cpp-q8_0", 1, None))
+    timed = Bench((Subject("tiny", Recipe(), random=True), "peers.vla_cpp:q8_0", 1, None))
     with pytest.raises(SqapError, match=r"vla_cpp.*docs/bench\.md says what to install"):
         timed("load")
 
