@@ -13,6 +13,7 @@ from sqap.environments import ActionUnits, StepResult
 from sqap.errors import InputError
 from sqap.evaluation.rollout import Episode
 from sqap.observation import Observation
+from sqap.processing import Crop, Window
 from sqap.pruning.selector import Selection
 from sqap.recipe import Recipe
 from sqap.report.comparison import record_comparison
@@ -34,6 +35,7 @@ from sqap.report.video import (
 GRID, SIZE, PANE = 4, 256, 64
 PATCH = SIZE // GRID
 RING = (0.1, 0.3)
+QUARTER = Window(sides=(0.5, 0.5))  # of the area
 
 
 def mask(*tokens):
@@ -122,7 +124,7 @@ class TestAnnotate:
     def test_a_crop_is_drawn_where_it_is(self):
         """A quarter of the area: patches and ring at half their size, and nothing but darkness around."""
         gray, target, half = np.full((8, 8, 3), 128, np.uint8), (0.4, 0.6), SIZE // 2
-        shown = annotate(gray, selection(target), SIZE, RING, crop=0.25)
+        shown = annotate(gray, selection(target), SIZE, RING, QUARTER)
         whole = annotate(gray, selection(target), half, RING)
         inside = shown[half // 2 : -half // 2, half // 2 : -half // 2].astype(int)
         # Strokes have widths of their own; what lies between them is the same.
@@ -180,8 +182,8 @@ class TestRecord:
         frames = (Frame(Observation(images, "walk"), selection(), 0),)
         episode = Episode("walk", 0, True, 0, 0.0, ())
         pictures = [
-            compose([Clip("x", None, 40.0, frames, episode, camera, crop)], 0, PANE)
-            for camera, crop in ((None, 1.0), ("wrist", 1.0), ("wrist", 0.25))
+            compose([Clip("x", None, 40.0, frames, episode, camera, steps)], 0, PANE)
+            for camera, steps in ((None, ()), ("wrist", ()), ("wrist", (Crop(0.25),)))
         ]
         bright = [int((picture.min(-1) == 200).sum()) for picture in pictures]
         assert bright[0] == 0
@@ -191,11 +193,14 @@ class TestRecord:
         monkeypatch.setattr("sqap.environments.make", lambda env, task: self.Walk())
         policies = [self.Looks(), self.Looks()]
         for policy, camera, crop in zip(policies, ("wrist", "camera"), (0.5, 1.0), strict=True):
-            policy.recipe, policy.config = Recipe(), SimpleNamespace(cameras=(camera, "other"), crop=crop)
+            policy.recipe, policy.config = (
+                Recipe(),
+                SimpleNamespace(cameras=(camera, "other"), images=((Crop(crop),), ())),
+            )
         columns = record_comparison(policies, "metaworld", ["door-open", "door-close"], seed=0)
-        assert [[(shown.camera, shown.crop) for shown in column] for column in columns] == [
-            [("wrist", 0.5)] * 2,
-            [("camera", 1.0)] * 2,
+        assert [[(shown.camera, shown.steps) for shown in column] for column in columns] == [
+            [("wrist", (Crop(0.5),))] * 2,
+            [("camera", (Crop(1.0),))] * 2,
         ]
 
     def record(self, hz):
@@ -253,7 +258,7 @@ class TestHeatMap:
         assert (heat_map(self.image, np.zeros(GRID**2, np.float32), SIZE) == shown[4, 4 * PATCH - 4]).all()
 
     def test_around_a_crop_there_is_none(self):
-        shown = heat_map(self.image, np.ones(GRID**2, np.float32), SIZE, crop=0.25)
+        shown = heat_map(self.image, np.ones(GRID**2, np.float32), SIZE, QUARTER)
         quarter = SIZE // 4
         inside = shown[quarter + 2 : -quarter - 2, quarter + 2 : -quarter - 2]
         assert inside.min() > 20
