@@ -13,7 +13,7 @@ from sqap.environments import ActionUnits, StepResult
 from sqap.errors import InputError
 from sqap.evaluation.rollout import Episode
 from sqap.observation import Observation
-from sqap.processing import Crop, Window
+from sqap.processing import Crop, ResizeWithPad, Window, window
 from sqap.pruning.selector import Selection
 from sqap.recipe import Recipe
 from sqap.report.comparison import record_comparison
@@ -134,6 +134,21 @@ class TestAnnotate:
         row, column = int(SIZE * 0.55), int(SIZE * (0.45 + RING[1] / 2))  # where the outer circle is
         near = shown[row - 2 : row + 3, column - 2 : column + 3].reshape(-1, 3).astype(int)
         assert np.abs(near - AROUND).sum(1).min() < 120
+
+    def test_padding_is_not_drawn(self):
+        """Of a 4:3 picture, an eighth of the square that the policy looks at is above it, and below."""
+        gray, target = np.full((48, 64, 3), 128, np.uint8), (0.5, 0.5)
+        seen = window((ResizeWithPad(32, "center"),), (48, 64))
+        first_row = Selection(mask(0, 1, 2, 3), mask(), mask(), target)
+        shown = annotate(gray, first_row, SIZE, None, seen)
+        edge = SIZE // 6  # half a row of the grid's, four thirds as high as in the square
+        assert (shown[5 : edge - 5, 5:-5] == 128).all()
+        assert (shown[edge + 5 : -5, 5:-5].max(-1) < 0.5 * 128).all()
+        ringed = annotate(np.zeros_like(gray), first_row, SIZE, RING, seen).astype(int)
+        for right, down in ((RING[1], 0), (-RING[1], 0), (0, RING[1] * 4 / 3), (RING[0], 0)):
+            y, x = int((target[1] + down) * SIZE), int((target[0] + right) * SIZE)
+            near = ringed[y - 2 : y + 3, x - 2 : x + 3].reshape(-1, 3)
+            assert np.abs(near - AROUND).sum(1).min() < 120
 
     @pytest.mark.parametrize(("target", "ring"), [(None, RING), ((0.5, 0.5), None)])
     def test_no_ring_without_a_target_or_radii(self, target, ring):

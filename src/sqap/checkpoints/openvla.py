@@ -14,7 +14,7 @@ from sqap.checkpoints.choices import Choices, choose_cameras
 from sqap.checkpoints.known_keys import OPENVLA, ROPE, TEXT
 from sqap.checkpoints.opened import CONFIG, Opened, open_published
 from sqap.checkpoints.prismatic import VLM, VOCABULARY, Encoder, Names
-from sqap.checkpoints.processor import Triple, check_pixels, normalisation, read_processor
+from sqap.checkpoints.processor import check_pixels, normalisation, read_processor
 from sqap.checkpoints.robots import refuse_discrete
 from sqap.checkpoints.statistics import Dataset, choose_dataset, read_range
 from sqap.checkpoints.tensors import open_safetensors
@@ -23,6 +23,7 @@ from sqap.config import PolicyConfig
 from sqap.errors import CheckpointError
 from sqap.models import DecoderConfig, TokenHeadConfig, VisionConfig
 from sqap.processing import Clamp
+from sqap.processing.images import Triple
 from sqap.serialization import read_object
 
 FAMILY = "OpenVLA"

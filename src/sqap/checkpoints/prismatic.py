@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqap.checkpoints.choices import Choices
-from sqap.checkpoints.processor import Triple
 from sqap.checkpoints.tokenizer import Vocabulary
 from sqap.checkpoints.weights import Source, Table, TensorSet, linear_table, without_batch
 from sqap.errors import CheckpointError
 from sqap.models import DecoderConfig, HeadConfig, ModelConfig, VisionConfig
 from sqap.processing import ImageSteps, Lower, PromptConfig, Template, stretched
+from sqap.processing.images import Triple
 
 PROMPT = Lower(), Template("In: What action should the robot take to {instruction}?\nOut:")
 VOCABULARY = Vocabulary("Llama 2", first=1)
