@@ -12,7 +12,7 @@ from sqap.config import PolicyConfig
 from sqap.environments.metaworld import CAMERA
 from sqap.models import VLA
 from sqap.policy import Policy
-from sqap.processing import ActionStatistics, ActionUnits
+from sqap.processing import ActionUnits, Clamp, Range, stretched
 
 
 def export(plan: Blueprint, directory: Path) -> int:
@@ -23,13 +23,11 @@ def export(plan: Blueprint, directory: Path) -> int:
     model = VLA(plan.config)
     model.load_state_dict(weights)
     statistics = json.loads((plan.work / "statistics.json").read_text())
-    actions = ActionStatistics(
-        low=tuple(statistics["q01"]),
-        high=tuple(statistics["q99"]),
-        mask=(True,) * plan.config.head.action_dim,
-    )
+    low, high = tuple(statistics["q01"]), tuple(statistics["q99"])
+    actions = Clamp(), Range(low, high, (True,) * plan.config.head.action_dim)
+    images = tuple(stretched(vision.image_size) for vision in plan.config.vision)
     # Meta-World's units: a centimetre per unit and step; the fingers close above zero.
     units = ActionUnits(translation=(0, 1, 2), millimetres=10.0, gripper=3)
-    config = PolicyConfig("cogact", plan.config, (CAMERA,), actions, units=units)
+    config = PolicyConfig("cogact", plan.config, (CAMERA,), images, actions, units=units)
     Policy(model, config, plan.tokenizer()).save(directory)
     return int(saved["step"])

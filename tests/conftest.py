@@ -15,7 +15,7 @@ import sqap.environments  # noqa: F401 - before any test imports MuJoCo, which t
 from sqap import Camera, Observation, Policy
 from sqap.config import PolicyConfig
 from sqap.models import VLA, DecoderConfig, DiffusionHeadConfig, ModelConfig, VisionConfig
-from sqap.processing import ActionStatistics
+from sqap.processing import Clamp, Range, stretched
 
 # The same few examples every time, and none made smaller: what `mutmut` asks of tests.
 settings.register_profile(
@@ -49,8 +49,10 @@ def policy() -> Policy:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    actions = ActionStatistics(low=(-0.5,) * 4, high=(0.5, 1.0, 2.0, 1.0), mask=(True, True, True, False))
-    return Policy(VLA(config), PolicyConfig("cogact", config, (CAMERA,), actions), tokenizer)
+    actions = Clamp(), Range(low=(-0.5,) * 4, high=(0.5, 1.0, 2.0, 1.0), mask=(True, True, True, False))
+    return Policy(
+        VLA(config), PolicyConfig("cogact", config, (CAMERA,), (stretched(32),), actions), tokenizer
+    )
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from sqap import Recipe
 from sqap.build import build_id
 from sqap.errors import CheckpointError, InputError
 from sqap.models.stages import stages
-from sqap.processing import ActionUnits
+from sqap.processing import ActionUnits, Clamp, PromptConfig, Template, cropped, stretched
 from sqap.quantization import Partial, list_linears
 from sqap.recipe import Pruning, PruningMethod, Quantization, Scheme
 from tests.torch_settings import SETTINGS
@@ -94,11 +94,11 @@ def other_weights(policy):
 
 
 OTHERS = {
-    "crop": lambda policy: changed(policy, crop=0.5),
-    "prompt": lambda policy: changed(policy, prompt="please {instruction}"),
-    "appended tokens": lambda policy: changed(policy, append_tokens=(5,)),
+    "crop": lambda policy: changed(policy, images=(cropped(stretched(32), 0.5),)),
+    "prompt": lambda policy: changed(policy, prompt=PromptConfig((Template("please {instruction}"),))),
+    "appended tokens": lambda policy: changed(policy, prompt=PromptConfig(append=(5,))),
     "statistics": lambda policy: changed(
-        policy, actions=dataclasses.replace(policy.config.actions, high=(0.5, 1.0, 2.5, 1.0))
+        policy, actions=(Clamp(), dataclasses.replace(policy.config.actions[1], high=(0.5, 1.0, 2.5, 1.0)))
     ),
     "units": lambda policy: changed(policy, units=ActionUnits((0, 1, 2), 10.0)),
     "tokenizer": other_tokenizer,

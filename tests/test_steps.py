@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from sqap import Camera, Observation, Policy
 from sqap.config import PolicyConfig
 from sqap.errors import InputError
-from sqap.processing import ActionStatistics, ProprioStatistics
+from sqap.processing import Clamp, Range, stretched
 from sqap.pruning import criteria
 from sqap.quantization import quantize_model
 from sqap.recipe import Cut, Pruning, Quantization, Recipe, Scheme
@@ -50,9 +50,11 @@ def make_policy(family: str, pruning: Pruning | None, quantized: bool = False) -
     )
     cameras = ("front", "wrist")[: config.cameras]
     bounds = (-1.0,) * 5, (1.0,) * 5, (True,) * 5
-    proprio = ProprioStatistics(*bounds) if config.proprio_dim else None
-    actions = ActionStatistics(*(values[:4] for values in bounds))
-    return Policy(model, PolicyConfig("small", config, cameras, actions, proprio=proprio), tokenizer, recipe)
+    state = (Range(*bounds), Clamp()) if config.proprio_dim else None
+    actions = Clamp(), Range(*(values[:4] for values in bounds))
+    images = tuple(stretched(vision.image_size) for vision in config.vision)
+    about = PolicyConfig("small", config, cameras, images, actions, state=state)
+    return Policy(model, about, tokenizer, recipe)
 
 
 def observe(policy: Policy, seed: int) -> Observation:

@@ -18,8 +18,9 @@ from torch import Tensor
 from sqap.benchmark.candidates import Candidate
 from sqap.benchmark.exported import Elsewhere
 from sqap.errors import SqapError
-from sqap.models import ModelConfig, ModelInputs
+from sqap.models import ModelInputs
 from sqap.policy import Policy
+from sqap.processing import ImageSteps, Normalize
 
 PRECISIONS = ("bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # all the types that it multiplies with
 THREADS_VARIABLE = "VLA_N_THREADS"
@@ -30,9 +31,9 @@ class VlaCpp(Elsewhere):
 
     dtype, device = torch.float32, torch.device("cpu")
 
-    def __init__(self, model: Any, pixel_format: int, config: ModelConfig, nbytes: int) -> None:
+    def __init__(self, model: Any, pixel_format: int, steps: ImageSteps, nbytes: int) -> None:
         super().__init__(nbytes)
-        self._model, self._pixel_format, self._config = model, pixel_format, config
+        self._model, self._pixel_format, self._steps = model, pixel_format, steps
 
     def run(self, inputs: Sequence[ModelInputs], *_: object) -> list[Tensor]:
         """Normalised actions ``(1, horizon, action_dim)`` for each of ``inputs``."""
@@ -50,8 +51,8 @@ class VlaCpp(Elsewhere):
 
     def _images(self, pixels: Tensor) -> Tensor:
         """What its own statistics normalise: ``(cameras, size, size, 3)`` from 0 to 1."""
-        vision = self._config.vision[0]
-        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (vision.mean, vision.std))
+        (step,) = [step for step in self._steps if isinstance(step, Normalize)]
+        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (step.mean, step.std))
         return (pixels * std + mean).permute(0, 2, 3, 1)
 
 
@@ -75,7 +76,7 @@ def vla_cpp(policy: Policy, precision: str) -> Policy:
             loaded = vla_cpp.load(str(gguf))
         except (OSError, RuntimeError) as problem:
             raise SqapError(f"vla.cpp: {problem}") from problem
-    model: Any = VlaCpp(loaded, vla_cpp.PIXEL_F32_RGB_01, policy.config.model, nbytes)
+    model: Any = VlaCpp(loaded, vla_cpp.PIXEL_F32_RGB_01, policy.config.images[0], nbytes)
     return Policy(model, policy.config, policy.tokenizer)
 
 

@@ -147,7 +147,7 @@ def keys(policy: Policy) -> dict[str, int | float]:
         "action.head_hidden": head.width,
         "action.head_blocks": head.depth,
         "action.head_ln_eps": 1e-5,
-        "tokens.stop_id": policy.config.append_tokens[-1],
+        "tokens.stop_id": policy.config.prompt.append[-1],
     }
 
 

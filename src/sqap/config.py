@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sqap.models import ModelConfig
-from sqap.processing import ActionStatistics, ActionUnits, ProprioStatistics
+from sqap.processing import ActionStep, ActionUnits, ImageSteps, PromptConfig, StateStep, state_dim
 
 
 @dataclass(frozen=True)
@@ -16,23 +16,26 @@ class PolicyConfig:
         family: the published policy whose construction this follows, e.g. ``"cogact"``.
         model: sizes of the four parts.
         cameras: names of the images the policy reads, in order.
+        images: what is done to an image for each of the vision encoders.
         actions: how its outputs become robot units.
-        prompt: template around the instruction.
-        append_tokens: ids that follow the prompt's, less what of them it ends with already.
-        crop: share of an image's area that is looked at, from its centre.
-        proprio: how the robot's state is normalised, for policies that read it.
+        prompt: how the instruction becomes token ids.
+        state: what is done to the robot's state, for policies that read it.
         units: what the actions mean, for reports in millimetres; None if that is not known.
     """
 
     family: str
     model: ModelConfig
     cameras: tuple[str, ...]
-    actions: ActionStatistics
-    prompt: str = "{instruction}"
-    append_tokens: tuple[int, ...] = ()
-    crop: float = 1.0
-    proprio: ProprioStatistics | None = None
+    images: tuple[ImageSteps, ...]
+    actions: tuple[ActionStep, ...]
+    prompt: PromptConfig = PromptConfig()  # noqa: RUF009 - it is frozen
+    state: tuple[StateStep, ...] | None = None
     units: ActionUnits | None = None
+
+    @property
+    def state_dim(self) -> int:
+        """Numbers of the robot's state; 0 if the policy does not read it."""
+        return 0 if self.state is None else state_dim(self.state, self.model.proprio_dim or 0)
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from sqap.models.stages import stages
 from sqap.models.storage import Rounded, Weights, fill, unify, widen
 from sqap.models.through import Through, direct
 from sqap.observation import Observation
-from sqap.processing import normalize_proprio, pixel_values, prompt_ids, unnormalize
+from sqap.processing import normalize_state, pixel_values, prompt_ids, unnormalize, window
 from sqap.pruning import Selection, Selector, StepPruner
 from sqap.pruning.attention import score_queries
-from sqap.pruning.geometry import into_crop, project
+from sqap.pruning.geometry import project
 from sqap.pruning.lookahead import layers_to_look_at
 from sqap.pruning.memory import Memory
 from sqap.recipe import Pruning, Recipe
@@ -165,7 +165,8 @@ class Policy:
         prepared = [self._prepare(*triple) for triple in triples]
         inputs, pruners = [given for given, _ in prepared], [pruner for _, pruner in prepared]
         found = self.model.run([given.to(self.device) for given in inputs], self.through, pruners)
-        return [self._step(actions, pruner) for actions, pruner in zip(found, pruners, strict=True)]
+        each = zip(found, pruners, observations, strict=True)
+        return [self._step(actions, pruner, seen.state) for actions, pruner, seen in each]
 
     def _prepare(
         self, observation: Observation, seed: int | None, memory: Memory | None
@@ -178,9 +179,9 @@ class Policy:
         inputs = self.inputs(observation, generator)
         return inputs, self._pruner(observation, inputs.token_ids.shape[1], generator, memory)
 
-    def _step(self, actions: torch.Tensor, pruner: StepPruner | None) -> Step:
+    def _step(self, actions: torch.Tensor, pruner: StepPruner | None, state: np.ndarray | None) -> Step:
         normalised = actions[0].float().cpu().numpy()
-        chunk = unnormalize(normalised, self.config.actions)
+        chunk = unnormalize(normalised, self.config.actions, state)
         for found in (normalised, chunk):  # what is clipped or turned into 0 and 1 hides what it was
             _check_actions(found)
         if pruner is None:
@@ -197,7 +198,7 @@ class Policy:
                 makes nothing of its instruction that the model can read.
         """
         config, head = self.config, self.config.model.head
-        ids = prompt_ids(observation.instruction, config.prompt, self.tokenizer, config.append_tokens)
+        ids = prompt_ids(observation.instruction, config.prompt, self.tokenizer)
         _check_ids(ids, config.model)
         noise = None
         if head.noisy:
@@ -212,19 +213,16 @@ class Policy:
             raise InputError(
                 f"the policy reads camera {missing[0]!r}; the observation has {sorted(observation.images)}"
             )
-        crop, images = self.config.crop, [observation.images[camera] for camera in self.config.cameras]
-        return [
-            torch.cat([pixel_values(image, vision, crop) for image in images])
-            for vision in self.config.model.vision
-        ]
+        images = [observation.images[camera] for camera in self.config.cameras]
+        return [torch.cat([pixel_values(image, steps) for image in images]) for steps in self.config.images]
 
     def proprio(self, observation: Observation) -> torch.Tensor | None:
         """The normalised state ``(1, proprio_dim)``, of policies that read it."""
-        if self.config.proprio is None:
+        if self.config.state is None:
             return None
         if observation.state is None:
             raise InputError("the policy reads the robot's state; the observation has none")
-        return normalize_proprio(observation.state, self.config.proprio)
+        return normalize_state(observation.state, self.config.state)
 
     @property
     def device(self) -> torch.device:
@@ -318,7 +316,7 @@ class Policy:
             return None
         shape = observation.images[camera].shape[:2]
         place = project(observation.cameras[camera], observation.end_effector, shape)
-        return None if place is None else into_crop(place, self.config.crop)
+        return None if place is None else window(self.config.images[0], shape).into(place)
 
 
 def check_pruning(pruning: Pruning, config: ModelConfig) -> None:

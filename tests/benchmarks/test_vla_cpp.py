@@ -121,12 +121,12 @@ def test_it_is_given_what_the_policy_sees(compressed: Policy, monkeypatch: pytes
     expected = compressed.inputs(seen, torch.Generator())
     chunk = vla_cpp(compressed, "q4_0").act(seen, seed=0)
     np.testing.assert_array_equal(chunk.ravel(), np.arange(56))
-    vision = compressed.config.model.vision[0]
+    normalize = compressed.config.images[0][-1]
     for image, pixels in zip(fake.given["images"], expected.pixels[0], strict=True):
         assert image.shape == (28, 28, 3)
         assert image.min() >= -1e-6
         assert image.max() <= 1 + 1e-6
-        normalised = (image - np.array(vision.mean)) / np.array(vision.std)
+        normalised = (image - np.array(normalize.mean)) / np.array(normalize.std)
         np.testing.assert_allclose(normalised.transpose(2, 0, 1), pixels, atol=1e-5)
     assert [*fake.given["tokens"], 1] == expected.token_ids[0].tolist()
     np.testing.assert_array_equal(fake.given["state"], expected.proprio[0])

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 import sqap
 from sqap import Observation, Policy, Recipe
 from sqap.config import PolicyConfig
-from sqap.processing import ActionStatistics, ProprioStatistics
+from sqap.processing import Binarize, Clamp, Lower, PromptConfig, Range, Template, cropped, stretched
 from tests.checkpoints.mutations import Mutation, Need, file_mutations, weighted
 from tests.checkpoints.mutations_json import Decisive, Telling, json_mutations
 from tests.checkpoints.mutations_tensors import flatten, pickle_mutations, read, tensor_mutations
@@ -158,9 +158,11 @@ def _write_native(directory: Path, *, compress: bool) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    actions = ActionStatistics((-0.5,) * 4, (0.5, 1.0, 2.0, 1.0), (True, True, True, False), binarize=(3,))
-    proprio = ProprioStatistics((-1.0,) * 5, (1.0,) * 5, (True,) * 5)
-    about = PolicyConfig("cogact", config, CAMERAS[:2], actions, "Do: {instruction}", (2,), 0.9, proprio)
+    bounds = Range((-0.5,) * 4, (0.5, 1.0, 2.0, 1.0), (True, True, True, False))
+    actions, state = (Clamp(), Binarize((3,)), bounds), (Range((-1.0,) * 5, (1.0,) * 5, (True,) * 5), Clamp())
+    images = tuple(cropped(stretched(vision.image_size), 0.9) for vision in config.vision)
+    prompt = PromptConfig((Lower(), Template("Do: {instruction}")), append=(2,))
+    about = PolicyConfig("cogact", config, CAMERAS[:2], images, actions, prompt, state)
     policy = Policy(random_model(config), about, tokenizer)
     if compress:
         policy = sqap.compress(policy, Recipe.w4a8(), [_observe(5)])
@@ -210,7 +212,7 @@ def make_base(name: str, root: Path, payload: object) -> Base:
     layout, directory = LAYOUTS[name], root / "valid" / name
     layout.write(directory)
     policy = sqap.load(directory, **layout.options)
-    observation = _observe(0 if policy.config.proprio is None else len(policy.config.proprio.low))
+    observation = _observe(policy.config.state_dim)
     return Base(
         layout,
         directory,

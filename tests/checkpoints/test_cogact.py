@@ -12,6 +12,7 @@ from sqap.checkpoints import cogact
 from sqap.checkpoints.choices import Choices
 from sqap.errors import CheckpointError
 from sqap.models import DecoderConfig, DiffusionHeadConfig, TokenHeadConfig
+from sqap.processing import Binarize, Clamp, Lower, PromptConfig, Range, Template, stretched
 
 KEY = "bridge_orig"
 
@@ -33,19 +34,22 @@ def edit_config(directory: Path, base_vlm: object) -> None:
 
 def test_the_configuration_is_the_published_one(written):
     config = cogact.open(written("cogact"), Choices(unnorm_key=KEY)).config
-    assert (config.family, config.cameras, config.crop, config.proprio) == ("cogact", ("image",), 1.0, None)
-    assert config.prompt == "In: What action should the robot take to {instruction}?\nOut:"
-    assert config.append_tokens == (29871, 2)
+    assert (config.family, config.cameras, config.state) == ("cogact", ("image",), None)
+    assert config.prompt == PromptConfig(
+        (Lower(), Template("In: What action should the robot take to {instruction}?\nOut:")),
+        append=(29871, 2),
+    )
     assert config.model.head == DiffusionHeadConfig(7, 16, 128, 2, 2)
     assert config.model.decoder == DecoderConfig(32064, 128, 3, 1, 1, 128, 192, 10_000.0, 1e-5)
     assert [(v.width, v.image_size, v.registers, v.layer_scale) for v in config.model.vision] == [
         (48, 56, 4, True),
         (64, 56, 0, False),
     ]
-    assert config.model.vision[0].mean == (0.485, 0.456, 0.406)
+    assert config.images == (stretched(56, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), stretched(56))
     statistics = json.loads((written("cogact") / "dataset_statistics.json").read_text())[KEY]["action"]
-    assert (config.actions.low, config.actions.high) == (tuple(statistics["q01"]), tuple(statistics["q99"]))
-    assert (config.actions.binarize, config.actions.clip) == ((6,), True)
+    clip, binarize, bounds = config.actions
+    assert (clip, binarize) == (Clamp(), Binarize((6,)))
+    assert (bounds.low, bounds.high) == (tuple(statistics["q01"]), tuple(statistics["q99"]))
 
 
 def test_every_tensor_goes_where_it_belongs(written, load):
@@ -103,8 +107,8 @@ def test_averaged_weights_that_are_not_there_are_refused(written):
 def test_without_an_action_model_it_is_openvla(written, load):
     published = cogact.open(written("native-openvla"), Choices(unnorm_key=KEY))
     assert published.config.family == "openvla"
-    assert published.config.append_tokens == (29871,)
-    assert published.config.actions.binarize == ()
+    assert published.config.prompt.append == (29871,)
+    assert [type(step) for step in published.config.actions] == [Clamp, Range]
     assert published.config.model.head == TokenHeadConfig(7, 32064, 256, 32000)
     theirs = stored(written("native-openvla"))["llm_backbone"]["llm.lm_head.weight"]
     assert torch.equal(load(published)["head.lm_head.weight"], theirs)

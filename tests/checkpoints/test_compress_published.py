@@ -15,6 +15,7 @@ import sqap
 from sqap import Observation
 from sqap.cli import app
 from sqap.errors import CheckpointError
+from sqap.processing import cropped
 from sqap.quantization import list_linears
 from sqap.recipe import Quantization, Scheme
 
@@ -53,7 +54,7 @@ def write_recipe(root: Path) -> Path:
 def observation(policy: sqap.Policy) -> Observation:
     rng, config = np.random.default_rng(9), policy.config
     images = {camera: rng.integers(0, 256, (64, 80, 3), dtype=np.uint8) for camera in config.cameras}
-    state = None if config.proprio is None else rng.standard_normal(len(config.proprio.low))
+    state = rng.standard_normal(config.state_dim) if config.state_dim else None
     return Observation(images, "Open the Drawer", state)
 
 
@@ -61,8 +62,7 @@ def observation(policy: sqap.Policy) -> Observation:
 def test_a_published_directory_is_compressed_and_acts(written: Publish, tmp_path: Path, family: str) -> None:
     source, key = written(family), KEYS.get(family)
     original = sqap.load(source, unnorm_key=key)
-    proprio = original.config.proprio
-    write_frames(tmp_path / "frames", original.config.cameras, None if proprio is None else len(proprio.low))
+    write_frames(tmp_path / "frames", original.config.cameras, original.config.state_dim or None)
     arguments = ["compress", str(source), "--out", str(tmp_path / "small"), "--frames", str(FRAMES)]
     arguments += ["--frames-from", str(tmp_path / "frames"), "--recipe", str(write_recipe(tmp_path))]
     arguments += [] if key is None else ["--unnorm-key", key]
@@ -127,7 +127,7 @@ def test_a_published_directory_can_be_inspected_without_reading_its_weights(
 
 def test_images_are_cropped_as_asked(written: Publish) -> None:
     whole, part = (sqap.load(written("openvla"), unnorm_key="bridge_orig", crop=c) for c in (None, 0.9))
-    assert (whole.config.crop, part.config.crop) == (1.0, 0.9)
+    assert part.config.images == tuple(cropped(steps, 0.9) for steps in whole.config.images)
     seen = observation(whole)
     assert not np.array_equal(whole.pixels(seen)[0], part.pixels(seen)[0])
 

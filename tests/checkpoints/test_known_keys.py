@@ -240,7 +240,9 @@ def test_a_processor_of_transformers_5_is_read(publish: Publish) -> None:
     shared = json.loads((directory / "processor_config.json").read_text())["image_processor"]
     changes = {"tvf_normalize_params": [{"mean": [0.1] * 3, "std": [0.2] * 3}] * 2}
     edit(directory / "processor_config.json", image_processor=shared | changes)
-    assert {(v.mean, v.std) for v in config(directory).model.vision} == {((0.1,) * 3, (0.2,) * 3)}
+    assert {(steps[-1].mean, steps[-1].std) for steps in config(directory).images} == {
+        ((0.1,) * 3, (0.2,) * 3)
+    }
     (directory / PROCESSOR).write_text(json.dumps(shared))
     with pytest.raises(CheckpointError, match=r"differ in tvf_normalize_params; leave one of them"):
         config(directory)
@@ -250,7 +252,10 @@ def test_means_are_read_where_what_they_come_to_is_not_said(publish: Publish) ->
     directory = publish("openvla")
     changes = {"means": [[0.1] * 3, [0.2] * 3], "stds": [[0.3] * 3, [0.4] * 3]}
     edit(directory / PROCESSOR, tvf_normalize_params=None, **changes)
-    assert [(v.mean[0], v.std[0]) for v in config(directory).model.vision] == [(0.1, 0.3), (0.2, 0.4)]
+    assert [(steps[-1].mean[0], steps[-1].std[0]) for steps in config(directory).images] == [
+        (0.1, 0.3),
+        (0.2, 0.4),
+    ]
     edit(directory / PROCESSOR, stds=[[0.0] * 3, [0.4] * 3])
     with pytest.raises(CheckpointError, match="of three numbers for every encoder, the latter above zero"):
         config(directory)

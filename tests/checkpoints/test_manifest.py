@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import sqap
 from sqap.checkpoints import native
-from sqap.config import Calibration, PolicyConfig
+from sqap.config import Calibration
 from sqap.errors import CheckpointError
-from sqap.processing import ActionUnits, ProprioStatistics
+from sqap.processing import ActionUnits, Binarize, PromptConfig, Range, Template, cropped, stretched
 
 
 def put(data: Any, path: str, value: Any) -> None:
@@ -25,35 +26,57 @@ def put(data: Any, path: str, value: Any) -> None:
     data[last] = value
 
 
+IMAGES, CROP, ACTIONS, PROMPT = (
+    "policy.images.0",
+    "policy.images.0.1",
+    "policy.actions",
+    "policy.prompt.steps.0",
+)
+RANGE = {"kind": "range", "low": [0.0], "high": [1.0], "mask": [True]}
 VISION, DECODER, HEAD = "policy.model.vision.0", "policy.model.decoder", "policy.model.head"
 WRONG = [
-    ("policy.crop", 0.0, r"policy.crop must be in \(0, 1\], got 0.0"),
-    ("policy.crop", 1.5, "policy.crop must be in"),
-    ("policy.crop", float("nan"), "policy.crop must be a finite number, got nan"),
-    ("policy.crop", 10**400, "policy.crop must be a finite number"),
+    (f"{CROP}.area", 0.0, r"policy.images\[0\]\[1\]: the area must be in \(0, 1\], got 0.0"),
+    (f"{CROP}.area", 1.5, "the area must be in"),
+    (f"{CROP}.area", float("nan"), r"policy.images\[0\]\[1\].area must be a finite number, got nan"),
+    (f"{CROP}.area", 10**400, r"images\[0\]\[1\].area must be a finite number"),
+    (f"{CROP}.kind", "zoom", r"images\[0\]\[1\].kind must be one of 'stretch', 'crop', 'scale', "),
+    ("policy.images", [], "policy.images must be 1 lists, one for each encoder, got 0"),
+    (f"{IMAGES}.0.size", 31, r"images\[0\] must resize to 32, the image_size of the vision encoder"),
+    (f"{IMAGES}.0.size", 0, r"images\[0\]\[0\]: the size must be at least 1, got 0"),
+    (IMAGES, [{"kind": "scale"}], r"images\[0\] must resize to 32"),
+    (IMAGES, [{"kind": "stretch", "size": 32}], r"images\[0\] must make floats of bytes, by 'scale'"),
+    (f"{IMAGES}.2.kind", "normalize", r"images\[0\]\[2\]: 'normalize' reads floats, and what is before it "),
+    (f"{IMAGES}.3.std", [0.5, 0.0, 0.5], r"images\[0\]\[3\]: std must be positive"),
     ("policy.cameras", [], "policy.cameras must be 1 different names, got none"),
     ("policy.cameras", ["a", "b"], "policy.cameras must be 1 different names, got a, b"),
     (
-        "policy.actions.low",
+        f"{ACTIONS}.2.low",
         [0.0] * 3,
-        "actions.low must have 4 entries, one for each dimension, got 3",
+        r"actions\[2\]: low, high and mask must have one length, got 3, 4 and 4",
     ),
-    ("policy.actions.mask", [], "policy.actions.mask must have 4 entries"),
+    (f"{ACTIONS}.2.mask", [], "low, high and mask must have one length, got 4, 4 and 0"),
+    (f"{ACTIONS}.2", RANGE, r"policy.actions\[2\]: its statistics are of 1 dimensions, for 4"),
+    (f"{ACTIONS}.2.epsilon", -1e-8, "epsilon must not be negative, got -1e-08"),
     (
-        "policy.actions.high",
+        f"{ACTIONS}.2.high",
         [1.0, 1.0, 1.0, float("inf")],
-        r"actions.high\[3\] must be a finite number, got inf",
+        r"actions\[2\].high\[3\] must be a finite number, got inf",
     ),
-    ("policy.actions.binarize", [4], r"actions.binarize must be different dimensions from 0 to 3, got \[4\]"),
-    ("policy.actions.binarize", [-1], "actions.binarize must be different dimensions"),
-    ("policy.actions.binarize", [3, 3], "actions.binarize must be different dimensions"),
-    ("policy.proprio", {"low": [0.0], "high": [1.0], "mask": [True]}, "must both be given or both be null"),
-    ("policy.prompt", "do it", "prompt must have {instruction} in it"),
-    ("policy.prompt", "{instruction} {robot}", "prompt must have {instruction} in it"),
-    ("policy.prompt", "{instruction.__class__}", "prompt must have {instruction} in it"),
-    ("policy.prompt", "{instruction", "prompt is not a template"),
-    ("policy.append_tokens", [8], "append_tokens must be from 0 to 7, got 8"),
-    ("policy.append_tokens", [-1], "append_tokens must be from 0 to 7, got -1"),
+    (f"{ACTIONS}.1.dimensions", [4], r"actions\[1\]: dimensions must be below 4, got \[4\]"),
+    (f"{ACTIONS}.1.dimensions", [-1], r"actions\[1\]: dimensions must be different ones from 0 on"),
+    (f"{ACTIONS}.1.dimensions", [3, 3], "dimensions must be different ones from 0 on"),
+    (f"{ACTIONS}.0", {"kind": "take", "width": 5}, "5 dimensions cannot be taken of 4"),
+    (f"{ACTIONS}.0", {"kind": "take", "width": 0}, "the width must be at least 1, got 0"),
+    (f"{ACTIONS}.0", {"kind": "take", "width": 3}, r"actions\[1\]: dimensions must be below 3, got \[3\]"),
+    (f"{ACTIONS}.0", {"kind": "add_state", "dimensions": [4]}, "dimensions must be below 4"),
+    ("policy.state", [RANGE], "must both be given or both be null"),
+    (f"{PROMPT}.text", "do it", "template must have {instruction} in it"),
+    (f"{PROMPT}.text", "{instruction} {robot}", "template must have {instruction} in it"),
+    (f"{PROMPT}.text", "{instruction.__class__}", "template must have {instruction} in it"),
+    (f"{PROMPT}.text", "{instruction", r"prompt.steps\[0\]: .* is not a template"),
+    ("policy.prompt.longest", 0, "longest must be at least 1 or null, got 0"),
+    ("policy.prompt.append", [8], "prompt.append must be from 0 to 7, got 8"),
+    ("policy.prompt.append", [-1], "prompt.append must be from 0 to 7, got -1"),
     ("policy.units.translation", [0, 1, 9], "units.translation must be different dimensions"),
     ("policy.units.gripper", 4, "units.gripper must be different dimensions"),
     ("policy.units.millimetres", -1.0, "units.millimetres must be positive"),
@@ -66,7 +89,6 @@ WRONG = [
     (f"{VISION}.patch_size", 7, "patches of 7 do not cut an image of 32 evenly"),
     (f"{VISION}.heads", 3, "3 heads do not share a width of 16 evenly"),
     (f"{VISION}.take_block", 1, "take_block must name one of 1 blocks, got 1"),
-    (f"{VISION}.std", [0.5, 0.0, 0.5], "std must be positive"),
     (f"{DECODER}.kv_heads", 0, "decoder.kv_heads must be at least 1"),
     (f"{DECODER}.kv_heads", 3, "2 heads do not share 3 keys evenly"),
     (f"{DECODER}.head_dim", 15, "head_dim must be even, got 15"),
@@ -85,7 +107,14 @@ WRONG = [
 @pytest.fixture
 def compressed(policy, observe, tmp_path) -> Path:
     """A compressed policy with units and a calibration."""
-    policy.config = PolicyConfig(**{**vars(policy.config), "units": ActionUnits((0, 1, 2), 10.0, 3)})
+    clip, bounds = policy.config.actions
+    changes = {
+        "units": ActionUnits((0, 1, 2), 10.0, 3),
+        "images": (cropped(stretched(32), 0.9),),
+        "actions": (clip, Binarize((3,)), bounds),
+        "prompt": PromptConfig((Template("{instruction}"),)),
+    }
+    policy.config = dataclasses.replace(policy.config, **changes)
     sqap.compress(policy, sqap.Recipe.w4a8(), [observe()]).save(tmp_path / "small")
     return tmp_path / "small"
 
@@ -142,9 +171,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(compressed, change, sentence):
 
 
 def test_a_policy_that_could_not_be_loaded_is_not_saved(policy, tmp_path):
-    policy.config = PolicyConfig(
-        **{**vars(policy.config), "proprio": ProprioStatistics((0.0,), (1.0,), (True,))}
-    )
+    policy.config = dataclasses.replace(policy.config, state=(Range((0.0,), (1.0,), (True,)),))
     with pytest.raises(CheckpointError, match="must both be given or both be null"):
         policy.save(tmp_path / "policy")
     assert not (tmp_path / "policy").exists()

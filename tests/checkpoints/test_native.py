@@ -18,6 +18,7 @@ import sqap
 from sqap import Recipe, files
 from sqap.checkpoints import native, place
 from sqap.errors import CheckpointError
+from sqap.processing import cropped, stretched
 from sqap.recipe import Pruning, Quantization, Scheme
 
 GROUPS = Recipe(
@@ -120,7 +121,7 @@ def edit(directory: Path, **changes: object) -> None:
 
 def test_another_file_version_is_refused(saved):
     edit(saved, version=1)
-    with pytest.raises(CheckpointError, match="version 1; this sqap reads version 3"):
+    with pytest.raises(CheckpointError, match="version 1; this sqap reads versions 3 and 4"):
         sqap.load(saved)
 
 
@@ -233,19 +234,20 @@ def test_a_policy_can_be_loaded_at_every_instant_of_its_being_replaced(policy, s
     def load():
         while not (stop.is_set() and seen):
             try:
-                seen.add(sqap.load(saved).config.crop)
+                seen.add(sqap.load(saved).config.images)
             except CheckpointError as problem:
                 if "was replaced while it was being read" not in str(problem):
                     problems.append(problem)
 
     thread = threading.Thread(target=load)
     thread.start()
-    for crop in (0.5, 1.0) * 6:
-        dataclasses.replace(policy, config=dataclasses.replace(policy.config, crop=crop)).save(saved)
+    both = cropped(stretched(32), 0.5), stretched(32)
+    for steps in both * 6:
+        dataclasses.replace(policy, config=dataclasses.replace(policy.config, images=(steps,))).save(saved)
     stop.set()
     thread.join()
     assert problems == []
-    assert seen <= {0.5, 1.0}
+    assert seen <= {(steps,) for steps in both}
 
 
 def test_saving_over_something_else_is_refused(policy, tmp_path):

@@ -1,5 +1,6 @@
 """OpenVLA as it is published for Hugging Face."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from sqap.checkpoints.choices import Choices
 from sqap.checkpoints.published import recognise
 from sqap.errors import CheckpointError
 from sqap.models import DecoderConfig, TokenHeadConfig
-from sqap.processing import ActionStatistics, prompt_ids
+from sqap.processing import Clamp, Lower, Normalize, PromptConfig, Range, Template, prompt_ids, stretched
 
 KEY = "bridge_orig"
 
@@ -40,9 +41,10 @@ def rewrite(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def test_the_configuration_is_the_published_one(written):
     config = openvla.open(written("openvla"), Choices(unnorm_key=KEY)).config
-    assert (config.family, config.cameras, config.crop, config.proprio) == ("openvla", ("image",), 1.0, None)
-    assert config.prompt == "In: What action should the robot take to {instruction}?\nOut:"
-    assert config.append_tokens == (29871,)
+    assert (config.family, config.cameras, config.state) == ("openvla", ("image",), None)
+    assert config.images == (stretched(56, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), stretched(56))
+    template = Template("In: What action should the robot take to {instruction}?\nOut:")
+    assert config.prompt == PromptConfig((Lower(), template), append=(29871,))
     assert config.model.head == TokenHeadConfig(7, 32064, bins=256, last_token=32000)
     assert config.model.projector == (448, 128, 128)
     assert config.model.decoder == DecoderConfig(32064, 128, 3, 4, 4, 32, 192, 10_000.0, 1e-6)
@@ -65,8 +67,9 @@ def test_the_configuration_is_the_published_one(written):
 
 def test_actions_are_unnormalised_by_the_percentiles_of_the_dataset(written):
     statistics = json.loads((written("openvla") / "config.json").read_text())["norm_stats"][KEY]["action"]
-    assert openvla.open(written("openvla"), Choices(unnorm_key=KEY)).config.actions == ActionStatistics(
-        tuple(statistics["q01"]), tuple(statistics["q99"]), (True,) * 6 + (False,)
+    assert openvla.open(written("openvla"), Choices(unnorm_key=KEY)).config.actions == (
+        Clamp(),
+        Range(tuple(statistics["q01"]), tuple(statistics["q99"]), (True,) * 6 + (False,)),
     )
 
 
@@ -103,13 +106,13 @@ def test_pixels_are_normalised_as_the_processor_says(publish):
     rounded = {"mean": [0.484375, 0.455078125, 0.40625], "std": [0.228515625, 0.2236328125, 0.224609375]}
     half = {"mean": [0.5] * 3, "std": [0.5] * 3}
     edit(directory / "preprocessor_config.json", tvf_normalize_params=[rounded, half])
-    dino, siglip = openvla.open(directory, Choices(unnorm_key=KEY)).config.model.vision
-    assert (dino.mean, dino.std) == (tuple(rounded["mean"]), tuple(rounded["std"]))
-    assert (siglip.mean, siglip.std) == ((0.5,) * 3, (0.5,) * 3)
+    dino, siglip = openvla.open(directory, Choices(unnorm_key=KEY)).config.images
+    assert dino[-1] == Normalize(tuple(rounded["mean"]), tuple(rounded["std"]))
+    assert siglip[-1] == Normalize((0.5,) * 3, (0.5,) * 3)
     (directory / "preprocessor_config.json").unlink()
-    dino, siglip = openvla.open(directory, Choices(unnorm_key=KEY)).config.model.vision
-    assert (dino.mean, dino.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    assert siglip.mean == (0.5,) * 3
+    dino, siglip = openvla.open(directory, Choices(unnorm_key=KEY)).config.images
+    assert dino[-1] == Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert siglip[-1].mean == (0.5,) * 3
 
 
 NO_NUMBER = {"mean": [0.5, 0.5, False], "std": [0.5] * 3}
@@ -201,7 +204,8 @@ def test_a_single_encoder_has_a_projector_of_two(publish, load):
     )
     (directory / "preprocessor_config.json").unlink()
     published = openvla.open(directory, Choices(unnorm_key=KEY))
-    assert [(v.width, v.mean) for v in published.config.model.vision] == [(64, (0.5,) * 3)]
+    assert [v.width for v in published.config.model.vision] == [64]
+    assert published.config.images == (stretched(56),)
     assert published.config.model.projector == (128, 128)
     assert torch.equal(load(published)["projector.layers.1.bias"], torch.ones(128))
 
@@ -298,7 +302,7 @@ def test_one_dataset_needs_no_name_and_fine_tunings_own_goes_first(publish):
     action = {"q01": [-1, -1], "q99": [1.0, 2]}
     (directory / "dataset_statistics.json").write_text(json.dumps({"mine": {"action": action}}))
     published = openvla.open(directory, Choices())
-    assert published.config.actions == ActionStatistics((-1.0, -1.0), (1.0, 2.0), (True, True))
+    assert published.config.actions == (Clamp(), Range((-1.0, -1.0), (1.0, 2.0), (True, True)))
     assert published.config.model.head.action_dim == 2
 
 
@@ -336,7 +340,8 @@ def test_a_model_without_statistics_is_refused(publish):
 
 def test_prompts_are_tokenised_by_the_directorys_own_file(written):
     published = openvla.open(written("openvla"), Choices(unnorm_key=KEY))
-    ids = prompt_ids("open the drawer", published.config.prompt, published.tokenizer)[0].tolist()
+    prompt = dataclasses.replace(published.config.prompt, append=())
+    ids = prompt_ids("open the drawer", prompt, published.tokenizer)[0].tolist()
     assert ids[0] == 1
     expected = "In: What action should the robot take to open the drawer?\nOut:"
     assert published.tokenizer.decode(ids) == expected

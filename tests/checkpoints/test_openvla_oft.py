@@ -12,6 +12,7 @@ from sqap.checkpoints.choices import Choices
 from sqap.checkpoints.openvla_oft import merge_lora
 from sqap.errors import CheckpointError
 from sqap.models import RegressionHeadConfig
+from sqap.processing import Clamp, Crop, Range, Scale, Stretch
 
 
 def component(directory: Path, name: str) -> Path:
@@ -41,8 +42,9 @@ def edit_statistics(directory: Path, key: str | None = None, **entries: object) 
 )
 def test_the_configuration_is_that_of_the_robot(written, family, head, cameras, proprio, bounds):
     config = openvla_oft.open(written(family), Choices()).config
-    assert (config.family, config.cameras, config.crop) == ("openvla-oft", cameras, 0.9)
-    assert config.append_tokens == (29871, 2)
+    assert (config.family, config.cameras) == ("openvla-oft", cameras)
+    assert [steps[:3] for steps in config.images] == [(Stretch(56), Crop(0.9), Scale())] * 2
+    assert config.prompt.append == (29871, 2)
     assert config.model.head == RegressionHeadConfig(*head, width=128, depth=2)
     assert (config.model.cameras, config.model.proprio_dim) == (len(cameras), proprio)
     assert config.model.decoder.causal is False
@@ -50,13 +52,13 @@ def test_the_configuration_is_that_of_the_robot(written, family, head, cameras, 
     assert [vision.film for vision in config.model.vision] == [family == "oft-aloha"] * 2
     ((_, statistics),) = json.loads((written(family) / "dataset_statistics.json").read_text()).items()
     low, high = bounds
-    assert config.actions.low == tuple(statistics["action"][low])
-    assert config.actions.high == tuple(statistics["action"][high])
-    assert (config.actions.clip, config.actions.binarize) == (False, ())
-    assert config.proprio is not None
-    assert config.proprio.low == tuple(statistics["proprio"][low])
-    assert config.proprio.high == tuple(statistics["proprio"][high])
-    assert config.proprio.mask == (True,) * proprio
+    (actions,) = config.actions
+    assert actions.low == tuple(statistics["action"][low])
+    assert actions.high == tuple(statistics["action"][high])
+    state = Range(
+        tuple(statistics["proprio"][low]), tuple(statistics["proprio"][high]), (True,) * proprio, 1e-8
+    )
+    assert config.state == (state, Clamp())
 
 
 def test_every_tensor_goes_where_it_belongs(written, load):
@@ -140,7 +142,7 @@ def test_without_a_projector_there_is_no_proprioception(publish):
     directory = publish("oft-libero")
     component(directory, "proprio_projector").unlink()
     config = openvla_oft.open(directory, Choices()).config
-    assert (config.proprio, config.model.proprio_dim) == (None, None)
+    assert (config.state, config.model.proprio_dim) == (None, None)
 
 
 @pytest.mark.parametrize("name", ["noisy_action_projector", "noise_predictor"])

@@ -61,14 +61,14 @@ def test_another_robot_is_refused_until_all_that_is_its_own_is_chosen(robot: Rob
     ((_, statistics),) = json.loads((directory / "dataset_statistics.json").read_text()).items()
     found = policy.config
     assert (found.cameras, found.model.head.horizon) == (CAMERAS, 10)
-    assert (found.actions.low, found.actions.high) == tuple(
+    assert (found.actions[-1].low, found.actions[-1].high) == tuple(
         tuple(statistics["action"][n]) for n in ("min", "max")
     )
-    assert found.proprio is not None
-    assert found.proprio.high == tuple(statistics["proprio"]["max"])
+    assert found.state is not None
+    assert found.state[0].high == tuple(statistics["proprio"]["max"])
     assert policy.act(observation(policy)).shape == (10, action_dim)
     by_percentiles = config(directory, **TOLD | {"bounds": "q99"})
-    assert by_percentiles.actions.low == tuple(statistics["action"]["q01"])
+    assert by_percentiles.actions[-1].low == tuple(statistics["action"]["q01"])
 
 
 @pytest.mark.parametrize(("key", "action_dim"), [("libero_arm", 8), ("aloha_single", 7), ("bridge_two", 14)])
@@ -80,7 +80,7 @@ def test_a_known_name_with_other_dimensions_is_another_robot(robot: Robot, key: 
 def test_what_is_chosen_goes_before_what_is_known(written: Publish) -> None:
     known, other = config(written("oft-libero")), config(written("oft-libero"), chunk=10, bounds="minmax")
     assert (known.model.head.horizon, other.model.head.horizon) == (8, 10)
-    assert known.actions.low != other.actions.low
+    assert known.actions[-1].low != other.actions[-1].low
     assert known.cameras == other.cameras
 
 
@@ -142,7 +142,7 @@ def test_a_policy_that_does_without_the_state_says_so(
 ) -> None:
     directory = publish("oft-libero")
     component(directory, "proprio_projector").unlink()
-    assert config(directory).proprio is None
+    assert config(directory).state is None
     assert "there is no proprio_projector, so that it acts without the robot's state" in caplog.text
 
 

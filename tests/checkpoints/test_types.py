@@ -25,7 +25,7 @@ from sqap.cli import app
 from sqap.config import PolicyConfig
 from sqap.errors import NonFiniteActionError
 from sqap.models.storage import stored_bytes
-from sqap.processing import ActionStatistics, ProprioStatistics
+from sqap.processing import Clamp, Range, stretched
 from sqap.recipe import Override, Pruning, Quantization, Recipe, Scheme
 from tests.families import family_config, random_model
 from tests.torch_settings import SETTINGS
@@ -77,8 +77,9 @@ def write_smolvla(directory: Path) -> None:
     """Our own layout: this family is not published in one that we read."""
     config = family_config("flow")
     bounds = (-1.0,) * 5, (1.0,) * 5, (True,) * 5
-    actions = ActionStatistics(*(values[:4] for values in bounds))
-    policy = PolicyConfig("smolvla", config, ("front", "wrist"), actions, proprio=ProprioStatistics(*bounds))
+    actions, state = (Clamp(), Range(*(values[:4] for values in bounds))), (Range(*bounds), Clamp())
+    images = tuple(stretched(vision.image_size) for vision in config.vision)
+    policy = PolicyConfig("smolvla", config, ("front", "wrist"), images, actions, state=state)
     words = {"<unk>": 0, "open": 1, "the": 2, "drawer": 3}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -118,7 +119,7 @@ def load(path: Path) -> Policy:
 def observe(policy: Policy, seed: int = 0) -> Observation:
     rng, config = np.random.default_rng(seed), policy.config
     images = {camera: rng.integers(0, 256, (64, 80, 3), dtype=np.uint8) for camera in config.cameras}
-    state = None if config.proprio is None else rng.standard_normal(len(config.proprio.low))
+    state = rng.standard_normal(config.state_dim) if config.state_dim else None
     return Observation(images, "open the drawer", state)
 
 
@@ -244,8 +245,7 @@ def test_the_commands_take_every_family_in_every_type(
     spared = (Override("decoder.layers.[12].*"),)  # so that it is quick
     quantization = Quantization(Scheme(4, 8), head=Scheme(4, 8), overrides=spared, rotate=False)
     (tmp_path / "recipe.json").write_text(json.dumps(Recipe(quantization).to_json()))
-    proprio = policy.config.proprio
-    write_frames(tmp_path / "frames", policy.config.cameras, None if proprio is None else len(proprio.low))
+    write_frames(tmp_path / "frames", policy.config.cameras, policy.config.state_dim or None)
     if command == "sensitivity":
         arguments = ["sensitivity", str(directory(name))]
     else:

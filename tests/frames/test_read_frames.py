@@ -21,7 +21,7 @@ from sqap import Observation, Recipe
 from sqap.errors import InputError
 from sqap.frames import read_frames
 from sqap.policy import hash_frames
-from sqap.processing import ProprioStatistics
+from sqap.processing import Range
 
 CAMERA = "corner2"  # of the policy in small
 
@@ -137,8 +137,8 @@ def test_a_policy_that_reads_the_state_is_told_where_a_dataset_has_none(policy, 
     pytest.importorskip("pyarrow")
     root = write_dataset(tmp_path, {f"observation.images.{CAMERA}": "image"}, state_key="joints")
     assert read_frames(root, policy, 1)[0].state is None
-    proprio = ProprioStatistics(low=(0.0, 0.0), high=(9.0, 1.0), mask=(True, True))
-    policy.config = dataclasses.replace(policy.config, proprio=proprio)
+    state = (Range(low=(0.0, 0.0), high=(9.0, 1.0), mask=(True, True)),)
+    policy.config = dataclasses.replace(policy.config, state=state)
     with pytest.raises(InputError, match=r"no state 'observation\.state', which the policy reads; .* joints"):
         read_frames(root, policy, 1)
     assert read_frames(root, policy, 1, state="joints")[0].state[1] == 0.5

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from sqap.models.heads import RegressionHead
-from sqap.processing import center_crop
+from sqap.processing import Crop, cropped
 
 from .conftest import TESTS, MakeUpstream, Upstream
 
@@ -31,7 +31,9 @@ def name(request: pytest.FixtureRequest) -> str:
 def oft(upstream: MakeUpstream, name: str) -> Upstream:
     """Without the central crop: upstream's needs TensorFlow, and is compared by itself."""
     found = upstream(name)
-    found.policy.config = dataclasses.replace(found.policy.config, crop=1.0)
+    found.policy.config = dataclasses.replace(
+        found.policy.config, images=tuple(cropped(steps, 1.0) for steps in found.policy.config.images)
+    )
     return found
 
 
@@ -86,4 +88,4 @@ def test_the_central_crop_is_tensorflows() -> None:
         noise = np.random.default_rng(case["seed"]).integers(0, 256, shape, dtype=np.uint8)
         image = noise.repeat(block, 0).repeat(block, 1)
         expected = cropped[f"cropped.{case['seed']}"].numpy()
-        assert np.array_equal(center_crop(image, 0.9)[::8, ::8], expected)
+        assert np.array_equal(Crop(0.9)(image)[::8, ::8], expected)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sqap.observation import Camera
-from sqap.pruning.geometry import into_crop, out_of_crop, project
+from sqap.pruning.geometry import project
 
 metres = st.floats(-2, 2)
 
@@ -50,11 +50,3 @@ def test_a_point_made_in_the_cameras_frame_lands_where_the_pinhole_says(
 def test_a_point_not_in_front_of_the_camera_has_no_place(depth: float) -> None:
     camera = Camera(np.diag([100.0, 100.0, 1.0]), np.eye(4))
     assert project(camera, np.array([0.1, 0.1, depth]), (64, 64)) is None
-
-
-def test_a_crop_is_the_centre_by_its_share_of_the_area() -> None:
-    assert into_crop((0.25, 0.75), 0.25) == pytest.approx((0, 1))  # half of each side
-    assert into_crop((0.5, 0.5), 0.9) == pytest.approx((0.5, 0.5))
-    assert into_crop((0.9, 0.5), 0.5)[0] == pytest.approx(1.0657, abs=1e-4)  # out of the crop
-    assert into_crop((0.1, 0.7), 1.0) == pytest.approx((0.1, 0.7))
-    assert out_of_crop(into_crop((0.3, 0.8), 0.6), 0.6) == pytest.approx((0.3, 0.8))

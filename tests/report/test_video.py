@@ -13,6 +13,7 @@ from sqap.environments import ActionUnits, StepResult
 from sqap.errors import InputError
 from sqap.evaluation.rollout import Episode
 from sqap.observation import Observation
+from sqap.processing import Crop, ResizeWithPad, Window, window
 from sqap.pruning.selector import Selection
 from sqap.recipe import Recipe
 from sqap.report.comparison import record_comparison
@@ -34,6 +35,7 @@ from sqap.report.video import (
 GRID, SIZE, PANE = 4, 256, 64
 PATCH = SIZE // GRID
 RING = (0.1, 0.3)
+QUARTER = Window(sides=(0.5, 0.5))  # of the area
 
 
 def mask(*tokens):
@@ -122,7 +124,7 @@ class TestAnnotate:
     def test_a_crop_is_drawn_where_it_is(self):
         """A quarter of the area: patches and ring at half their size, and nothing but darkness around."""
         gray, target, half = np.full((8, 8, 3), 128, np.uint8), (0.4, 0.6), SIZE // 2
-        shown = annotate(gray, selection(target), SIZE, RING, crop=0.25)
+        shown = annotate(gray, selection(target), SIZE, RING, QUARTER)
         whole = annotate(gray, selection(target), half, RING)
         inside = shown[half // 2 : -half // 2, half // 2 : -half // 2].astype(int)
         # Strokes have widths of their own; what lies between them is the same.
@@ -132,6 +134,21 @@ class TestAnnotate:
         row, column = int(SIZE * 0.55), int(SIZE * (0.45 + RING[1] / 2))  # where the outer circle is
         near = shown[row - 2 : row + 3, column - 2 : column + 3].reshape(-1, 3).astype(int)
         assert np.abs(near - AROUND).sum(1).min() < 120
+
+    def test_padding_is_not_drawn(self):
+        """Of a 4:3 picture, an eighth of the square that the policy looks at is above it, and below."""
+        gray, target = np.full((48, 64, 3), 128, np.uint8), (0.5, 0.5)
+        seen = window((ResizeWithPad(32, "center"),), (48, 64))
+        first_row = Selection(mask(0, 1, 2, 3), mask(), mask(), target)
+        shown = annotate(gray, first_row, SIZE, None, seen)
+        edge = SIZE // 6  # half a row of the grid's, four thirds as high as in the square
+        assert (shown[5 : edge - 5, 5:-5] == 128).all()
+        assert (shown[edge + 5 : -5, 5:-5].max(-1) < 0.5 * 128).all()
+        ringed = annotate(np.zeros_like(gray), first_row, SIZE, RING, seen).astype(int)
+        for right, down in ((RING[1], 0), (-RING[1], 0), (0, RING[1] * 4 / 3), (RING[0], 0)):
+            y, x = int((target[1] + down) * SIZE), int((target[0] + right) * SIZE)
+            near = ringed[y - 2 : y + 3, x - 2 : x + 3].reshape(-1, 3)
+            assert np.abs(near - AROUND).sum(1).min() < 120
 
     @pytest.mark.parametrize(("target", "ring"), [(None, RING), ((0.5, 0.5), None)])
     def test_no_ring_without_a_target_or_radii(self, target, ring):
@@ -180,8 +197,8 @@ class TestRecord:
         frames = (Frame(Observation(images, "walk"), selection(), 0),)
         episode = Episode("walk", 0, True, 0, 0.0, ())
         pictures = [
-            compose([Clip("x", None, 40.0, frames, episode, camera, crop)], 0, PANE)
-            for camera, crop in ((None, 1.0), ("wrist", 1.0), ("wrist", 0.25))
+            compose([Clip("x", None, 40.0, frames, episode, camera, steps)], 0, PANE)
+            for camera, steps in ((None, ()), ("wrist", ()), ("wrist", (Crop(0.25),)))
         ]
         bright = [int((picture.min(-1) == 200).sum()) for picture in pictures]
         assert bright[0] == 0
@@ -191,11 +208,14 @@ class TestRecord:
         monkeypatch.setattr("sqap.environments.make", lambda env, task: self.Walk())
         policies = [self.Looks(), self.Looks()]
         for policy, camera, crop in zip(policies, ("wrist", "camera"), (0.5, 1.0), strict=True):
-            policy.recipe, policy.config = Recipe(), SimpleNamespace(cameras=(camera, "other"), crop=crop)
+            policy.recipe, policy.config = (
+                Recipe(),
+                SimpleNamespace(cameras=(camera, "other"), images=((Crop(crop),), ())),
+            )
         columns = record_comparison(policies, "metaworld", ["door-open", "door-close"], seed=0)
-        assert [[(shown.camera, shown.crop) for shown in column] for column in columns] == [
-            [("wrist", 0.5)] * 2,
-            [("camera", 1.0)] * 2,
+        assert [[(shown.camera, shown.steps) for shown in column] for column in columns] == [
+            [("wrist", (Crop(0.5),))] * 2,
+            [("camera", (Crop(1.0),))] * 2,
         ]
 
     def record(self, hz):
@@ -253,7 +273,7 @@ class TestHeatMap:
         assert (heat_map(self.image, np.zeros(GRID**2, np.float32), SIZE) == shown[4, 4 * PATCH - 4]).all()
 
     def test_around_a_crop_there_is_none(self):
-        shown = heat_map(self.image, np.ones(GRID**2, np.float32), SIZE, crop=0.25)
+        shown = heat_map(self.image, np.ones(GRID**2, np.float32), SIZE, QUARTER)
         quarter = SIZE // 4
         inside = shown[quarter + 2 : -quarter - 2, quarter + 2 : -quarter - 2]
         assert inside.min() > 20

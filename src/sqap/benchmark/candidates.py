@@ -184,7 +184,7 @@ def example(policy: Policy) -> Observation:
     images = {
         camera: generator.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) for camera in config.cameras
     }
-    state = None if config.proprio is None else np.zeros(len(config.proprio.low))
+    state = None if config.state is None else np.zeros(config.state_dim)
     ahead = Camera(np.array([[SIDE, 0, SIDE / 2], [0, SIDE, SIDE / 2], [0, 0, 1]]), np.eye(4))
     return Observation(images, INSTRUCTION, state, dict.fromkeys(images, ahead), np.array([0, 0, 1.0]))
 

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from sqap.checkpoints.prismatic import PROMPT
+from sqap.checkpoints.prismatic import prompt
 from sqap.config import PolicyConfig
 from sqap.models import (
     DecoderConfig,
@@ -21,7 +21,7 @@ from sqap.models import (
     empty_model,
 )
 from sqap.policy import Policy
-from sqap.processing import ActionStatistics, ProprioStatistics
+from sqap.processing import Clamp, Range, stretched
 from sqap.quantization import QuantizedLinear, prepare_quantized
 from sqap.recipe import Recipe
 
@@ -36,11 +36,9 @@ VIT = VisionConfig(
     take_block=-2,
     final_norm=False,
 )
-# In bfloat16, as OpenVLA publishes them and vla.cpp has them.
+# DINOv2's, in bfloat16, as OpenVLA publishes them and vla.cpp has them.
 IMAGENET = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
-DINOV2 = dataclasses.replace(
-    VIT, class_token=True, registers=4, layer_scale=True, mean=IMAGENET[0], std=IMAGENET[1]
-)
+DINOV2 = dataclasses.replace(VIT, class_token=True, registers=4, layer_scale=True)
 SIGLIP = dataclasses.replace(VIT, width=1152, depth=27, mlp_width=4304)
 LLAMA = DecoderConfig(
     vocabulary=32_064, width=4096, depth=32, heads=32, kv_heads=32, head_dim=128, mlp_width=11_008
@@ -98,10 +96,13 @@ def random_policy(model: ModelConfig, recipe: Recipe) -> Policy:
         family="random",
         model=model,
         cameras=tuple(f"camera{i}" for i in range(model.cameras)),
-        actions=ActionStatistics((-1.0,) * width, (1.0,) * width, (True,) * width, clip=False),
-        prompt=PROMPT,
-        append_tokens=(1,),
-        proprio=None if model.proprio_dim is None else _proprio(model.proprio_dim),
+        images=tuple(
+            stretched(v.image_size, *IMAGENET) if v.class_token else stretched(v.image_size)
+            for v in model.vision
+        ),
+        actions=(_unit(width),),
+        prompt=prompt(1),
+        state=None if model.proprio_dim is None else (_unit(model.proprio_dim), Clamp()),
     )
     return Policy(small, config, _tokenizer(), recipe)
 
@@ -122,8 +123,8 @@ def _draw(module: torch.nn.Module, name: str, like: torch.Tensor, generator: tor
     return drawn.normal_(0, 1 if table else like[0].numel() ** -0.5, generator=generator)
 
 
-def _proprio(width: int) -> ProprioStatistics:
-    return ProprioStatistics((-1.0,) * width, (1.0,) * width, (True,) * width)
+def _unit(width: int) -> Range:
+    return Range((-1.0,) * width, (1.0,) * width, (True,) * width)
 
 
 def _tokenizer() -> Tokenizer:

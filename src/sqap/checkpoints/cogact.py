@@ -15,12 +15,13 @@ from sqap.checkpoints import prismatic
 from sqap.checkpoints.choices import Choices, choose_cameras
 from sqap.checkpoints.opened import CONFIG, Opened, open_published
 from sqap.checkpoints.prismatic import VLM, VOCABULARY, Backbone, Names
-from sqap.checkpoints.statistics import Dataset, action_statistics, check_length, choose_dataset
+from sqap.checkpoints.statistics import Dataset, check_length, choose_dataset, read_range
 from sqap.checkpoints.tensors import shorten, torch_file
 from sqap.checkpoints.weights import Part, Source, Table, TensorSet, linear_table
 from sqap.config import PolicyConfig
 from sqap.errors import CheckpointError
 from sqap.models import DecoderConfig, DiffusionHeadConfig, TokenHeadConfig, VisionConfig
+from sqap.processing import Binarize, Clamp
 from sqap.serialization import read_object
 
 FAMILY = "CogACT"
@@ -85,7 +86,9 @@ def open(directory: Path, choices: Choices) -> Opened:
     where = directory / prismatic.STATISTICS
     dataset = choose_dataset(read_object(where, CheckpointError), choices.unnorm_key, where)
     tensors = TensorSet(directory, [Part(torch_file(_find_checkpoint(directory)))])
-    vlm = prismatic.describe_vlm(tensors, NAMES, _vision(tensors, backbone), _decoder(tensors))
+    encoders = [prismatic.ENCODERS[name] for name in backbone.encoders]
+    vision, normalise = _vision(tensors, backbone), [(encoder.mean, encoder.std) for encoder in encoders]
+    vlm = prismatic.describe_vlm(tensors, NAMES, vision, normalise, _decoder(tensors))
     if any(name.startswith(ACTION_MODEL) for name in tensors.tensors):
         choices.refuse(FAMILY, "chunk")
         policy, table, unused = _cogact(vlm, tensors, dataset, names, _action_model(tensors, choices.ema))
@@ -119,16 +122,16 @@ def _cogact(
     head = _head(tensors, net)
     _check_head(head, tensors.where / CONFIG)
     # Upstream makes the seventh number, the gripper's, 0 or 1 whatever the dataset.
-    binarize = (GRIPPER,) if head.action_dim > GRIPPER else ()
-    actions = action_statistics(dataset, binarize=binarize)
-    check_length(dataset, "actions", len(actions.low), head.action_dim)
+    binarize = (Binarize((GRIPPER,)),) if head.action_dim > GRIPPER else ()
+    actions = read_range(dataset, "action")
+    check_length(dataset, "actions", actions.width, head.action_dim)
     policy = PolicyConfig(
         family="cogact",
         model=prismatic.make_model(vlm, head, cameras),
         cameras=cameras,
-        actions=actions,
-        prompt=prismatic.PROMPT,
-        append_tokens=(prismatic.SPACE, prismatic.EOS),
+        images=vlm.images,
+        actions=(Clamp(), *binarize, actions),
+        prompt=prismatic.prompt(prismatic.SPACE, prismatic.EOS),
     )
     other = "model.action_model.*" if net == EMA else "model.ema_diffusion.*"
     unused = (f"{NAMES.llm}lm_head.weight", f"{net}history_embedder.*", other)
@@ -139,15 +142,15 @@ def _openvla(
     vlm: VLM, tensors: TensorSet, dataset: Dataset, cameras: tuple[str, ...]
 ) -> tuple[PolicyConfig, Table, tuple[str, ...]]:
     """OpenVLA's policy, its head's tensors, and what it does not use."""
-    actions, rows = action_statistics(dataset), vlm.decoder.vocabulary
-    head = TokenHeadConfig(len(actions.low), rows, last_token=rows - prismatic.PADDING_ROWS)
+    actions, rows = read_range(dataset, "action"), vlm.decoder.vocabulary
+    head = TokenHeadConfig(actions.width, rows, last_token=rows - prismatic.PADDING_ROWS)
     policy = PolicyConfig(
         family="openvla",
         model=prismatic.make_model(vlm, head, cameras),
         cameras=cameras,
-        actions=actions,
-        prompt=prismatic.PROMPT,
-        append_tokens=(prismatic.SPACE,),
+        images=vlm.images,
+        actions=(Clamp(), actions),
+        prompt=prismatic.prompt(prismatic.SPACE),
     )
     return policy, {"head.lm_head.weight": Source((f"{NAMES.llm}lm_head.weight",))}, ()
 
@@ -186,9 +189,7 @@ def _vision(tensors: TensorSet, backbone: Backbone) -> list[VisionConfig]:
     prefixes = NAMES.vision(len(backbone.encoders))
     encoders = [prismatic.ENCODERS[name] for name in backbone.encoders]
     return [
-        prismatic.vision_config(
-            tensors, prefix, encoder, _image_size(tensors, prefix, backbone), (encoder.mean, encoder.std)
-        )
+        prismatic.vision_config(tensors, prefix, encoder, _image_size(tensors, prefix, backbone))
         for prefix, encoder in zip(prefixes, encoders, strict=True)
     ]
 

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from string import Formatter
 from typing import Any
 
+from sqap.checkpoints import version3
 from sqap.config import Calibration, PolicyConfig
-from sqap.errors import CheckpointError
+from sqap.errors import CheckpointError, InputError
 from sqap.models import (
     DecoderConfig,
     ModelConfig,
     VisionConfig,
 )
-from sqap.processing import ActionStatistics, ProprioStatistics
+from sqap.processing import ActionStep, StateStep, image_problems
 from sqap.recipe import Recipe
 from sqap.serialization import parse_json, read_bytes
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST, WEIGHTS, TOKENIZER = "policy.json", "model.safetensors", "tokenizer.json"
 FILES = (MANIFEST, WEIGHTS, TOKENIZER)
 KEYS = {"format", "version", "policy", "recipe", "calibration", "source", "linears", "sha256"}
@@ -40,9 +40,10 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], str]:
     manifest = parse_json(content, path, CheckpointError)
     if not isinstance(manifest, dict) or manifest.get("format") != "sqap":
         raise CheckpointError(f"{path} does not describe an sqap policy")
-    if manifest.get("version") != FORMAT_VERSION:
+    if manifest.get("version") not in (version3.VERSION, FORMAT_VERSION):
         raise CheckpointError(
-            f"{path} is of version {manifest.get('version')}; this sqap reads version {FORMAT_VERSION}"
+            f"{path} is of version {manifest.get('version')}; this sqap reads versions "
+            f"{version3.VERSION} and {FORMAT_VERSION}"
         )
     if set(manifest) != KEYS:
         raise CheckpointError(f"{path} must have exactly the keys {', '.join(sorted(KEYS))}")
@@ -53,6 +54,8 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], str]:
     for name in (WEIGHTS, TOKENIZER):
         if not (directory / name).is_file():
             raise CheckpointError(f"{directory} is incomplete: {name} is missing")
+    if manifest["version"] == version3.VERSION:
+        manifest["policy"] = version3.convert(manifest["policy"], f"{path}: policy")
     return manifest, hashlib.sha256(content).hexdigest()
 
 
@@ -103,18 +106,20 @@ def _problems(config: PolicyConfig) -> Iterator[str]:
     yield from (f"model.head{fault}" for fault in model.head.faults())
     if len(config.cameras) != model.cameras or len(set(config.cameras)) != len(config.cameras):
         yield f"cameras must be {model.cameras} different names, got {', '.join(config.cameras) or 'none'}"
-    if not 0 < config.crop <= 1:
-        yield f"crop must be in (0, 1], got {config.crop}"
-    yield from _statistics(config.actions, action_dim, "actions")
-    yield from _dimensions(config.actions.binarize, action_dim, "actions.binarize")
-    if (config.proprio is None) != (model.proprio_dim is None):
-        yield "proprio and model.proprio_dim must both be given or both be null"
-    if config.proprio is not None and model.proprio_dim is not None:
-        yield from _statistics(config.proprio, model.proprio_dim, "proprio")
-    yield from _prompt(config.prompt)
-    outside = [i for i in config.append_tokens if not 0 <= i < model.decoder.vocabulary]
+    if len(config.images) != len(model.vision):
+        yield f"images must be {len(model.vision)} lists, one for each encoder, got {len(config.images)}"
+    for i, (steps, vision) in enumerate(zip(config.images, model.vision, strict=False)):
+        yield from (f"images[{i}]{problem}" for problem in image_problems(steps, vision.image_size))
+    action_dim = yield from _widths(config.actions, action_dim, "actions")
+    if (config.state is None) != (model.proprio_dim is None):
+        yield "state and model.proprio_dim must both be given or both be null"
+    if config.state is not None:
+        state_dim = yield from _widths(config.state, config.state_dim, "state")
+        if state_dim != model.proprio_dim:
+            yield f"state makes {state_dim} numbers, but model.proprio_dim is {model.proprio_dim}"
+    outside = [i for i in config.prompt.append if not 0 <= i < model.decoder.vocabulary]
     if outside:
-        yield f"append_tokens must be from 0 to {model.decoder.vocabulary - 1}, got {outside[0]}"
+        yield f"prompt.append must be from 0 to {model.decoder.vocabulary - 1}, got {outside[0]}"
     if config.units is not None:
         gripper = () if config.units.gripper is None else (config.units.gripper,)
         yield from _dimensions(config.units.translation, action_dim, "units.translation")
@@ -148,8 +153,6 @@ def _vision(vision: VisionConfig, first: VisionConfig, where: str) -> Iterator[s
         yield f"{where}: {vision.heads} heads do not share a width of {vision.width} evenly"
     if not -vision.depth <= vision.take_block < vision.depth:
         yield f"{where}.take_block must name one of {vision.depth} blocks, got {vision.take_block}"
-    if min(vision.std) <= 0:
-        yield f"{where}.std must be positive, got {list(vision.std)}"
     if vision.norm_eps < 0:
         yield f"{where}.norm_eps must not be negative, got {vision.norm_eps}"
 
@@ -163,23 +166,16 @@ def _decoder(decoder: DecoderConfig) -> Iterator[str]:
         yield "model.decoder: rope_theta must be positive and norm_eps not negative"
 
 
-def _statistics(statistics: ActionStatistics | ProprioStatistics, length: int, where: str) -> Iterator[str]:
-    for name in ("low", "high", "mask"):
-        found = len(getattr(statistics, name))
-        if found != length:
-            yield f"{where}.{name} must have {length} entries, one for each dimension, got {found}"
+def _widths(steps: Sequence[ActionStep | StateStep], width: int, where: str) -> Generator[str, None, int]:
+    """Steps that do not take what the one before gives; returns how many dimensions there are behind them."""
+    for i, step in enumerate(steps):
+        try:
+            width = step.after(width)
+        except InputError as problem:
+            yield f"{where}[{i}]: {problem}"
+    return width
 
 
 def _dimensions(chosen: tuple[int, ...], count: int, where: str) -> Iterator[str]:
     if len(set(chosen)) != len(chosen) or any(not 0 <= i < count for i in chosen):
         yield f"{where} must be different dimensions from 0 to {count - 1}, got {list(chosen)}"
-
-
-def _prompt(prompt: str) -> Iterator[str]:
-    try:
-        fields = [field for _, *field in Formatter().parse(prompt) if field[0] is not None]
-    except ValueError as problem:
-        yield f"prompt is not a template: {problem}"
-        return
-    if fields != [["instruction", "", None]]:
-        yield f"prompt must have {{instruction}} in it, once and nothing else in braces, got {prompt!r}"

@@ -14,6 +14,7 @@ from sqap.checkpoints.tokenizer import Vocabulary, read_tokenizer
 from sqap.checkpoints.weights import Table, TensorSet, Weights
 from sqap.config import Calibration, PolicyConfig
 from sqap.models import VLA, empty_model, storage
+from sqap.processing import cropped
 from sqap.recipe import Recipe
 
 CONFIG = "config.json"
@@ -68,10 +69,10 @@ def open_published(
         CheckpointError: they do not fit, there is no tokenizer, or an adapter is not merged.
     """
     adapters.refuse_unmerged(directory, tensors)
-    rows, needed = config.model.decoder.vocabulary, config.append_tokens
+    rows, needed = config.model.decoder.vocabulary, config.prompt.append
     tokenizer = read_tokenizer(directory, choices.tokenizer, vocabulary, rows=rows, needed=needed)
     model = empty_model(config.model)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if choices.crop is not None:
-        config = replace(config, crop=choices.crop)
+        config = replace(config, images=tuple(cropped(steps, choices.crop) for steps in config.images))
     return Opened(model, config, tokenizer, weights=Weights(tensors, table, shapes, unused))

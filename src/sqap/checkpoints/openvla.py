@@ -16,12 +16,14 @@ from sqap.checkpoints.opened import CONFIG, Opened, open_published
 from sqap.checkpoints.prismatic import VLM, VOCABULARY, Encoder, Names
 from sqap.checkpoints.processor import check_pixels, normalisation, read_processor
 from sqap.checkpoints.robots import refuse_discrete
-from sqap.checkpoints.statistics import Dataset, action_statistics, choose_dataset
+from sqap.checkpoints.statistics import Dataset, choose_dataset, read_range
 from sqap.checkpoints.tensors import open_safetensors
 from sqap.checkpoints.weights import Part, Source, TensorSet, copied
 from sqap.config import PolicyConfig
 from sqap.errors import CheckpointError
 from sqap.models import DecoderConfig, TokenHeadConfig, VisionConfig
+from sqap.processing import Clamp
+from sqap.processing.images import Triple
 from sqap.serialization import read_object
 
 FAMILY = "OpenVLA"
@@ -61,16 +63,16 @@ def open(directory: Path, choices: Choices) -> Opened:
     prismatic.check_one_action(choices)
     where = directory / CONFIG
     dataset = read_dataset(directory, config, choices.unnorm_key)
-    actions = action_statistics(dataset)
+    actions = read_range(dataset, "action")
     tensors = TensorSet(directory, [Part(file) for file in open_safetensors(directory)])
     vlm = read_vlm(directory, config, tensors)
     policy = PolicyConfig(
         family="openvla",
-        model=prismatic.make_model(vlm, _head(config, vlm.decoder, len(actions.low), where), names),
+        model=prismatic.make_model(vlm, _head(config, vlm.decoder, actions.width, where), names),
         cameras=names,
-        actions=actions,
-        prompt=prismatic.PROMPT,
-        append_tokens=(prismatic.SPACE,),
+        images=vlm.images,
+        actions=(Clamp(), actions),
+        prompt=prismatic.prompt(prismatic.SPACE),
     )
     table = vlm.table | {"head.lm_head.weight": _output_matrix(config, tensors, where)}
     return open_published(directory, choices, policy, VOCABULARY, tensors, table, vlm.unused)
@@ -108,7 +110,8 @@ def read_vlm(directory: Path, config: Mapping[str, Any], tensors: TensorSet) -> 
     OPENVLA.check(config, str(where))
     _check_parts(config, where)
     decoder = _decoder(config, tensors, where)
-    return prismatic.describe_vlm(tensors, NAMES, _vision(directory, config, tensors), decoder)
+    vision, normalise = _vision(directory, config, tensors)
+    return prismatic.describe_vlm(tensors, NAMES, vision, normalise, decoder)
 
 
 def _head(config: Mapping[str, Any], decoder: DecoderConfig, actions: int, where: Path) -> TokenHeadConfig:
@@ -197,19 +200,21 @@ def _output_matrix(config: Mapping[str, Any], tensors: TensorSet, where: Path) -
     return Source((own,))
 
 
-def _vision(directory: Path, config: Mapping[str, Any], tensors: TensorSet) -> list[VisionConfig]:
+def _vision(
+    directory: Path, config: Mapping[str, Any], tensors: TensorSet
+) -> tuple[list[VisionConfig], list[tuple[Triple, Triple]]]:
+    """The encoders, and the mean and deviation of each one's pixels."""
     where = directory / CONFIG
     encoders, sizes = _encoders(config, where)
     processor = read_processor(directory)
     # The class's default, which transformers leaves out of the file.
     check_pixels(processor, sizes, config.get("image_resize_strategy", "letterbox"))
     normalise = normalisation(processor, [(encoder.mean, encoder.std) for encoder in encoders])
-    return [
-        prismatic.vision_config(tensors, prefix, encoder, size, how)
-        for prefix, encoder, size, how in zip(
-            NAMES.vision(len(encoders)), encoders, sizes, normalise, strict=True
-        )
+    prefixes = NAMES.vision(len(encoders))
+    described = [
+        prismatic.vision_config(tensors, *each) for each in zip(prefixes, encoders, sizes, strict=True)
     ]
+    return described, normalise
 
 
 def _check_parts(config: Mapping[str, Any], where: Path) -> None:

@@ -13,18 +13,13 @@ from sqap.checkpoints.opened import CONFIG, Opened, open_published
 from sqap.checkpoints.openvla import NAMES, components
 from sqap.checkpoints.prismatic import VLM, VOCABULARY
 from sqap.checkpoints.robots import Platform, check_film, check_proprio, choose_platform
-from sqap.checkpoints.statistics import (
-    Dataset,
-    action_statistics,
-    check_length,
-    proprio_statistics,
-)
+from sqap.checkpoints.statistics import Dataset, check_length, read_range
 from sqap.checkpoints.tensors import open_safetensors, shorten, torch_file
 from sqap.checkpoints.weights import Part, Source, Table, TensorSet, linear_table
 from sqap.config import PolicyConfig
 from sqap.errors import CheckpointError
 from sqap.models import RegressionHeadConfig, VisionConfig
-from sqap.processing import ActionStatistics, ProprioStatistics
+from sqap.processing import Clamp, Range, cropped
 from sqap.serialization import read_object
 
 FAMILY = "OpenVLA-OFT"
@@ -63,13 +58,12 @@ def open(directory: Path, choices: Choices) -> Opened:
     check_proprio(directory, found=proprio is not None)
     policy = PolicyConfig(
         family="openvla-oft",
-        model=prismatic.make_model(vlm, head, names, len(proprio.low) if proprio else None),
+        model=prismatic.make_model(vlm, head, names, proprio.width if proprio else None),
         cameras=names,
-        actions=_actions(dataset, platform, action_dim),
-        prompt=prismatic.PROMPT,
-        append_tokens=(prismatic.SPACE, prismatic.EOS),
-        crop=CROP,
-        proprio=proprio,
+        images=tuple(cropped(steps, CROP) for steps in vlm.images),
+        actions=(_actions(dataset, platform, action_dim),),
+        prompt=prismatic.prompt(prismatic.SPACE, prismatic.EOS),
+        state=(proprio, Clamp()) if proprio else None,
     )
     table = vlm.table | _head_table(head) | (_proprio_table() if proprio else {})
     unused = (*vlm.unused, f"{NAMES.llm}lm_head.weight")
@@ -185,19 +179,19 @@ def _head_table(head: RegressionHeadConfig) -> Table:
     return table
 
 
-def _actions(dataset: Dataset, platform: Platform, action_dim: int) -> ActionStatistics:
-    actions = action_statistics(dataset, platform.bounds, clip=False)
-    check_length(dataset, "actions", len(actions.low), action_dim)
+def _actions(dataset: Dataset, platform: Platform, action_dim: int) -> Range:
+    actions = read_range(dataset, "action", platform.bounds)
+    check_length(dataset, "actions", actions.width, action_dim)
     return actions
 
 
-def _proprio(tensors: TensorSet, dataset: Dataset, platform: Platform) -> ProprioStatistics | None:
+def _proprio(tensors: TensorSet, dataset: Dataset, platform: Platform) -> Range | None:
     """How the robot's state is normalised, if the policy reads it."""
     if not any(name.startswith(PROPRIO) for name in tensors.tensors):
         return None
-    statistics = proprio_statistics(dataset, platform.bounds)
+    statistics = read_range(dataset, "proprio", platform.bounds)
     wanted = tensors.shape(f"{PROPRIO}fc1.weight", 2)[1]
-    check_length(dataset, "states", len(statistics.low), wanted)
+    check_length(dataset, "states", statistics.width, wanted)
     return statistics
 
 

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqap.checkpoints.choices import Choices
-from sqap.checkpoints.processor import Triple
 from sqap.checkpoints.tokenizer import Vocabulary
 from sqap.checkpoints.weights import Source, Table, TensorSet, linear_table, without_batch
 from sqap.errors import CheckpointError
 from sqap.models import DecoderConfig, HeadConfig, ModelConfig, VisionConfig
+from sqap.processing import ImageSteps, Lower, PromptConfig, Template, stretched
+from sqap.processing.images import Triple
 
-PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
+PROMPT = Lower(), Template("In: What action should the robot take to {instruction}?\nOut:")
 VOCABULARY = Vocabulary("Llama 2", first=1)
 EOS, SPACE = 2, 29871  # the end of a sequence, and the lone space that stands before actions
 # Rows that Prismatic adds to Llama's embedding table, for a padding token and for alignment.
@@ -102,9 +103,13 @@ ROTARY = "layers.*.rotary_emb.inv_freq"
 
 @dataclass(frozen=True)
 class VLM:
-    """The vision-language model: its sizes, where its tensors are, and which of them it does not need."""
+    """The vision-language model: its sizes, where its tensors are, and which of them it does not need.
+
+    ``images`` is what is done to an image for each of the vision encoders.
+    """
 
     vision: tuple[VisionConfig, ...]
+    images: tuple[ImageSteps, ...]
     projector: tuple[int, ...]
     decoder: DecoderConfig
     table: Table
@@ -112,9 +117,13 @@ class VLM:
 
 
 def describe_vlm(
-    tensors: TensorSet, names: Names, vision: Sequence[VisionConfig], decoder: DecoderConfig
+    tensors: TensorSet,
+    names: Names,
+    vision: Sequence[VisionConfig],
+    normalise: Sequence[tuple[Triple, Triple]],
+    decoder: DecoderConfig,
 ) -> VLM:
-    """The model of given parts, as ``names`` calls them.
+    """The model of given parts, as ``names`` calls them; ``normalise`` is each encoder's mean and deviation.
 
     Raises:
         CheckpointError: the projector is missing.
@@ -128,12 +137,11 @@ def describe_vlm(
     for i, prefix in enumerate(linears):
         table |= linear_table(f"projector.layers.{i}.", prefix)
     widths = tuple(tensors.shape(f"{prefix}weight", 2)[0] for prefix in linears)
-    return VLM(tuple(vision), widths, decoder, table, tuple(unused))
+    images = tuple(stretched(v.image_size, *how) for v, how in zip(vision, normalise, strict=True))
+    return VLM(tuple(vision), images, widths, decoder, table, tuple(unused))
 
 
-def vision_config(
-    tensors: TensorSet, prefix: str, encoder: Encoder, image_size: int, normalise: tuple[Triple, Triple]
-) -> VisionConfig:
+def vision_config(tensors: TensorSet, prefix: str, encoder: Encoder, image_size: int) -> VisionConfig:
     """An encoder's sizes by its tensors' shapes.
 
     Raises:
@@ -141,7 +149,6 @@ def vision_config(
     """
     width, _, _, patch = tensors.shape(f"{prefix}patch_embed.proj.weight", 4)
     registers = tensors.shape(f"{prefix}reg_token", 3)[1] if encoder.class_token else 0
-    mean, std = normalise
     return VisionConfig(
         image_size=image_size,
         patch_size=patch,
@@ -149,8 +156,6 @@ def vision_config(
         depth=tensors.count(f"{prefix}blocks."),
         heads=HEADS,
         mlp_width=tensors.shape(f"{prefix}blocks.0.mlp.fc1.weight", 2)[0],
-        mean=mean,
-        std=std,
         class_token=encoder.class_token,
         registers=registers,
         layer_scale=encoder.layer_scale,
@@ -194,6 +199,11 @@ def check_one_action(choices: Choices) -> None:
     """
     if choices.chunk not in (None, 1):
         raise CheckpointError(f"a step of OpenVLA is one action, and cannot be a chunk of {choices.chunk}")
+
+
+def prompt(*append: int) -> PromptConfig:
+    """Prismatic's question, and the token ids that follow it."""
+    return PromptConfig(PROMPT, append=append)
 
 
 def make_model(

@@ -15,12 +15,11 @@ from typing import Any
 
 from sqap.checkpoints.known_keys import PROCESSOR, RESIZE
 from sqap.errors import CheckpointError
+from sqap.processing.images import Triple
 from sqap.serialization import read_object
 
 OWN, SHARED, NESTED = "preprocessor_config.json", "processor_config.json", "image_processor"
 STRETCH, CUBIC = "resize-naive", "bicubic"
-
-Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sqap.errors import CheckpointError
-from sqap.processing import ActionStatistics, ProprioStatistics
+from sqap.processing import Range
 
 # What the ends of [-1, 1] stand for.
 LARGEST = 3.4028234663852886e38  # what an action, in 32 bits, can be
@@ -46,44 +46,12 @@ def choose_dataset(datasets: Any, key: str | None, where: Path) -> Dataset:
     return Dataset(key, datasets[key], f"{where}: {key}")
 
 
-def action_statistics(
-    dataset: Dataset,
-    bounds: tuple[str, str] = PERCENTILES,
-    *,
-    binarize: tuple[int, ...] = (),
-    clip: bool = True,
-) -> ActionStatistics:
-    """How actions become robot units.
+def read_range(dataset: Dataset, what: str, names: tuple[str, str] = PERCENTILES) -> Range:
+    """How a data set's "action" or "proprio" is normalised, by the statistics of these ``names``.
 
     Raises:
         CheckpointError: the statistics are incomplete or not numbers.
     """
-    low, high, mask = _bounds(dataset, "action", bounds)
-    return ActionStatistics(low, high, mask, binarize=binarize, clip=clip)
-
-
-def proprio_statistics(dataset: Dataset, bounds: tuple[str, str] = PERCENTILES) -> ProprioStatistics:
-    """How the robot's state is normalised.
-
-    Raises:
-        CheckpointError: the statistics are incomplete or not numbers.
-    """
-    return ProprioStatistics(*_bounds(dataset, "proprio", bounds))
-
-
-def check_length(dataset: Dataset, what: str, found: int, wanted: int) -> None:
-    """Refuse statistics of another robot.
-
-    Raises:
-        CheckpointError: they are of ``found`` numbers, the model's of ``wanted``.
-    """
-    if found != wanted:
-        raise CheckpointError(f"{dataset.where} has {what} of {found} numbers, but the model's have {wanted}")
-
-
-def _bounds(
-    dataset: Dataset, what: str, names: tuple[str, str]
-) -> tuple[tuple[float, ...], tuple[float, ...], tuple[bool, ...]]:
     entry = dataset.statistics.get(what) if isinstance(dataset.statistics, dict) else None
     if not isinstance(entry, dict):
         raise CheckpointError(f"{dataset.where} has no {what} statistics")
@@ -96,7 +64,17 @@ def _bounds(
             f"{dataset.where}.{what}: {names[0]}, {names[1]} and mask must have one length, "
             f"not {len(low)}, {len(high)} and {len(mask)}"
         )
-    return low, high, tuple(mask)
+    return Range(low, high, tuple(mask))
+
+
+def check_length(dataset: Dataset, what: str, found: int, wanted: int) -> None:
+    """Refuse statistics of another robot.
+
+    Raises:
+        CheckpointError: they are of ``found`` numbers, the model's of ``wanted``.
+    """
+    if found != wanted:
+        raise CheckpointError(f"{dataset.where} has {what} of {found} numbers, but the model's have {wanted}")
 
 
 def _numbers(entry: Mapping[str, Any], name: str, where: str) -> tuple[float, ...]:

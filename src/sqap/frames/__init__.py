@@ -59,7 +59,7 @@ def read_frames(
             "or the name of a simulator, such as metaworld"
         )
     if is_file(root / INFO):
-        reads_state = policy.config.proprio is not None
+        reads_state = policy.config.state is not None
         return read_dataset(
             root, policy.config.cameras, count, cameras, progress, state=state, reads_state=reads_state
         )

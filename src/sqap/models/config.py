@@ -15,11 +15,10 @@ class VisionConfig:
     """One ViT encoder.
 
     ``take_block`` is the block whose output becomes the visual tokens, counted as Python does: -1 the
-    last one, -2 the one before (what OpenVLA and CogACT read). ``mean`` and ``std`` normalise pixels
-    in [0, 1]. ``stem`` is a single patch convolution, or early convolutions for policies trained from
-    scratch (Xiao et al. 2021). Positions belong to patches alone, as in timm's DINOv2 with registers: a class
-    token's would be a constant added to a constant. ``film`` lets the instruction modulate every block, as in
-    OpenVLA-OFT+.
+    last one, -2 the one before (what OpenVLA and CogACT read). ``stem`` is a single patch convolution, or
+    early convolutions for policies trained from scratch (Xiao et al. 2021). Positions belong to patches
+    alone, as in timm's DINOv2 with registers: a class token's would be a constant added to a constant.
+    ``film`` lets the instruction modulate every block, as in OpenVLA-OFT+.
     """
 
     image_size: int
@@ -28,8 +27,6 @@ class VisionConfig:
     depth: int
     heads: int
     mlp_width: int
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     stem: Literal["patch", "convolutions"] = "patch"
     class_token: bool = False
     registers: int = 0

@@ -1,4 +1,4 @@
-"""Where a point of the world appears in the image, and in the part of it that a policy looks at."""
+"""Where a point of the world appears in the image."""
 
 from __future__ import annotations
 
@@ -7,18 +7,6 @@ import numpy as np
 from sqap.observation import Camera
 
 Point = tuple[float, float]  # image coordinates (u, v), shares of the image's width and height
-
-
-def into_crop(point: Point, area: float) -> Point:
-    """Coordinates in the image to those in its central part of that ``area``, a share; it may lie outside."""
-    u, v = (0.5 + (share - 0.5) / area**0.5 for share in point)
-    return u, v
-
-
-def out_of_crop(point: Point, area: float) -> Point:
-    """The inverse of `into_crop`."""
-    u, v = (0.5 + (share - 0.5) * area**0.5 for share in point)
-    return u, v
 
 
 def project(camera: Camera, point: np.ndarray, image_shape: tuple[int, int]) -> Point | None:

@@ -48,7 +48,7 @@ def record_comparison(
                 ring=ring,
                 units=environments.action_units(env),
                 camera=policy.config.cameras[0],
-                crop=policy.config.crop,
+                steps=policy.config.images[0],
             )
             column.append(clip)
         world.close()

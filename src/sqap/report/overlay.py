@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from sqap.pruning.geometry import out_of_crop
+from sqap.processing import WHOLE, Window
 from sqap.pruning.selector import Selection
 
 # From Okabe and Ito's palette, whose colors color-blind people tell apart.
@@ -34,7 +34,7 @@ def annotate(
     selection: Selection | None,
     size: int,
     ring: tuple[float, float] | None,
-    crop: float = 1.0,
+    window: Window = WHOLE,
 ) -> np.ndarray:
     """The camera image, enlarged, with what was pruned in the dark.
 
@@ -42,9 +42,9 @@ def annotate(
         image: ``(H, W, 3)`` uint8, RGB.
         selection: None leaves the image as it is.
         size: pixels along a side of the result.
-        ring: inner and outer radius as shares of the crop's side, drawn around the selection's target if
+        ring: inner and outer radius as shares of the window's sides, drawn around the selection's target if
             that is known.
-        crop: share of the image's area that the policy looks at, from its centre; the grid covers it.
+        window: the part of the image that the policy looks at; the grid covers it.
 
     Returns:
         ``(size, size, 3)`` uint8.
@@ -53,7 +53,7 @@ def annotate(
     if selection is None:
         return np.array(enlarged)
     pixels = np.array(enlarged, dtype=np.float32)
-    reason = _reasons(selection, size, crop)
+    reason = _reasons(selection, size, window)
     gray = (pixels @ _LUMA)[..., None]
     dark = PRUNED_BRIGHTNESS * (gray + PRUNED_SATURATION * (pixels - gray))
     dark = np.where((reason == UNSEEN)[..., None], UNSEEN_BRIGHTNESS * dark, dark)
@@ -61,12 +61,11 @@ def annotate(
     outline = _outline(reason, width=max(1, size // 256)) & (reason != 0)
     pixels = _blend(pixels, _COLORS[reason], OUTLINE_OPACITY * outline)
     if ring is not None and selection.target is not None:
-        inner, outer = (radius * crop**0.5 for radius in ring)
-        pixels = _draw_ring(pixels, out_of_crop(selection.target, crop), (inner, outer))
+        pixels = _draw_ring(pixels, selection.target, ring, window)
     return pixels.round().astype(np.uint8)
 
 
-def heat_map(image: np.ndarray, scores: np.ndarray, size: int, crop: float = 1.0) -> np.ndarray:
+def heat_map(image: np.ndarray, scores: np.ndarray, size: int, window: Window = WHOLE) -> np.ndarray:
     """The camera image in gray, under the scores of its patches: black is none, yellow the highest.
 
     Args:
@@ -74,7 +73,7 @@ def heat_map(image: np.ndarray, scores: np.ndarray, size: int, crop: float = 1.0
         scores: ``(grid * grid,)``; the square root is shown, or all but the highest would be black. Patches
             that were gone already have -inf.
         size: pixels along a side of the result.
-        crop: share of the image's area that the policy looks at, from its centre; the grid covers it.
+        window: the part of the image that the policy looks at; the grid covers it.
 
     Returns:
         ``(size, size, 3)`` uint8.
@@ -85,31 +84,38 @@ def heat_map(image: np.ndarray, scores: np.ndarray, size: int, crop: float = 1.0
     shown = np.sqrt(shown / max(shown.max(), np.finfo(np.float32).tiny))
     stops = np.linspace(0, 1, len(_HEAT))
     colors = np.stack([np.interp(shown, stops, channel) for channel in _HEAT.T], axis=1)
-    patches = _patches(np.arange(len(scores)), size, crop)
+    patches = _patches(np.arange(len(scores)), size, window)
     heat = np.where((patches == UNSEEN)[..., None], 0, colors[patches])
     pixels = gray + HEAT_OPACITY * (heat - gray)
     return np.asarray(pixels.round(), dtype=np.uint8)
 
 
-def _reasons(selection: Selection, size: int, crop: float) -> np.ndarray:
+def _reasons(selection: Selection, size: int, window: Window) -> np.ndarray:
     """``(size, size)`` int: why each pixel's patch was kept (1 its rank, 2 ring, 3 sampled), 0 if not.
 
     `UNSEEN` where there is no patch.
     """
     masks = (selection.top, selection.ring, selection.sampled)
     codes = sum(code * mask.numpy().astype(np.int64) for code, mask in enumerate(masks, start=1))
-    return _patches(np.asarray(codes), size, crop)
+    return _patches(np.asarray(codes), size, window)
 
 
-def _patches(values: np.ndarray, size: int, crop: float) -> np.ndarray:
+def _patches(values: np.ndarray, size: int, window: Window) -> np.ndarray:
     """``(size, size)``: the value ``(grid * grid,)`` of each pixel's patch; `UNSEEN` where there is none."""
     grid = round(len(values) ** 0.5)
-    # Centres of pixels as shares of the crop's side.
-    along = 0.5 + ((np.arange(size) + 0.5) / size - 0.5) / crop**0.5
-    patch_of = np.clip(np.floor(along * grid).astype(np.int64), -1, grid) + 1
+    columns, rows = (
+        np.clip(np.floor(along * grid).astype(np.int64), -1, grid) + 1 for along in _along(size, window)
+    )
     padded = np.pad(np.reshape(values, (grid, grid)), 1, constant_values=UNSEEN)
-    of_pixels: np.ndarray = padded[patch_of[:, None], patch_of]
+    of_pixels: np.ndarray = padded[rows[:, None], columns]
     return of_pixels
+
+
+def _along(size: int, window: Window) -> tuple[np.ndarray, np.ndarray]:
+    """Centres of a picture's columns, and of its rows, as shares of the window's sides."""
+    places = (np.arange(size) + 0.5) / size
+    columns, rows = (0.5 + (places - c) / s for c, s in zip(window.center, window.sides, strict=True))
+    return columns, rows
 
 
 def _outline(reason: np.ndarray, width: int) -> np.ndarray:
@@ -123,13 +129,18 @@ def _outline(reason: np.ndarray, width: int) -> np.ndarray:
     return outline
 
 
-def _draw_ring(pixels: np.ndarray, target: tuple[float, float], ring: tuple[float, float]) -> np.ndarray:
-    """Both circles and a dot on the target, each with a dark rim that sets it off from any background."""
+def _draw_ring(
+    pixels: np.ndarray, target: tuple[float, float], ring: tuple[float, float], window: Window
+) -> np.ndarray:
+    """Both circles and a dot on the target, each with a dark rim that sets it off from any background.
+
+    ``target`` and ``ring`` are shares of the window's sides.
+    """
     size = len(pixels)
-    stroke = size / 220
-    centres = np.arange(size) + 0.5
-    distance = np.hypot(centres - target[0] * size, (centres - target[1] * size)[:, None])
-    from_line = np.minimum.reduce([abs(distance - radius * size) for radius in (0, *ring)])
+    stroke, side = size / 220, size * (window.sides[0] * window.sides[1]) ** 0.5
+    columns, rows = _along(size, window)
+    distance = side * np.hypot(columns - target[0], (rows - target[1])[:, None])
+    from_line = np.minimum.reduce([abs(distance - radius * side) for radius in (0, *ring)])
     for color, width in ((RIM, 2 * stroke), (AROUND, stroke)):
         # How much of a pixel a line of this width covers: smooth edges without drawing at a larger size.
         pixels = _blend(pixels, np.array(color, dtype=np.float32), np.clip(width / 2 + 0.5 - from_line, 0, 1))

@@ -21,6 +21,7 @@ from sqap.errors import InputError
 from sqap.evaluation.rollout import Actor, Episode, run_episode
 from sqap.files import whole_file
 from sqap.observation import Observation
+from sqap.processing import ImageSteps, Window, window
 from sqap.pruning.selector import Selection
 from sqap.report.overlay import AROUND, ATTENDED, SAMPLED, annotate, heat_map
 
@@ -54,12 +55,13 @@ class Clip:
 
     Args:
         label: what to call the policy.
-        ring: inner and outer radius of its protected ring, as shares of the crop's side; None draws none.
+        ring: inner and outer radius of its protected ring, as shares of a side of what the policy looks at;
+            None draws none.
         hz: control steps per simulated second.
         frames: ascending in time, from the first moment to the last.
         episode: how it went.
         camera: whose images are shown, those that the selections are of; None for the observation's first.
-        crop: share of an image's area that the policy looks at, from its centre.
+        steps: what the policy does to an image; None of them shows it all.
     """
 
     label: str
@@ -68,7 +70,7 @@ class Clip:
     frames: tuple[Frame, ...]
     episode: Episode
     camera: str | None = None
-    crop: float = 1.0
+    steps: ImageSteps = ()
 
     @property
     def ranked(self) -> bool:
@@ -87,6 +89,11 @@ class Clip:
         images = frame.observation.images
         return next(iter(images.values())) if self.camera is None else images[self.camera]
 
+    def window(self, frame: Frame) -> Window:
+        """The part of its camera image that the policy looks at."""
+        height, width = self.image(frame).shape[:2]
+        return window(self.steps, (height, width))
+
     def at(self, seconds: float) -> Frame:
         """The latest frame not after ``seconds`` of simulated time."""
         # The tiny addition is for 4.1 s at 30 Hz, which in floating point is less than 123 steps.
@@ -103,7 +110,7 @@ def record_episode(
     ring: tuple[float, float] | None,
     units: ActionUnits,
     camera: str | None = None,
-    crop: float = 1.0,
+    steps: ImageSteps = (),
 ) -> Clip:
     """Run one episode as `evaluation.run_episode` does, and keep `FPS` frames a simulated second.
 
@@ -112,10 +119,11 @@ def record_episode(
         env: left open.
         seed: of the episode.
         label: what to call the policy in the picture.
-        ring: radii of the policy's protected ring, as shares of the crop's side; None if it has none.
+        ring: radii of the policy's protected ring, as shares of a side of what the policy looks at; None if
+            it has none.
         units: of the environment's actions; tells how long a control step is.
         camera: whose images are shown, the policy's first; None for the environment's first.
-        crop: share of an image's area that the policy looks at.
+        steps: what the policy does to an image.
 
     Raises:
         InputError: as `run_episode`.
@@ -129,7 +137,7 @@ def record_episode(
         frames.append(Frame(observation, selection, step))
 
     episode = run_episode(policy, env, seed, units=units, watch=watch)
-    return Clip(label, ring, units.hz, tuple(frames), episode, camera, crop)
+    return Clip(label, ring, units.hz, tuple(frames), episode, camera, steps)
 
 
 def compose(clips: Sequence[Clip], seconds: float, pane: int = PANE) -> np.ndarray:
@@ -216,7 +224,7 @@ def _draw_pane(clip: Clip, seconds: float, size: int) -> Image.Image:
     frame = clip.at(seconds)
     header, footer = size * 84 // 512, size * 48 // 512
     canvas = Image.new("RGB", (size, header + size + footer), BACKGROUND)
-    shown = annotate(clip.image(frame), frame.selection, size, clip.ring, clip.crop)
+    shown = annotate(clip.image(frame), frame.selection, size, clip.ring, clip.window(frame))
     canvas.paste(Image.fromarray(shown), (0, header))
     draw = ImageDraw.Draw(canvas)
     _draw_header(draw, clip, frame, size, header)
@@ -231,7 +239,7 @@ def _draw_scores(clip: Clip, seconds: float, size: int) -> Image.Image:
     canvas = Image.new("RGB", (size, header + size + footer), BACKGROUND)
     scores = None if selection is None else selection.scores
     if scores is not None:
-        shown = heat_map(image, scores.float().numpy(), size, clip.crop)
+        shown = heat_map(image, scores.float().numpy(), size, clip.window(clip.at(seconds)))
         canvas.paste(Image.fromarray(shown), (0, header))
     draw = ImageDraw.Draw(canvas)
     draw.text((0, header * 0.33), "what it goes by", INK, _font(size * 26 / 512), anchor="lm")
