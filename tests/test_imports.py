@@ -13,7 +13,7 @@ import sqap
 
 ROOT = Path(sqap.__file__).parent
 # In a function, since it needs what is defined there: the check of a path multiplies by it.
-LAZY = {"sqap.kernels": "sqap.kernels.check"}
+LAZY = {"sqap.kernels.cpu": "sqap.kernels.cpu.check"}
 
 
 def module_name(path: Path, root: Path) -> str:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sqap.errors import InputError
 from sqap.recipe import RECIPE_VERSION, Cut, Override, Pruning, PruningMethod, Quantization, Recipe, Scheme
-from sqap.recipe.version_1 import ACTIONS
+from sqap.recipe.version1 import ACTIONS
 
 
 @st.composite

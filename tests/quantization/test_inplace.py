@@ -131,7 +131,9 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda x: x, lambda x: (x,), lambda x: [x], lambda x: {"x": x, "scale": 1.0}], ids=str
+    "wrap",
+    [lambda x: x, lambda x: (x,), lambda x: [x], lambda x: {"x": x, "scale": 1.0}],
+    ids=["tensor", "tuple", "list", "mapping"],
 )
 def test_calibration_inputs_may_be_given_in_every_way(wrap: Callable[[Tensor], Any]) -> None:
     module = Twice().train()

@@ -21,7 +21,7 @@ from sqap.recipe.quantization import (
     Scheme,
     WeightGranularity,
 )
-from sqap.recipe.version_1 import from_version_1
+from sqap.recipe.version1 import from_version1
 from sqap.serialization import from_json, read_json
 
 __all__ = [
@@ -105,7 +105,7 @@ class Recipe:
         """
         version = data.get("version", RECIPE_VERSION) if isinstance(data, dict) else RECIPE_VERSION
         if version == 1:
-            data = from_version_1(data)
+            data = from_version1(data)
         elif version != RECIPE_VERSION:  # before the keys, which another version may well have others of
             raise error(f"{where}: {_unknown(version)}")
         recipe: Recipe = from_json(cls, data, where, error)

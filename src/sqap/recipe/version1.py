@@ -11,7 +11,7 @@ from sqap.recipe.quantization import Scheme
 ACTIONS = "head.x_embedder|head.final_layer|head.fc2|head.lm_head|head.action_*_proj"
 
 
-def from_version_1(data: dict[str, Any]) -> dict[str, Any]:
+def from_version1(data: dict[str, Any]) -> dict[str, Any]:
     """The same recipe in version 2, as JSON; what is wrong with ``data`` is left for the reader to find."""
     quantization = data.get("quantization")
     if not isinstance(quantization, dict):
