@@ -20,6 +20,7 @@ import sqap
 from sqap import Observation, Policy, Recipe
 from sqap.config import PolicyConfig
 from sqap.processing import Binarize, Clamp, Lower, PromptConfig, Range, Template, cropped, stretched
+from sqap.recipe import Pruning
 from tests.checkpoints.mutations import Mutation, Need, file_mutations, weighted
 from tests.checkpoints.mutations_json import Decisive, Telling, json_mutations
 from tests.checkpoints.mutations_tensors import flatten, pickle_mutations, read, tensor_mutations
@@ -165,7 +166,8 @@ def _write_native(directory: Path, *, compress: bool) -> None:
     about = PolicyConfig("cogact", config, CAMERAS[:2], images, actions, prompt, state)
     policy = Policy(random_model(config), about, tokenizer)
     if compress:
-        policy = sqap.compress(policy, Recipe.w4a8(), [_observe(5)])
+        recipe = dataclasses.replace(Recipe.w4a8(), pruning=Pruning())  # three layers
+        policy = sqap.compress(policy, recipe, [_observe(5)])
     policy.save(directory)
 
 

@@ -17,7 +17,7 @@ from sqap.cli import app
 from sqap.errors import CheckpointError
 from sqap.processing import cropped
 from sqap.quantization import list_linears
-from sqap.recipe import Quantization, Scheme
+from sqap.recipe import Pruning, Quantization, Scheme
 
 from .conftest import Publish
 
@@ -42,8 +42,8 @@ def write_frames(root: Path, cameras: tuple[str, ...], state_dim: int | None) ->
 
 
 def write_recipe(root: Path) -> Path:
-    """The preset, but for the small SigLIP's MLP, whose odd width does not go into 4-bit pairs."""
-    preset = sqap.Recipe.w4a8()
+    """The preset, but for the small SigLIP's MLP, whose odd width does not pack, and three layers' pruning."""
+    preset = dataclasses.replace(sqap.Recipe.w4a8(), pruning=Pruning())
     assert preset.quantization is not None
     quantization = dataclasses.replace(preset.quantization, vision=Scheme(8, 8))
     path = root / "recipe.json"
