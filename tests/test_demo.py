@@ -31,7 +31,7 @@ def test_the_demo_prints_a_table_and_leaves_a_report_and_a_video(tmp_path, monke
         assert work in result.stderr
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert report == json.loads((tmp_path / "r.json").read_text())
-    assert report["visual_tokens"] == 154
+    assert report["visual_tokens"] == 102
     assert report["weight_bytes"] < report["against"]["weight_bytes"]
     assert report["against"]["visual_tokens"] == 256
     assert {p.name for p in (tmp_path / "demo").iterdir()} == {

@@ -23,7 +23,7 @@ def seen(monkeypatch):
     """What steps end with on the device, instead of being copied back."""
     found = []
 
-    def keep(self, actions, pruner):
+    def keep(self, actions, pruner, state):
         found.append((actions, pruner))
         return Step(np.zeros(0))
 

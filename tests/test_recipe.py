@@ -116,6 +116,8 @@ def test_version_1_is_read() -> None:
     assert found is not None
     assert (found.sensitive, found.overrides) == (Scheme(8, 8), ())
     assert Recipe.from_json({"version": 1}) == Recipe()
+    named = {key: value for key, value in VERSION_1.items() if key != "version"}
+    assert Recipe.from_json(named) == Recipe.from_json(VERSION_1), "the decoder's grids tell it, too"
 
 
 def test_sensitive_linears_are_apart_from_their_head() -> None:
@@ -229,7 +231,10 @@ def test_pruning_refuses(settings: dict[str, Any], message: str) -> None:
             {"quantization": {"decoder": {"weight_bits": "4"}}},
             "recipe.quantization.decoder.weight_bits must be",
         ),
-        ({"quantization": {"weight_bits": 4}}, "no setting 'weight_bits'; it has decoder, vision"),
+        (
+            {"version": 2, "quantization": {"weight_bits": 4}},
+            "no setting 'weight_bits'; it has decoder, vision",
+        ),
         ({"version": 1, "quantization": {"weight_bits": 3}}, "weight_bits must be 4 or 8, got 3"),
         ({"version": 1, "quantization": {"bits": 3}}, "recipe.quantization has no setting 'bits'"),
         ({"quantization": {"rotate": 1}}, "recipe.quantization.rotate must be bool"),

@@ -42,7 +42,7 @@ def write_frames(root: Path, cameras: tuple[str, ...], state_dim: int | None) ->
 
 
 def write_recipe(root: Path) -> Path:
-    """The preset, but for the small SigLIP's MLP, whose odd width does not pack, and three layers' pruning."""
+    """The preset, but for the small SigLIP's MLP, whose odd width does not pack, and for the cut."""
     preset = dataclasses.replace(sqap.Recipe.w4a8(), pruning=Pruning())
     assert preset.quantization is not None
     quantization = dataclasses.replace(preset.quantization, vision=Scheme(8, 8))

@@ -43,8 +43,7 @@ ON_THE_CPU = {
 def model(family: str, quantized: bool) -> VLA:
     found = random_model(family_config(family))
     if quantized:
-        whole = {part: Scheme(4, 8) for part in ("vision", "projector", "head")}
-        found = quantize_model(found, Quantization(4, 8, **whole, rounding="nearest"))
+        found = quantize_model(found, Quantization(*[Scheme(4, 8)] * 5))
     return found.to(META)
 
 

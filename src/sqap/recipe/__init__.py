@@ -21,7 +21,7 @@ from sqap.recipe.quantization import (
     Scheme,
     WeightGranularity,
 )
-from sqap.recipe.version1 import from_version1
+from sqap.recipe.version1 import from_version1, version_of
 from sqap.serialization import from_json, read_json
 
 __all__ = [
@@ -103,7 +103,7 @@ class Recipe:
             where: names its place in messages.
             error: raised where a key is unknown or missing, or a value is not allowed.
         """
-        version = data.get("version", RECIPE_VERSION) if isinstance(data, dict) else RECIPE_VERSION
+        version = version_of(data, RECIPE_VERSION)
         if version == 1:
             data = from_version1(data)
         elif version != RECIPE_VERSION:  # before the keys, which another version may well have others of

@@ -11,14 +11,24 @@ from sqap.recipe.quantization import Scheme
 ACTIONS = "head.x_embedder|head.final_layer|head.fc2|head.lm_head|head.action_*_proj"
 
 
+GRIDS = {field.name for field in dataclasses.fields(Scheme)}
+
+
+def version_of(data: Any, latest: int) -> Any:
+    """The version that a recipe's JSON is of; where it says none, grids outside a part are of version 1."""
+    if not isinstance(data, dict):
+        return latest
+    quantization = data.get("quantization")
+    return data.get("version", 1 if isinstance(quantization, dict) and GRIDS & set(quantization) else latest)
+
+
 def from_version1(data: dict[str, Any]) -> dict[str, Any]:
     """The same recipe in version 2, as JSON; what is wrong with ``data`` is left for the reader to find."""
     quantization = data.get("quantization")
     if not isinstance(quantization, dict):
         return {**data, "version": 2}
-    grid = {f.name for f in dataclasses.fields(Scheme)}
-    decoder = {name: value for name, value in quantization.items() if name in grid}
-    rest = {name: value for name, value in quantization.items() if name not in grid}
+    decoder = {name: value for name, value in quantization.items() if name in GRIDS}
+    rest = {name: value for name, value in quantization.items() if name not in GRIDS}
     spared = {"pattern": ACTIONS, "scheme": None}
     overrides = rest.get("overrides")
     if isinstance(overrides, list) and spared in overrides:
