@@ -186,8 +186,7 @@ def alone(replay: Replay, quantization: Quantization, name: str, scheme: Scheme 
 
 def kept_apart(policy: Policy, quantization: Quantization) -> tuple[Override, ...]:
     """The recipe's overrides, and one for the head's sensitive linears, which a block's grids are not for."""
-    sensitive = "|".join(f"head.{key}" for key in policy.model.head.sensitive)
-    return (*quantization.overrides, Override(sensitive, quantization.sensitive))
+    return (*quantization.overrides, Override("|".join(policy.model.sensitive), quantization.sensitive))
 
 
 def _exceptions(linears: Sequence[str], overrides: Sequence[Override]) -> list[Override]:

@@ -1,4 +1,4 @@
-"""What a user chooses where a published checkpoint leaves it open."""
+"""Choices of a user, where a published checkpoint leaves something open."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Bounds = Literal["q99", "minmax"]
 
 @dataclass(frozen=True)
 class Choices:
-    """What a checkpoint leaves open, or says in a way that does not suit.
+    """Settings that a checkpoint leaves open, or says in a way that does not suit.
 
     Args:
         unnorm_key: the dataset whose statistics turn actions into robot units; may be left out if there is

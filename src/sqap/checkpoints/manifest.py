@@ -11,11 +11,7 @@ from typing import Any
 from sqap.checkpoints import version3
 from sqap.config import Calibration, PolicyConfig
 from sqap.errors import CheckpointError, InputError
-from sqap.models import (
-    DecoderConfig,
-    ModelConfig,
-    VisionConfig,
-)
+from sqap.models import DecoderConfig, ModelConfig, VisionConfig
 from sqap.processing import ActionStep, StateStep, image_problems
 from sqap.recipe import Recipe
 from sqap.serialization import parse_json, read_bytes

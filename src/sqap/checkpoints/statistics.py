@@ -47,7 +47,7 @@ def choose_dataset(datasets: Any, key: str | None, where: Path) -> Dataset:
 
 
 def read_range(dataset: Dataset, what: str, names: tuple[str, str] = PERCENTILES) -> Range:
-    """How a data set's "action" or "proprio" is normalised, by the statistics of these ``names``.
+    """The normalisation of a data set's "action" or "proprio", by the statistics of these ``names``.
 
     Raises:
         CheckpointError: the statistics are incomplete or not numbers.

@@ -52,7 +52,7 @@ class _Policy:
 
 
 def convert(policy: Any, where: str) -> dict[str, Any]:
-    """What version 4 says of the same policy. Its model is moved, and is to be checked as version 4's.
+    """The same policy in version 4. Its model is moved as it is, to be checked as version 4's.
 
     Raises:
         CheckpointError: the rest is not what version 3 says of a policy.

@@ -49,7 +49,7 @@ Table = dict[str, Source]
 
 
 def linear_table(ours: str, theirs: str) -> Table:
-    """Where a module's weight and bias come from."""
+    """The sources of a linear's weight and bias."""
     return {ours + kind: Source((theirs + kind,)) for kind in ("weight", "bias")}
 
 

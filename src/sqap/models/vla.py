@@ -70,8 +70,13 @@ class VLA(nn.Module):
         return self.decoder.norm.weight.dtype
 
     @property
+    def sensitive(self) -> tuple[str, ...]:
+        """Paths of the linears that its head calls sensitive."""
+        return tuple(f"head.{key}" for key in self.head.sensitive)
+
+    @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device of its parameters."""
         return self.decoder.norm.weight.device
 
     def forward(self, inputs: ModelInputs, pruner: TokenPruner | None = None) -> Tensor:

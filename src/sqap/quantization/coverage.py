@@ -95,10 +95,9 @@ def check_coverage(model: VLA, quantization: Quantization) -> None:
         raise CheckpointError(f"the recipe says rotate = {quantization.rotate}, but the decoder is {state}")
     edges = edges_of(model.decoder) if quantization.rotate else {}
     online = {f"decoder.{name}" for name, edge in edges.items() if edge.reads == "inner"}
-    sensitive = {f"head.{key}" for key in model.head.sensitive}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | QuantizedLinear):
-            scheme = quantization.scheme(name, name in sensitive)
+            scheme = quantization.scheme(name, name in model.sensitive)
             _check_linear(name, module, scheme, name in online)
 
 

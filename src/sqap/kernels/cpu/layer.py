@@ -66,7 +66,7 @@ class Layer:
         if rope is not None:
             cos, sin = (_angles(part, (batch, tokens, head_dim)) for part in rope)
         if rows is not None:
-            wanted = torch.zeros(tokens, dtype=torch.uint8, device="cpu").index_fill_(0, rows.cpu(), 1)
+            wanted = _marked(rows, tokens)
             received = x.new_empty(batch, tokens)
         for part in kept or ():
             _check("room for keys and values", part, (batch, kv_heads, tokens, head_dim))
@@ -88,7 +88,7 @@ def look(layers: Sequence[Layer], x: Tensor, rope: tuple[Tensor, Tensor], rows: 
     (batch, tokens, width), x = x.shape, x.contiguous()
     _check("inputs", x, (1, tokens, width))
     cos, sin = (_angles(part, (batch, tokens, layers[0].head_dim)) for part in rope)
-    wanted = torch.zeros(tokens, dtype=torch.uint8, device="cpu").index_fill_(0, rows.cpu(), 1)
+    wanted = _marked(rows, tokens)
     received = x.new_empty(batch, tokens)
     natives = [layer.native for layer in layers]
     _native.look(natives, array(x), tokens, *map(array, (cos, sin, wanted, received)))
@@ -104,6 +104,11 @@ def _angles(part: Tensor, shape: tuple[int, ...]) -> Tensor:
     if part.shape != shape and part.shape != (1, *shape[1:]):
         raise ValueError(f"rotary positions {tuple(part.shape)} do not fit tokens that need {shape}")
     return part.float().expand(shape).contiguous()
+
+
+def _marked(rows: Tensor, tokens: int) -> Tensor:
+    """1 for the tokens that ``rows`` names, else 0: ``(tokens,)`` uint8."""
+    return torch.zeros(tokens, dtype=torch.uint8, device="cpu").index_fill_(0, rows.cpu(), 1)
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

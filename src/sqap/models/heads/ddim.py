@@ -28,9 +28,9 @@ def add_noise(clean: Tensor, noise: Tensor, t: Tensor, alpha_bar: Tensor) -> Ten
     return a.sqrt() * clean + (1 - a).sqrt() * noise
 
 
-def ddim_steps(train_steps: int, sample_steps: int) -> list[int]:
+def ddim_steps(train_steps: int, sample_steps: int) -> range:
     """The training steps that are sampled at, ascending."""
-    return list(range(0, train_steps, train_steps // sample_steps))[:sample_steps]
+    return range(0, train_steps, train_steps // sample_steps)[:sample_steps]
 
 
 def ddim_sample(

@@ -146,8 +146,7 @@ class DiffusionHead(nn.Module):
             raise ValueError(f"there are {len(condition)} conditions for noise of {len(noise)} chunks")
         given = self.z_embedder(self.conditions(condition))
         steps = ddim_steps(len(self.alpha_bar), self.config.sample_steps)
-        spacing = len(self.alpha_bar) // self.config.sample_steps
-        times = torch.arange(self.config.sample_steps, dtype=torch.int64, device=noise.device) * spacing
+        times = torch.arange(steps.start, steps.stop, steps.step, dtype=torch.int64, device=noise.device)
         tokens = dict(zip(steps, (self.embed_time(times)[:, None] + given).unbind(), strict=True))
 
         def predict(x: Tensor, t: int) -> Tensor:
