@@ -7,7 +7,7 @@ from evaluation_fakes import HORIZON, Corridor, Walker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sqap.environments import ActionUnits
+from sqap.environments import ControlUnits
 from sqap.errors import InputError
 from sqap.evaluation.ensemble import AdaptiveEnsemble
 from sqap.evaluation.rollout import Episode, noise_seed, run_episode
@@ -128,7 +128,7 @@ class TestNoise:
 class TestJerkOfTheEpisode:
     def test_is_measured_on_the_clipped_actions_in_the_environments_units(self):
         chunk = np.array([[3.0, 0, 0, 0], [-3.0, 0, 0, 0]])
-        units = ActionUnits(metres=0.5, hz=2.0, limit=1.0)
+        units = ControlUnits(metres=0.5, hz=2.0, limit=1.0)
         episode = run_episode(Fixed(chunk), Corridor(), seed=0, units=units)
         assert episode.jerk == pytest.approx(4 * 0.5 * 2.0**3)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sqap.environments import ActionUnits, StepResult
+from sqap.environments import ControlUnits, StepResult
 from sqap.errors import InputError
 from sqap.evaluation.rollout import Episode
 from sqap.observation import Observation
@@ -220,7 +220,7 @@ class TestRecord:
 
     def record(self, hz):
         policy = self.Looks()
-        units = ActionUnits(hz=hz)
+        units = ControlUnits(hz=hz)
         return policy, record_episode(policy, self.Walk(), 0, label="x", ring=RING, units=units)
 
     def test_keeps_twenty_frames_a_second_and_the_last(self):

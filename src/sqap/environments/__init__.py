@@ -11,7 +11,7 @@ from sqap.environments.metaworld_tasks import INSTRUCTIONS
 from sqap.errors import InputError
 
 __all__ = [
-    "ActionUnits",
+    "ControlUnits",
     "Environment",
     "StepResult",
     "action_units",
@@ -23,7 +23,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class ActionUnits:
+class ControlUnits:
     """What the numbers in an action mean.
 
     Args:
@@ -42,7 +42,7 @@ class _Suite:
     make: Callable[[str], Environment]
     tasks: tuple[str, ...]
     default_tasks: tuple[str, ...]
-    units: ActionUnits
+    units: ControlUnits
     describe: Callable[[], dict[str, str]]
 
 
@@ -65,7 +65,7 @@ _SUITES = {
             "coffee-button",
             "handle-press",
         ),
-        units=ActionUnits(
+        units=ControlUnits(
             metres=metaworld.ACTION_METRES * metaworld.ACTION_REPEAT, hz=metaworld.CONTROL_HZ, limit=1.0
         ),
         describe=metaworld.describe,
@@ -101,7 +101,7 @@ def default_tasks(env: str) -> tuple[str, ...]:
     return _suite(env).default_tasks
 
 
-def action_units(env: str) -> ActionUnits:
+def action_units(env: str) -> ControlUnits:
     """The units of ``env``'s actions."""
     return _suite(env).units
 

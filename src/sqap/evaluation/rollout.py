@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from sqap.environments import ActionUnits, Environment
+from sqap.environments import ControlUnits, Environment
 from sqap.errors import InputError
 from sqap.evaluation.ensemble import AdaptiveEnsemble
 from sqap.evaluation.statistics import jerk
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Watch = Callable[[Observation, "Selection | None", int], None]
 
-_RAW_UNITS = ActionUnits()
+_RAW_UNITS = ControlUnits()
 
 
 class Actor(Protocol):
@@ -84,7 +84,7 @@ def run_episode(
     env: Environment,
     seed: int,
     *,
-    units: ActionUnits = _RAW_UNITS,
+    units: ControlUnits = _RAW_UNITS,
     execute: int | None = None,
     ensemble: int | None = None,
     watch: Watch | None = None,

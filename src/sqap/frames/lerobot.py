@@ -14,7 +14,7 @@ from sqap.errors import InputError
 from sqap.frames.decode import decode_image, observe
 from sqap.frames.lerobot_metadata import (
     TASKS,
-    Episode,
+    RecordedEpisode,
     camera_keys,
     number,
     read_episodes,
@@ -34,7 +34,7 @@ _ROW = ("index", "episode_index", "frame_index", "timestamp", "task_index")
 class _Moment:
     """One frame of one episode."""
 
-    episode: Episode
+    episode: RecordedEpisode
     frame: int
 
     @property
@@ -103,7 +103,7 @@ def read_dataset(
     ]
 
 
-def _choose(episodes: Sequence[Episode], count: int) -> list[_Moment]:
+def _choose(episodes: Sequence[RecordedEpisode], count: int) -> list[_Moment]:
     shares = deal([episode.length for episode in episodes], count)
     return [
         _Moment(episode, frame)

@@ -68,7 +68,7 @@ class Info:
 
 
 @dataclass(frozen=True)
-class Episode:
+class RecordedEpisode:
     """One row of ``meta/episodes``.
 
     Args:
@@ -164,7 +164,7 @@ def state_key(info: Info, name: str | None, needed: bool) -> str | None:
     )
 
 
-def read_episodes(info: Info, video_keys: Iterable[str]) -> list[Episode]:
+def read_episodes(info: Info, video_keys: Iterable[str]) -> list[RecordedEpisode]:
     """Every episode, by number; of the videos only those of ``video_keys``.
 
     Raises:
@@ -195,7 +195,7 @@ def read_tasks(info: Info) -> dict[int, str]:
     return {row["task_index"]: row[text] for row in read_rows(path, ["task_index", text])}
 
 
-def _episode(info: Info, row: Mapping[str, float], video_keys: Sequence[str]) -> Episode:
+def _episode(info: Info, row: Mapping[str, float], video_keys: Sequence[str]) -> RecordedEpisode:
     def file(template: str, prefix: str, **names: str) -> Path:
         chunk, place = int(row[f"{prefix}/chunk_index"]), int(row[f"{prefix}/file_index"])
         try:
@@ -211,7 +211,7 @@ def _episode(info: Info, row: Mapping[str, float], video_keys: Sequence[str]) ->
         )
         for key in video_keys
     }
-    return Episode(
+    return RecordedEpisode(
         index=int(row["episode_index"]),
         length=int(row["length"]),
         first=int(row["dataset_from_index"]),

@@ -1,8 +1,8 @@
-"""Quantizing stage by stage: every linear on what the quantized ones before it produce.
+"""Sequential quantization: each stage is calibrated on the outputs of the quantized stages before it.
 
-A stage is as much of a model as is held in 32 bits at a time: a block of a vision encoder or of the decoder,
-the projector, the head. Calibration states flow through the stages as data does, each quantized before the
-next sees what it makes of them (GPTQ, Frantar et al. 2023).
+A stage is the part of a model that is held in float32 at one time: a block of a vision encoder or of the
+decoder, the projector, the head. Calibration states pass through the stages in the order of the forward pass;
+each stage is quantized before it computes the inputs of the next (GPTQ, Frantar et al. 2023).
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ Schemes = dict[str, Scheme]
 
 
 class _Reached(Exception):
-    """Ends a pass through a stage at the linears it was run for."""
+    """Stops a forward pass once the wanted inputs are recorded."""
 
 
 @dataclass
 class _Group:
-    """Linears that read the same input, and the sum of that input's squares ``(in,)``."""
+    """Linears that share an input, with the sum of squares ``(in,)`` of that input over all states."""
 
     names: list[str]
     squares: Tensor
@@ -48,14 +48,14 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Run(Generic[State]):
-    """A stage, what it is run on, and how."""
+    """A stage, its calibration states, and the function that calls it on one state."""
 
     stage: nn.Module
     states: Sequence[State]
     call: Callable[[nn.Module, State], Any]
 
     def inputs(self, key: str) -> Iterator[Tensor]:
-        """What a linear's weight meets first in each state: ``(..., in)``."""
+        """The first input ``(..., in)`` of the linear called ``key``, for each state, after its rotation."""
         for state in self.states:
             seen: list[Tensor] = []
             take = partial(_keep, seen)
@@ -66,14 +66,14 @@ class _Run(Generic[State]):
 
 @dataclass
 class Sequential:
-    """Quantizes the stages it is led through.
+    """Quantizes stages one after the other; `through` is the `sqap.models.through.Through` of `VLA.run`.
 
     Args:
         quantization: the recipe's.
-        before: called with each stage's name and float32 module first, to rotate it, for one.
-        done: called after each stage with the number of weights done so far.
-        partial: keeps finished stages, so that an interrupted run goes on from them.
-        weights: where stages on the meta device are read from.
+        before: called with each stage's name and float32 module before it is quantized, e.g. to rotate it.
+        done: called after each stage with the number of weights quantized so far.
+        partial: stores finished stages, so that an interrupted run resumes behind them.
+        weights: source of the weights of stages on the meta device.
     """
 
     quantization: Quantization
@@ -91,15 +91,15 @@ class Sequential:
         call: Callable[[Any, State], Any],
         exact: list[State] | None = None,
     ) -> list[Any]:
-        """Quantize ``stage`` in place on ``states``, and return what it then makes of them.
+        """Quantize ``stage`` in place on ``states``, and return its quantized outputs, one for each state.
 
         Args:
-            name: of the stage in its model; with the linears' own names after it, what schemes go by.
-            stage: float weights of any type, perhaps shared with another model, which keeps them as they are.
+            name: path of the stage in its model; a linear's scheme is chosen by this path and its own name.
+            stage: float weights of any type. Tensors shared with another model are not written to.
             states: one entry per calibration batch; may be empty when rounding to nearest.
             call: runs the stage on one state.
-            exact: what the states would be had nothing been quantized, for the recipe's ``correction``;
-                becomes what the stage makes of them before it is quantized.
+            exact: the full-precision states, for the recipe's ``correction``; replaced by the stage's
+                full-precision outputs.
 
         Raises:
             InputError: a linear's shape does not fit its scheme, or a weight or an input is not finite.
@@ -164,7 +164,7 @@ class Sequential:
 
 
 def _give_back_memory() -> None:
-    """Let glibc return what it keeps between blocks in use: 34 MB for each layer of a 7B decoder."""
+    """Return freed heap pages to the system: glibc keeps 34 MB for each layer of a 7B decoder otherwise."""
     if sys.platform == "linux":
         getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
 
@@ -174,23 +174,23 @@ def _keep(seen: list[Tensor], _: str, x: Tensor) -> None:
 
 
 def share(module: M) -> M:
-    """A copy of ``module`` whose tensors are those of the original until it is given others."""
+    """A copy of ``module`` that shares its parameters and buffers with the original."""
     memo: dict[int, object] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in module.parameters()}
     memo |= {id(b): b for b in module.buffers()}
     return copy.deepcopy(module, memo)
 
 
 def own(module: nn.Module) -> None:
-    """Give a module that shares its tensors float32 parameters of its own, which may be written to."""
+    """Replace shared parameters by float32 copies that may be written to."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(torch.float32, copy=True)
 
 
 def wanted(name: str, stage: nn.Module, quantization: Quantization) -> Schemes:
-    """The linears of ``stage`` that the recipe quantizes, by their names inside it.
+    """The scheme of each linear of ``stage`` that the recipe quantizes, by its path inside the stage.
 
     Raises:
-        InputError: one's shape does not fit its scheme.
+        InputError: a linear's shape does not fit its scheme.
     """
     schemes = {}
     sensitive = getattr(stage, "sensitive", ())
@@ -207,7 +207,7 @@ def wanted(name: str, stage: nn.Module, quantization: Quantization) -> Schemes:
 
 
 def prepare(name: str, stage: nn.Module, quantization: Quantization) -> None:
-    """Give ``stage`` the modules it will have when quantized, with weights yet to be loaded."""
+    """Replace the linears that the recipe quantizes by empty quantized ones, to load a state dict into."""
     for key, scheme in wanted(name, stage, quantization).items():
         parent, _, attribute = key.rpartition(".")
         owner = stage.get_submodule(parent)
@@ -215,14 +215,14 @@ def prepare(name: str, stage: nn.Module, quantization: Quantization) -> None:
 
 
 def _groups(run: _Run[State], schemes: Schemes) -> list[_Group]:
-    """The linears in the order in which they are reached; those that are given one tensor together."""
+    """Linears in the order of the forward pass; those called with the same tensor form one group."""
     groups: dict[tuple[int, ...], _Group] = {}
     seen: dict[str, _Group] = {}
-    held: list[Tensor] = []  # keeps a tensor's address from being used again within a pass
+    held: list[Tensor] = []  # keeps tensors alive, so that no address is used twice within a pass
     passed: set[str] = set()
 
     def note(key: str, x: Tensor) -> None:
-        if key in passed:  # by a later block of the sequence, such as the token of the robot's state
+        if key in passed:  # a later block of the sequence, such as the robot's state, calls it again
             return
         passed.add(key)
         squares = x.flatten(0, -2).square().sum(0, dtype=torch.float64)
@@ -253,7 +253,7 @@ def _groups(run: _Run[State], schemes: Schemes) -> list[_Group]:
 def _inputs(
     stage: nn.Module, keys: Sequence[str], take: Callable[[str, Tensor], None], *, stop: bool = False
 ) -> Iterator[None]:
-    """Give ``take`` the inputs of some linears as their weights meet them, and perhaps end the pass there."""
+    """Call ``take`` with the path and rotated input of some linears; ``stop`` ends the pass at the first."""
 
     def hook(key: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def before(linear: nn.Module, args: tuple[Tensor, ...]) -> None:

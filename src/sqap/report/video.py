@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from sqap.environments import ActionUnits, Environment
+from sqap.environments import ControlUnits, Environment
 from sqap.errors import InputError
 from sqap.evaluation.rollout import Actor, Episode, run_episode
 from sqap.files import whole_file
@@ -108,7 +108,7 @@ def record_episode(
     *,
     label: str,
     ring: tuple[float, float] | None,
-    units: ActionUnits,
+    units: ControlUnits,
     camera: str | None = None,
     steps: ImageSteps = (),
 ) -> Clip:

@@ -1,4 +1,11 @@
-// The linear on integers, for any processor: activations to levels, products, and what the sums stand for.
+// The quantized linear: quantize activations, multiply integers, dequantize the sums, apply the epilogue.
+//
+//   y = residual + gain * (scale_token * scale_channel * (sum - zero_point * sum of the weight's levels) + bias)
+//
+// Three loops, by shape:
+//   linear_many         more than FEW tokens: panels of unpacked weights, see products.h
+//   linear_few          up to FEW tokens, no groups: a dot product per row and token, weights read once
+//   linear_few_scaled   up to FEW tokens, groups of whole words: the same with scales per group
 #pragma once
 
 #include <type_traits>
@@ -13,9 +20,10 @@
 namespace sqap {
 namespace {
 
-constexpr int64_t FEW = 4;    // tokens up to which rows are multiplied as they are read
-constexpr int64_t ROWS = 64;  // rows per task for few tokens
+constexpr int64_t FEW = 4;    // most tokens for which weights are not unpacked into panels
+constexpr int64_t ROWS = 64;  // output channels per task for few tokens
 
+// Sum of one output channel's signed levels over input channels [first, last).
 inline int64_t sum_levels(const Weight& w, int64_t row, int64_t first, int64_t last) {
     const uint8_t* data = w.data + row * w.row_bytes();
     int64_t sum = 0;
@@ -25,7 +33,7 @@ inline int64_t sum_levels(const Weight& w, int64_t row, int64_t first, int64_t l
     return sum;
 }
 
-// One value for every token and segment, (m, segments), of one for every token and group.
+// Repeats values (m, groups) of groups as values (m, segments) of segments; `segments` is a multiple of `groups`.
 template <class T>
 const T* for_segments(const T* values, Slot slot, int64_t m, int64_t groups, int64_t segments) {
     if (values == nullptr || groups == segments) return values;
@@ -36,8 +44,8 @@ const T* for_segments(const T* values, Slot slot, int64_t m, int64_t groups, int
     return wide;
 }
 
-// Products with a stretch of output channels of token i become outputs. Inlined, so that a full stretch has a constant
-// length.
+// The epilogue of token i and `count` output channels from n0 on: bias, gain, residual, then the output's type.
+// Inlined, so that a full panel's count is a compile-time constant.
 template <class T>
 __attribute__((always_inline)) inline void finish(const Output& out, int64_t n, int64_t i, int64_t n0, int64_t count, float* values) {
     if (out.bias != nullptr) {
@@ -53,7 +61,7 @@ __attribute__((always_inline)) inline void finish(const Output& out, int64_t n, 
     for (int64_t j = 0; j < count; j++) from_float(values[j], y + j);
 }
 
-// Whose tiles multiply where channels have scales in groups: `Isa`'s own, if not specialised.
+// The `Isa` whose tiles are used for weights with scales per group: `Isa` itself unless specialised.
 template <class Isa>
 struct ForGroups {
     using Type = Isa;
@@ -86,7 +94,7 @@ void linear_many(const Activations& a, const Weight& w, const Output& out, const
         }
     }
     const auto begin = [&](int64_t n0, int64_t count) {
-        // A panel's scales and sums of levels, (segments, NR).
+        // The panel's channel scales and sums of levels, both (segments, NR).
         auto* scales = buffer<float>(Slot::panel_scales, segments * NR);
         fill(n0, count, scales);
         auto* sums = zeros != nullptr ? buffer<int32_t>(Slot::panel_sums, segments * NR) : nullptr;
@@ -133,7 +141,7 @@ void linear_many(const Activations& a, const Weight& w, const Output& out, const
     products.run(begin);
 }
 
-// For dot products of rows: body(block, j) for every `WIDTH` bytes from j on, the last ones filled up with zeros.
+// Calls body(block, j) for every `WIDTH` bytes of a row, j their offset; the last block is padded with zeros.
 template <int64_t WIDTH, class Body>
 void each_block(const uint8_t* row, int64_t bytes, Body body) {
     int64_t j = 0;
@@ -145,16 +153,16 @@ void each_block(const uint8_t* row, int64_t bytes, Body body) {
     }
 }
 
-// A row of 4-bit weights and a token, with a scale for every eight channels of each: a word of the row.
+// The operands of one dot product: a row of 4-bit weights and a token, each with a scale per 32-bit word (8 channels).
 struct ScaledRow {
     const uint8_t* row;
-    const int8_t *even, *odd;  // the token's levels
+    const int8_t *even, *odd;  // the token's levels of even and of odd channels
     int64_t bytes;             // of the row
-    const int32_t* offsets;    // what makes up for weights being stored without their sign, per word
+    const int32_t* offsets;    // minus 8 times the token's sum of levels, per word: weights are stored as q + 8
     const float *token, *channel;
 };
 
-// Products of words become floats lane by lane, and are added up across lanes but once.
+// The dot product: each lane scales its words' sums to float32; lanes are summed once at the end.
 template <class V>
 float dot4_scaled(const ScaledRow& r) {
     typename V::Reals sum = V::no_reals();
@@ -168,7 +176,7 @@ float dot4_scaled(const ScaledRow& r) {
     return V::total(sum);
 }
 
-// Few tokens and groups that are whole words: every row is read once, and multiplied as it is.
+// Up to FEW tokens, 4-bit weights, groups of whole words: every row is read once.
 template <class Isa, class T>
 void linear_few_scaled(const Activations& a, const Weight& w, const Output& out, const Levels& levels) {
     const int64_t bytes = w.row_bytes(), padded = round_up(bytes, 64), words = padded / 4;
@@ -208,7 +216,7 @@ void linear_few_scaled(const Activations& a, const Weight& w, const Output& out,
     });
 }
 
-// Few tokens and no groups: every row is read once, and multiplied as it is.
+// Up to FEW tokens, no groups: every row is read once.
 template <class Isa, class T>
 void linear_few(const Activations& a, const Weight& w, const Output& out, const Levels& levels) {
     const int64_t bytes = w.row_bytes(), padded = round_up(bytes, 64);
@@ -240,6 +248,7 @@ void linear_few(const Activations& a, const Weight& w, const Output& out, const 
     });
 }
 
+// Activations on their integer grid, in this thread's buffers.
 inline Levels quantized(const Activations& a) {
     const int64_t grids = a.m * a.groups();
     const Levels levels{buffer<int8_t>(Slot::levels, a.m * a.k), buffer<float>(Slot::scales, grids),
@@ -248,7 +257,7 @@ inline Levels quantized(const Activations& a) {
     return levels;
 }
 
-// The linear of activations whose levels are known.
+// The linear of activations that are quantized already.
 template <class Isa>
 void multiply(const Activations& a, const Levels& levels, const Weight& w, const Output& out) {
     if (a.m == 0 || w.n == 0) return;
@@ -275,6 +284,7 @@ void linear(const Activations& a, const Weight& w, const Output& out) {
     multiply<Isa>(a, quantized(a), w, out);
 }
 
+// Exact int32 products y (m, n) of levels q (m, k), for tests.
 template <class Isa>
 void matmul(const int8_t* q, int64_t m, const Weight& w, int32_t* y) {
     constexpr int64_t MR = Isa::MR, NR = Isa::NR;

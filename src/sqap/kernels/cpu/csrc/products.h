@@ -1,11 +1,32 @@
-// Exact products of levels with packed weights; the innermost ones are `Isa`'s.
+// Integer matrix product of quantized activations with packed weights. `Isa` provides the innermost tile.
 //
-// Weights stay as they are stored. A panel of Isa::NR output channels is unpacked at a time into a buffer that fits a
-// cache, in the order in which the products read it, and multiplied with all tokens, Isa::MR at a time.
+// Weights stay packed in memory. Each task unpacks a panel of Isa::NR output channels into a buffer that fits the L1 or
+// L2 cache, and multiplies it with all tokens, a tile of Isa::MR tokens at a time.
 //
-// Channels go in fours (quads). Of eight 4-bit channels, which fill a 32-bit word, the even ones make the first quad
-// and the odd ones the second, so that a mask and a shift unpack them; activations are packed in that order, with
-// Isa::DEPTH channels of a token side by side.
+//   Stored weights, row n at 4 bits: a 32-bit word holds eight input channels, the even ones in the low nibbles.
+//
+//       byte 0   byte 1   byte 2   byte 3
+//       k0 k1    k2 k3    k4 k5    k6 k7
+//
+//   A quad is four input channels, one byte each. A mask gives a word's first quad, a shift and a mask its second:
+//
+//       word & 0x0f0f0f0f        k0 k2 k4 k6
+//       word >> 4 & 0x0f0f0f0f   k1 k3 k5 k7
+//
+//   Panel, (quads, NR, 4) bytes: one row of the drawing is one or more vector registers.
+//
+//       n0: k0 k2 k4 k6 | n0 + 1: k0 k2 k4 k6 | ... | n0 + NR - 1: k0 k2 k4 k6
+//       n0: k1 k3 k5 k7 | n0 + 1: k1 k3 k5 k7 | ...
+//
+//   Packed activations of one tile, (segments, channels / DEPTH, MR, DEPTH) bytes, channels in the panel's order.
+//   With DEPTH = 4:
+//
+//       token 0: k0 k2 k4 k6 | token 1: k0 k2 k4 k6 | ... | token MR - 1: k0 k2 k4 k6
+//       token 0: k1 k3 k5 k7 | ...
+//
+//   Isa::tile: acc (MR, NR) int32 += for every quad, dot(quad of the token, quad of the output channel).
+//
+// At 8 bits a word is one quad, in its stored order. The price of unpacking is shared by all tokens of a tile column.
 #pragma once
 
 #include "memory.h"
@@ -16,21 +37,21 @@
 namespace sqap {
 namespace {
 
-constexpr int64_t BLOCK = 1024;  // channels of a panel unpacked at a time
+constexpr int64_t BLOCK = 1024;  // most input channels unpacked at a time
 
-// Most processors multiply a quad at a time, and need no preparation.
+// Defaults of an `Isa`: dot products of quads, no thread state.
 struct ByQuads {
-    static constexpr int64_t DEPTH = 4;
-    static constexpr bool SIXTEEN_ROWS = false;  // whether Isa::columns unpacks sixteen rows at a time
-    struct Session {};  // lives while a thread multiplies
+    static constexpr int64_t DEPTH = 4;          // input channels of a token that are adjacent in packed activations
+    static constexpr bool SIXTEEN_ROWS = false;  // whether Isa::columns transposes sixteen rows at a time
+    struct Session {};                           // constructed before a thread's first tile, destroyed after its last
 };
 
-// Eight rows of eight 32-bit words, turned into columns.
 typedef uint32_t Words __attribute__((vector_size(32)));
 
 typedef uint32_t Quads __attribute__((vector_size(16)));
 typedef int8_t Sixteen __attribute__((vector_size(16)));
 
+// Transposes eight rows of eight 32-bit words in place.
 inline void transpose(Words* w) {
     Words pairs[8];
     for (int i = 0; i < 8; i += 2) {
@@ -50,8 +71,8 @@ inline void transpose(Words* w) {
     }
 }
 
-// The products of levels (m, k) with a weight, one segment of the channels after the other: a segment is as long
-// as both keep one scale.
+// Products of quantized activations (m, k) with a weight (n, k), segment by segment. A segment is the longest run of
+// input channels in which both the token's scale and the output channel's scale are constant.
 template <class Isa>
 class Products {
   public:
@@ -65,9 +86,9 @@ class Products {
         parallel(tiles_, [&](int64_t tile) { pack(tile); });
     }
 
-    // For every panel of `count` output channels from n0 on, calls store = begin(n0, count), and then for every tile
-    // of MR tokens and every segment, store(tile, segment, acc) with exact products (MR, NR). All of a panel is done
-    // in one thread, the segments of a tile in order.
+    // For every panel of `count` output channels from n0 on, calls store = begin(n0, count), and then, for every tile
+    // and every segment, store(tile, segment, acc) with the exact int32 products (MR, NR). One thread computes all of
+    // a panel. The segments of a tile come in order.
     template <class Begin>
     void run(Begin begin) {
         parallel((w_.n + NR - 1) / NR, [&](int64_t index) {
@@ -82,9 +103,9 @@ class Products {
         });
     }
 
-    // The same with scales: tokens' (m, segments) and, filled in for every panel by scales(n0, count, to), output
-    // channels' (segments, NR). Calls store(n0, count, totals) with all of a panel, (tiles * MR, NR). For 4-bit weights
-    // and segments that fit a panel.
+    // Products with scales applied, summed over segments in float32. `token_scales` is (m, segments);
+    // scales(n0, count, to) writes a panel's channel scales (segments, NR). Calls store(n0, count, totals) with the
+    // panel's sums (tiles * MR, NR). Requires `takes_scales()`.
     template <class Scales, class Store>
     void run_scaled(const float* token_scales, const Scales& scales, const Store& store) {
         const int64_t places = tiles_ * segments_ * MR;  // (tiles, segments, MR)
@@ -122,15 +143,16 @@ class Products {
         });
     }
 
-    // Whether `run_scaled` can do it.
+    // Whether `run_scaled` applies: 4-bit weights, more than one segment, segments no longer than a panel.
     bool takes_scales() const { return w_.bits == 4 && segments_ > 1 && padded_ <= BLOCK; }
 
   private:
-    // Where 8-bit products do not fit, the upper four bits are multiplied first, and then the lower ones.
+    // Passes over a weight. Where an instruction multiplies 4-bit weights only, an 8-bit weight takes two: its upper
+    // four bits first, then its lower four.
     int planes() const { return w_.bits == 8 && Isa::FOUR_BITS_ONLY ? 2 : 1; }
     const int8_t* packed(int64_t tile, int64_t s) const { return packed_ + (tile * segments_ + s) * MR * padded_; }
 
-    // Several segments fit a panel: a tile's products are done at once for each.
+    // For segments no longer than a panel: each tile's accumulator is complete after one panel.
     template <class Store>
     void run_short(int64_t n0, int64_t count, const Store& store) {
         const int64_t step = padded_ == segment_ ? BLOCK / padded_ : 1;
@@ -156,7 +178,7 @@ class Products {
         }
     }
 
-    // A segment takes several panels: products of all tiles are added up meanwhile.
+    // For segments longer than a panel: the accumulators of all tiles are kept from one panel to the next.
     template <class Store>
     void run_long(int64_t n0, int64_t count, const Store& store) {
         auto* panel = buffer<uint8_t>(Slot::panel, 2 * BLOCK * NR);
@@ -177,7 +199,7 @@ class Products {
         }
     }
 
-    // What makes up for weights being stored without their sign.
+    // Initial accumulators: minus the weights' unsigned offset (8 or 128) times the token's sum of levels.
     void start(int64_t tile, int64_t s, int32_t* acc) const {
         const int32_t offset = !Isa::UNSIGNED ? 0 : w_.bits == 4 ? 8 : planes() == 1 ? 128 : 128 / 16;
         for (int64_t r = 0; r < MR; r++) {
@@ -190,8 +212,7 @@ class Products {
         for (int64_t i = 0; i < MR * NR; i++) acc[i] *= 16;
     }
 
-    // What a word of weights becomes: levels of four bits (its first quad), of eight, or the four lower or upper bits
-    // of eight.
+    // What is unpacked from a word: 4-bit levels, 8-bit levels, or the lower or upper four bits of 8-bit levels.
     enum class Take { fours, eights, lower, upper };
 
     Take take(int plane) const {
@@ -199,7 +220,7 @@ class Products {
         return planes() == 1 ? Take::eights : plane == 0 ? Take::upper : Take::lower;
     }
 
-    // Up to 4 * quads of the `channels` from k on, as (quads, NR, 4).
+    // Unpacks up to 4 * quads of the `channels` input channels from k on into `panel` (quads, NR, 4).
     void unpack(int64_t n0, int64_t count, int64_t k, int64_t channels, int64_t quads, Take how, uint8_t* panel) const {
         switch (how) {
             case Take::fours: return unpack<Take::fours>(n0, count, k, channels, quads, panel);
@@ -242,7 +263,7 @@ class Products {
         }
     }
 
-    // The quads of four words of sixteen rows.
+    // Writes the quads of four words of sixteen rows.
     template <Take HOW>
     __attribute__((always_inline)) static inline void put_sixteen(const uint8_t* rows, int64_t row_bytes, uint8_t* to) {
         typedef uint32_t Wide __attribute__((vector_size(64)));
@@ -258,7 +279,7 @@ class Products {
         }
     }
 
-    // Up to `count` quads of eight rows of words. Inlined, so that all of them are a constant number.
+    // Writes up to `count` quads of eight rows of words. Inlined, so that a full count is a compile-time constant.
     template <Take HOW>
     __attribute__((always_inline)) static inline void put(Words* words, uint8_t* to, int64_t count) {
         constexpr int64_t PER_WORD = HOW == Take::fours ? 2 : 1;
@@ -270,20 +291,20 @@ class Products {
         }
     }
 
-    // A quad of as many output channels as the vector has words.
+    // One quad of as many output channels as the vector has words, from words shifted into place.
     template <Take HOW, class Vector>
     static Vector quad_of(Vector quad) {
         if (HOW == Take::fours) {
             quad &= 0x0f0f0f0fu;
-            // Minus eight in each byte, without borrowing from its neighbour.
+            // Subtracts eight from each byte without a borrow from its neighbour.
             return Isa::UNSIGNED ? quad : ((quad | 0x80808080u) - 0x08080808u) ^ 0x80808080u;
         }
         if (HOW == Take::eights) return Isa::UNSIGNED ? quad ^ 0x80808080u : quad;
         return (quad ^ 0x80808080u) >> (HOW == Take::upper ? 4 : 0) & 0x0f0f0f0fu;
     }
 
-    // A tile of MR tokens as (segments, padded_ / DEPTH, MR, DEPTH), zeros where there is no token or channel; and
-    // their sums.
+    // Packs a tile of MR tokens as (segments, padded_ / DEPTH, MR, DEPTH), with zeros where there is no token or
+    // channel, and sums each token's levels per segment.
     void pack(int64_t tile) {
         for (int64_t s = 0; s < segments_; s++) {
             const int8_t* from = q_ + tile * MR * w_.k + s * segment_;
@@ -305,7 +326,7 @@ class Products {
         }
     }
 
-    // Channels from `first` on of one token.
+    // Packs one token's channels from `first` on.
     void pack_one(const int8_t* from, int64_t first, int64_t count, int8_t* to) const {
         const auto place = [&](int64_t j) { return to + j / DEPTH * DEPTH * MR + j % DEPTH; };
         for (int64_t j = first; j < padded_; j += 8) {
@@ -318,7 +339,7 @@ class Products {
         }
     }
 
-    // Sixteen channels of four tokens.
+    // Packs sixteen channels of four tokens.
     void pack_four(const int8_t* from, int8_t* to) const {
         Quads rows[4];
         for (int64_t r = 0; r < 4; r++) {
