@@ -8,25 +8,14 @@ from hypothesis import strategies as st
 
 from sqap.budget import _last, _steps, fit
 from sqap.errors import InputError
-from sqap.processing import ActionUnits
-from sqap.recipe import Override, Pruning, Quantization, Scheme
-from sqap.sensitivity import Replay, blocks, kept_apart
-
-UNITS = ActionUnits(translation=(0, 1, 2), millimetres=10.0, gripper=3)
-COARSE = Quantization(
-    Scheme(4, 4),
-    vision=Scheme(4, 8),
-    projector=Scheme(4, 8),
-    head=Scheme(4, 8),
-    sensitive=Scheme(4, 8),
-    rotate=False,
-)
+from sqap.recipe import Override, Pruning, Scheme
+from sqap.sensitivity import blocks, kept_apart
+from tests.coarse import COARSE, coarse_replay
 
 
 @pytest.fixture
 def replay(policy, observe):
-    policy.config = dataclasses.replace(policy.config, units=UNITS)
-    return Replay(policy, [observe(seed) for seed in range(3)], Pruning(keep_ratio=0.5))
+    return coarse_replay(policy, observe, Pruning(keep_ratio=0.5))
 
 
 def test_a_budget_of_bytes_is_spent_and_kept(replay):

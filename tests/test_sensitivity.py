@@ -7,25 +7,14 @@ import pytest
 
 from sqap.errors import InputError
 from sqap.models.storage import stored_bytes
-from sqap.processing import ActionUnits
 from sqap.recipe import Override, Pruning, Quantization, Recipe, Scheme
 from sqap.sensitivity import Replay, action_error, block_sensitivity, blocks, compare_options
-
-UNITS = ActionUnits(translation=(0, 1, 2), millimetres=10.0, gripper=3)
-COARSE = Quantization(
-    Scheme(4, 4),
-    vision=Scheme(4, 8),
-    projector=Scheme(4, 8),
-    head=Scheme(4, 8),
-    sensitive=Scheme(4, 8),
-    rotate=False,
-)
+from tests.coarse import COARSE, UNITS, coarse_replay
 
 
 @pytest.fixture
 def replay(policy, observe):
-    policy.config = dataclasses.replace(policy.config, units=UNITS)
-    return Replay(policy, [observe(seed) for seed in range(3)], Pruning(keep_ratio=0.5, method="sqap"))
+    return coarse_replay(policy, observe, Pruning(keep_ratio=0.5, method="sqap"))
 
 
 def test_errors_are_in_the_robots_units(policy):
