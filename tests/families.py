@@ -91,7 +91,7 @@ def family_config(family: str) -> ModelConfig:
             gemma,
             flow,
             cameras=2,
-            proprio_dim=5,
+            proprio_dim=5 if family == "pi0" else None,
             proprio_layers=1,
             image_first=True,
             state_in="expert" if family == "pi0" else "text",

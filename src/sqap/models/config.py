@@ -245,6 +245,13 @@ class ModelConfig:
             )
 
     @property
+    def compressed(self) -> ModelConfig:
+        """The configuration of the quantized model: a flow head's steps are fixed (`FlowHeadConfig`)."""
+        if not isinstance(self.head, FlowHeadConfig):
+            return self
+        return replace(self, head=replace(self.head, fixed_steps=True))
+
+    @property
     def decoder_state(self) -> int:
         """Numbers of the robot's state that become a token of the decoder; 0 if none do."""
         return self.proprio_dim or 0 if self.state_in == "decoder" else 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -55,7 +54,7 @@ class VLA(nn.Module):
             weights: where to read what the model has on the meta device.
         """
         self.head = compressed_head(self.head, weights)
-        self.config = replace(self.config, head=self.head.config)
+        self.config = self.config.compressed
 
     @property
     def device(self) -> torch.device:
