@@ -20,7 +20,8 @@ from sqap.errors import InputError
 from sqap.models import VLA, FlowHeadConfig, ModelInputs
 from sqap.models.heads import FlowHead
 from sqap.models.heads.expert import ExpertCache
-from sqap.models.heads.flow import FlowInputs, time_embedding
+from sqap.models.heads.flow import time_embedding
+from sqap.models.heads.velocity import FlowInputs
 from sqap.pruning import Selector, StepPruner
 from sqap.recipe import Pruning
 from tests.families import EXPERTS, family_config, random_inputs, random_model
@@ -351,7 +352,7 @@ def test_an_experts_state_goes_through_one_linear_and_no_adaptive_norm() -> None
     with pytest.raises(InputError, match="proprio_layers must be 1, got 2"):
         replace(family_config("pi0"), proprio_layers=2)
     with pytest.raises(InputError, match="adaptive_norms and state_in 'expert' cannot be combined"):
-        replace(family_config("pi0.5"), state_in="expert")
+        replace(family_config("pi0.5"), state_in="expert", proprio_dim=5)
 
 
 def test_only_an_expert_can_do_without_the_last_hidden_states() -> None:
