@@ -10,10 +10,16 @@ import torch
 from torch import Tensor
 
 from sqap.errors import InputError
-from sqap.models import VLA, ModelConfig, ModelInputs
-from sqap.quantization import list_linears, prepare_quantized, quantize_model, rotate_decoder
+from sqap.models import VLA, ModelConfig, ModelInputs, empty_model
+from sqap.quantization import (
+    QuantizedLinear,
+    list_linears,
+    prepare_quantized,
+    quantize_model,
+    rotate_decoder,
+)
 from sqap.recipe import Quantization, Recipe, Scheme
-from tests.families import EXPERTS, FAMILIES, family_config, random_inputs, random_model
+from tests.families import EXPERTS, FAMILIES, Stored, family_config, random_inputs, random_model
 
 WHOLE = Quantization(
     Scheme(8, 8),
@@ -100,6 +106,40 @@ def test_presets_leave_what_reads_or_writes_actions_state_and_time(family: str, 
         whole = quantize_model(model, dataclasses.replace(as_presets, sensitive=scheme), calibration(config))
         exact = model(inputs)
         assert (small(inputs) - exact).norm() < (whole(inputs) - exact).norm()
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+@torch.no_grad()
+def test_weights_may_be_on_disk(family: str) -> None:
+    config = family_config(family)
+    model = random_model(config)
+    model.decoder.embed_tokens.bfloat16()  # which it is read as
+    expected = quantize_model(model, WHOLE, calibration(config)).state_dict()
+    stored = Stored(model.state_dict())
+    found = quantize_model(empty_model(config), WHOLE, calibration(config), weights=stored).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("family", ["flow", "pi0"])
+@torch.no_grad()
+def test_a_policy_stored_whole_still_acts(family: str) -> None:
+    """As policies were quantized before last layers were cut and steps fixed, all linears but the state's."""
+    config = family_config(family)
+    config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, last_layer="whole"))
+    model, inputs = random_model(config), random_inputs(config, 2)
+    exact = model(inputs)
+    recipe = Quantization(*[Scheme(8, 8)] * 5, rotate=False)
+    stored = VLA(config)
+    prepare_quantized(stored, recipe)
+    assert stored.head.action_time_mlp_in.weight.shape == (24, 48)  # type: ignore[union-attr]
+    state = model.state_dict()
+    for name, module in stored.named_modules():
+        if isinstance(module, QuantizedLinear):
+            packed = QuantizedLinear.from_linear(model.get_submodule(name), Scheme(8, 8))  # type: ignore[arg-type]
+            state |= {f"{name}.{key}": value for key, value in packed.state_dict().items()}
+    stored.load_state_dict(state)
+    assert 0 < (stored.eval()(inputs) - exact).norm() < 0.1 * exact.norm()
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ class FlowHead(nn.Module):
 
     Time goes from 1, noise, to 0 in equal steps, as in LeRobot's SmolVLA (Shukor et al. 2025), pi0 and pi0.5
     (Black et al. 2024, 2025). What does not depend on the noise is computed once for all steps: the decoder's
-    keys and values, those of the state's token, masks, rotary angles, and what each time sets.
+    keys and values, those of the state's token, masks, rotary angles, and the conditions of the times.
 
     Args:
         config: sizes.
@@ -89,7 +89,7 @@ class FlowHead(nn.Module):
 
     @property
     def change(self) -> float:
-        """Of the time, from one denoising step to the next."""
+        """How much the time changes from one denoising step to the next."""
         return -1.0 / self.config.sample_steps
 
     @property
@@ -100,7 +100,7 @@ class FlowHead(nn.Module):
         return self.norm.modulation if self.config.fixed_steps else self.norm.dense.bias
 
     def last_tokens(self, layout: Layout) -> int:
-        """None: it reads keys and values."""
+        """None: the head reads keys and values."""
         return 0
 
     def expert_queries(self, inputs: ModelInputs, layout: Layout) -> ExpertQueries | None:
@@ -112,7 +112,7 @@ class FlowHead(nn.Module):
         return FlowInputs(self.prefix(stream), noise, layout, state)
 
     def first_step(self, inputs: ModelInputs, layout: Layout) -> ExpertPass:
-        """The first denoising step before the first layer, whose prefix is yet to come."""
+        """The first denoising step before the first layer; `ExpertPass.advance` is to be given the prefix."""
         noise, state = self.own_inputs(inputs)
         return self.start(FlowInputs([], noise, layout, state), noise, self.times[0])
 
@@ -163,7 +163,7 @@ class FlowHead(nn.Module):
         return self.integrate(velocity, inputs.noise)
 
     def calibrate(self, inputs: Sequence[FlowInputs], through: Through) -> None:
-        """Layer by layer, and then what is around the layers."""
+        """The layers one by one, and then the projections around them."""
         passes = [self.start(*asked) for asked in self.denoising_steps(inputs)]
         for i, layer in enumerate(self.layers):
             passes = through(f"head.layers.{i}", layer, passes, lambda layer, given: given.advance(layer))
@@ -182,7 +182,7 @@ class FlowHead(nn.Module):
         return asked
 
     def start(self, inputs: FlowInputs, x: Tensor, time: float) -> ExpertPass:
-        """The evaluation of `velocity` before the first layer."""
+        """An evaluation of `velocity`, before the first layer."""
         (condition,) = self.conditions([time])
         hidden = self.tokens(x, inputs.state, condition)
         return ExpertPass(hidden, inputs, x, condition, self.suffix(inputs.layout))
@@ -243,7 +243,7 @@ class FlowHead(nn.Module):
         return normalized(self.norm, x, condition.of_final_norm)
 
     def conditions(self, times: Sequence[float]) -> list[Condition]:
-        """What each of ``times`` sets.
+        """What the expert is conditioned on at each of ``times``.
 
         Raises:
             ValueError: it is stored for the denoising steps, and a time is none of theirs.
@@ -254,20 +254,19 @@ class FlowHead(nn.Module):
                 return [Condition(self.action_time_bias[i]) for i in rows]
             norms = self.adaptive_norms().values()
             return [Condition(modulations=[norm.modulation[i] for norm in norms]) for i in rows]
-        embedded = self.embedded_times(times).to(self.like)
+        embedded = self.embedded_times(times, self.like.device).to(self.like)
         if not self.config.adaptive_norms:
             return [Condition(row) for row in embedded]
         when = self.embed_time(embedded)
         found = [norm.modulations(when) for norm in self.adaptive_norms().values()]
         return [Condition(modulations=rows) for rows in zip(*found, strict=True)]
 
-    def embedded_times(self, times: Sequence[float] | None = None) -> Tensor:
-        """Sines and cosines ``(times, width)`` of some times, or of all steps', in 32 bits."""
-        every = self.times if times is None else times
-        return torch.stack([time_embedding(time, self.config, self.like.device) for time in every])
+    def embedded_times(self, times: Sequence[float], device: torch.device) -> Tensor:
+        """Sines and cosines ``(times, width)`` in 32 bits."""
+        return torch.stack([time_embedding(time, self.config, device) for time in times])
 
     def embed_time(self, time: Tensor) -> Tensor:
-        """What adaptive norms go by ``(times, width)``, for sines and cosines of that shape."""
+        """The condition of adaptive norms ``(times, width)``, for sines and cosines of that shape."""
         return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(time))))
 
     def adaptive_norms(self) -> dict[str, AdaptiveNorm]:

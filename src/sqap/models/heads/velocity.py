@@ -14,7 +14,7 @@ from sqap.models.layout import Layout
 
 @dataclass(frozen=True)
 class FlowInputs:
-    """What actions are computed from.
+    """The inputs of a flow head.
 
     Args:
         prefix: keys and values of the decoder's layers, in the expert's type.
@@ -31,10 +31,10 @@ class FlowInputs:
 
 @dataclass(frozen=True)
 class Condition:
-    """What a denoising time sets.
+    """What the expert is conditioned on at one denoising time.
 
     Args:
-        time: ``(width,)``, what the MLP of action and time reads of it; None with adaptive norms.
+        time: ``(width,)``, the time's input to the MLP of action and time; None with adaptive norms.
         modulations: ``(3 * width,)`` of each adaptive norm, those of the layers first; empty without any.
     """
 
