@@ -1,4 +1,4 @@
-"""Action heads: from what the decoder makes of a sequence to a normalised action chunk.
+"""Action heads: from the decoder's hidden states, or its keys and values, to a normalised action chunk.
 
 A head knows what it needs: the noise it starts from, which hidden states or keys and values it reads, the
 inputs of its networks (on which these are calibrated), and which of its linears must stay precise.
