@@ -139,6 +139,8 @@ def test_a_policy_stored_whole_still_acts(family: str) -> None:
             packed = QuantizedLinear.from_linear(model.get_submodule(name), Scheme(8, 8))  # type: ignore[arg-type]
             state |= {f"{name}.{key}": value for key, value in packed.state_dict().items()}
     stored.load_state_dict(state)
+    with pytest.raises(InputError, match="the model is already quantized"):
+        quantize_model(stored, WHOLE, calibration(config))
     assert 0 < (stored.eval()(inputs) - exact).norm() < 0.1 * exact.norm()
 
 

@@ -65,6 +65,7 @@ def quantize_model(
             input is not finite.
     """
     model = share(model)
+    _check_floats(dict(stages(model)))
     model.fix_steps(weights)
     _check(dict(stages(model)), quantization, expert=model.config.head.has_expert)
     if weights is not None:
@@ -176,14 +177,19 @@ def _counter(progress: Progress, staged: Iterable[nn.Module]) -> Callable[[int],
     return lambda count: progress(count, total)
 
 
-def _check(staged: Mapping[str, nn.Module], quantization: Quantization, expert: bool = False) -> None:
-    if expert and quantization.kv_bits is not None:
-        raise InputError("kv_bits must be null: the action expert reads keys and values as they are")
-    for name, stage in staged.items():
+def _check_floats(staged: Mapping[str, nn.Module]) -> None:
+    for stage in staged.values():
         if any(isinstance(module, QuantizedLinear) for module in stage.modules()):
             raise InputError("the model is already quantized")
         if any(isinstance(module, HadamardLinear) for module in stage.modules()):
             raise InputError("the model is already rotated; quantize the one it was made from")
+
+
+def _check(staged: Mapping[str, nn.Module], quantization: Quantization, expert: bool = False) -> None:
+    if expert and quantization.kv_bits is not None:
+        raise InputError("kv_bits must be null: the action expert reads keys and values as they are")
+    _check_floats(staged)
+    for name, stage in staged.items():
         wanted(name, stage, quantization)
     names = [
         f"{name}.{key}"

@@ -174,7 +174,7 @@ def rotate_stage(stage: nn.Module, rotation: Rotation, done: set[nn.Module] | No
     Args:
         stage: a stage of the model, or a part of one.
         rotation: the decoder's.
-        done: modules that are left out because they are rotated already; those of ``stage`` are added.
+        done: modules with edges that are left out, being rotated already; those of ``stage`` are added.
 
     Raises:
         InputError: it is a decoder layer that is already rotated, or already quantized.
@@ -183,9 +183,9 @@ def rotate_stage(stage: nn.Module, rotation: Rotation, done: set[nn.Module] | No
         _prepare_layer(stage)
     done = set() if done is None else done
     for module in stage.modules():
-        if module not in done:
+        if getattr(module, "edges", ()) and module not in done:
             rotate_edges(module, rotation)
-    done.update(stage.modules())
+            done.add(module)  # and no linear, whose weight would outlive its packing
 
 
 @torch.no_grad()
