@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sqap.errors import InputError
 from sqap.models import VLA, ModelConfig, ModelInputs
 from sqap.models.projector import Projector
 from sqap.models.stream import LayerOutput
-from tests.families import FAMILIES, family_config, random_inputs, random_model
+from tests.families import EXPERTS, FAMILIES, family_config, random_inputs, random_model
 
 
 class KeepFirst:
@@ -176,6 +177,29 @@ def test_projector_has_gelu_between_its_linears() -> None:
     torch.testing.assert_close(projector(x), reference(x))
 
 
+@torch.no_grad()
+def test_a_projector_may_have_no_biases() -> None:
+    projector = Projector(6, (10, 4), bias=False)
+    assert [name for name, _ in projector.named_parameters()] == ["layers.0.weight", "layers.1.weight"]
+    assert torch.equal(projector(torch.zeros(1, 2, 6)), torch.zeros(1, 2, 4))
+
+
+@torch.no_grad()
+def test_text_alone_is_scaled() -> None:
+    """Not the state, nor what FiLM is told of the text."""
+    config = family_config("regression")
+    scaled = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, embed_scale=3.0))
+    inputs = random_inputs(config, 1)
+    before, after = (random_model(c).embed(inputs)[0] for c in (config, scaled))
+    text = torch.tensor([0, 34, 35, 36, len(before) - 1])
+    torch.testing.assert_close(after[text], 3 * before[text])
+    rest = torch.ones(len(before), dtype=torch.bool)
+    rest[text] = False
+    assert torch.equal(after[rest], before[rest])
+    with pytest.raises(InputError, match="embed_scale must be positive, got 0"):
+        dataclasses.replace(config.decoder, embed_scale=0.0)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_no_tensor_is_tied_to_the_cpu(family: str) -> None:
@@ -201,15 +225,15 @@ def test_the_last_layer_computes_what_the_head_reads(family: str) -> None:
     config = family_config(family)
     model, inputs = random_model(config), random_inputs(config, 2)
     layout = model.layout(inputs)
-    streams = model.streams([inputs], tails=True) + model.streams([inputs], tails=False)
+    streams = model.streams([inputs], last_tokens=True) + model.streams([inputs])
     short, whole = model.decoder.run(streams)
-    tail = {"diffusion": 1, "tokens": 1, "regression": 26, "flow": 0}[family]
-    assert short.blocks[0].shape[1] == tail
-    assert whole.blocks[0].shape[1] == layout.blocks[0].stop
-    last = whole.blocks[0][:, whole.blocks[0].shape[1] - tail :]
+    read = {"diffusion": 1, "tokens": 1, "regression": 26}.get(family, 0)
+    assert short.blocks[0].shape[1] == read
+    assert whole.blocks[0].shape[1] == (0 if family in EXPERTS else layout.blocks[0].stop)
+    last = whole.blocks[0][:, whole.blocks[0].shape[1] - read :]
     torch.testing.assert_close(short.blocks[0], last, rtol=1e-5, atol=1e-5)
-    states = [model.head.state(model.decoder, stream, layout, inputs.noise) for stream in (short, whole)]
-    found, expected = (model.head.act(model.decoder, state) for state in states)  # type: ignore[arg-type]
+    given = [model.head.inputs(model.decoder, stream, layout, inputs) for stream in (short, whole)]
+    found, expected = (model.head.act(model.decoder, x) for x in given)  # type: ignore[arg-type]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -26,6 +26,7 @@ from sqap.quantization.rotation import (
     rotate_stage,
 )
 from sqap.recipe import Quantization
+from tests.families import family_config, random_model
 
 MakeModel = Callable[..., VLA]
 seeds = pytest.mark.parametrize("seed", [None, 3])
@@ -287,3 +288,16 @@ def test_a_hadamard_linear_shares_the_parameters_it_takes_over() -> None:
     x = torch.randn(5, 64)
     torch.testing.assert_close(rotating(block_hadamard(x, 64)), linear(x))
     torch.testing.assert_close(rotating.rotate_input(x), Hadamard(64).apply(x))
+
+
+@torch.no_grad()
+def test_what_is_rotated_is_left_alone_and_holds_no_weight() -> None:
+    """A head's layers come before the rest of it; their linears are packed in between, and not kept."""
+    config = family_config("pi0")
+    head, rotation = random_model(config).head, Rotation.of(config.decoder, 3)
+    layer, done = head.get_submodule("layers.1"), set[nn.Module]()
+    rotate_stage(layer, rotation, done)
+    once = layer.state_dict()["self_attn.v_proj.weight"].clone()
+    rotate_stage(head, rotation, done)
+    assert torch.equal(layer.state_dict()["self_attn.v_proj.weight"], once)
+    assert done == {head.get_submodule(f"layers.{i}") for i in range(3)}

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from sqap.defaults import defaults
 from sqap.errors import InputError
+from sqap.models import ModelInputs
 from sqap.models.config import DecoderConfig
 from sqap.models.decoder import Decoder
 from sqap.models.heads import HeadProtocol
 from sqap.models.stages import fill_around, stages, widen_around
 from sqap.models.storage import STORAGE_DTYPE, Weights, fill, widen
 from sqap.models.stream import Stream
-from sqap.models.vla import VLA, ModelInputs
+from sqap.models.vla import VLA
 from sqap.quantization.fused import fuse
 from sqap.quantization.kv import set_kv_bits
 from sqap.quantization.linear import QuantizedLinear
@@ -63,8 +64,10 @@ def quantize_model(
             before the work begins), an override matches no linear, calibration is missing, or a weight or an
             input is not finite.
     """
-    _check(dict(stages(model)), quantization, expert=model.config.head.has_expert)
     model = share(model)
+    _check_floats(dict(stages(model)))
+    model.fix_steps(weights)
+    _check(dict(stages(model)), quantization, expert=model.config.head.has_expert)
     if weights is not None:
         fill_around(model, weights)
     widen_around(model, [stage for _, stage in stages(model)])
@@ -78,20 +81,21 @@ def quantize_model(
             own(model.proprio)
         rotate_input(model.decoder.embed_tokens, model.proprio, rotation)
         model.decoder.embed_tokens.to(STORAGE_DTYPE)  # calibrate on what is stored, in half the memory
-        walk.before = lambda _, stage: rotate_stage(stage, rotation)
+        rotated: set[nn.Module] = set()  # the head's layers, which come before the rest of it
+        walk.before = lambda _, stage: rotate_stage(stage, rotation, rotated)
 
-    streams = model.streams(inputs, walk.through, keeps=model.config.head.has_expert)
+    streams = model.streams(inputs, walk.through, keep=model.config.head.has_expert)
     streams = quantize_layers(walk, model.decoder, streams, rotation)
     set_kv_bits(model.decoder, quantization.kv_bits)
     if weights is not None:
         fill(model.head, weights, prefix="head.", dtype=torch.float32)
     widen(model.head)
-    states = [
-        model.head.state(model.decoder, stream, model.layout(given), given.noise)
+    head = cast(HeadProtocol, model.head)
+    read = [
+        head.inputs(model.decoder, stream, model.layout(given), given)
         for stream, given in zip(streams, inputs, strict=True)
     ]
-    head = cast(HeadProtocol, model.head)
-    walk.through("head", model.head, head.questions(states), lambda head, asked: head.answer(asked))
+    head.calibrate(read, walk.through)
     fuse(model)
     return model
 
@@ -173,14 +177,19 @@ def _counter(progress: Progress, staged: Iterable[nn.Module]) -> Callable[[int],
     return lambda count: progress(count, total)
 
 
-def _check(staged: Mapping[str, nn.Module], quantization: Quantization, expert: bool = False) -> None:
-    if expert and quantization.kv_bits is not None:
-        raise InputError("kv_bits must be null: the action expert reads keys and values as they are")
-    for name, stage in staged.items():
+def _check_floats(staged: Mapping[str, nn.Module]) -> None:
+    for stage in staged.values():
         if any(isinstance(module, QuantizedLinear) for module in stage.modules()):
             raise InputError("the model is already quantized")
         if any(isinstance(module, HadamardLinear) for module in stage.modules()):
             raise InputError("the model is already rotated; quantize the one it was made from")
+
+
+def _check(staged: Mapping[str, nn.Module], quantization: Quantization, expert: bool = False) -> None:
+    if expert and quantization.kv_bits is not None:
+        raise InputError("kv_bits must be null: the action expert reads keys and values as they are")
+    _check_floats(staged)
+    for name, stage in staged.items():
         wanted(name, stage, quantization)
     names = [
         f"{name}.{key}"
