@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,13 +31,14 @@ def families() -> Iterator[tuple[str, Tensor]]:
     """Actions of small policies of every family, with random weights."""
     from sqap.models import VLA
     from sqap.pruning import Selector, StepPruner
+    from sqap.pruning.attention import score_queries
     from sqap.quantization import quantize_model
     from sqap.recipe import Cut, Pruning, Quantization, Scheme
     from tests.families import FAMILIES, family_config, random_inputs, random_model
 
     cuts = {
-        "lookahead": Pruning(0.5, 1, score_queries="text"),
-        "steps": Pruning(0.75, 1, score_queries="text", later=(Cut(2, 0.25),)),
+        "lookahead": Pruning(0.5, 1),
+        "steps": Pruning(0.75, 1, later=(Cut(2, 0.25),)),
         "mix": Pruning(0.5, 2, "sqap", score_layers=(0, 1)),
         "attention": Pruning(0.5, 1, "attention", score_queries="last"),
         "divprune": Pruning(0.5, 1, "divprune"),
@@ -55,7 +57,8 @@ def families() -> Iterator[tuple[str, Tensor]]:
             yield f"{family}.{name}.batch", model(random_inputs(config, 3, 5))
             for seed, given in zip(SEEDS, inputs, strict=True):
                 yield f"{family}.{name}.{seed}", model(given)
-                for cut, pruning in cuts.items():
+                for cut, settings in cuts.items():
+                    pruning = replace(settings, score_queries=score_queries(settings, config))
                     selector = Selector(pruning, config.grid, layers=(2,))
                     generator = torch.Generator().manual_seed(seed)
                     targets = [(0.4, 0.6)] * config.cameras

@@ -1,4 +1,4 @@
-"""One small policy of every family, with random weights: CogACT, OpenVLA, OpenVLA-OFT and SmolVLA."""
+"""One small policy of every family, with random weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from sqap.models import (
 )
 from sqap.models.decoder import RMSNorm
 
-FAMILIES = ("diffusion", "tokens", "regression", "flow")
+# CogACT, OpenVLA, OpenVLA-OFT, SmolVLA, pi0 and pi0.5.
+FAMILIES = ("diffusion", "tokens", "regression", "flow", "pi0", "pi0.5")
+EXPERTS = ("flow", "pi0", "pi0.5")
 
 DINO = VisionConfig(
     image_size=32,
@@ -51,7 +53,7 @@ def family_config(family: str) -> ModelConfig:
     if family == "flow":
         flow = FlowHeadConfig(action_dim=4, horizon=6, width=24, mlp_width=40)
         large = dataclasses.replace(CONVOLUTIONAL, image_size=64)
-        decoder = dataclasses.replace(DECODER, causal=False, embed_scale=32**0.5)
+        decoder = dataclasses.replace(DECODER, causal=False, embed_scale=32**0.5, last_layer="keys_values")
         return ModelConfig(
             (large,),
             (32,),
@@ -63,6 +65,36 @@ def family_config(family: str) -> ModelConfig:
             proprio_layers=1,
             image_first=True,
             projector_bias=False,
+        )
+    if family in ("pi0", "pi0.5"):
+        gemma = dataclasses.replace(
+            DECODER,
+            kv_heads=1,
+            head_dim=16,
+            causal=False,
+            embed_scale=32**0.5,
+            activation="gelu_tanh",
+            last_layer="keys_values",
+        )
+        flow = FlowHeadConfig(
+            action_dim=4,
+            horizon=6,
+            width=24,
+            mlp_width=40,
+            self_attention_every=1,
+            causal_actions=False,
+            adaptive_norms=family == "pi0.5",
+        )
+        return ModelConfig(
+            (CONVOLUTIONAL,),
+            (32,),
+            gemma,
+            flow,
+            cameras=2,
+            proprio_dim=5 if family == "pi0" else None,
+            proprio_layers=1,
+            image_first=True,
+            state_in="expert" if family == "pi0" else "text",
         )
     film = dataclasses.replace(DINO, film=True), dataclasses.replace(CONVOLUTIONAL, film=True)
     decoder = dataclasses.replace(DECODER, causal=False)

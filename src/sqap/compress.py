@@ -98,7 +98,8 @@ def _compress(
     if left is None:
         round_to_storage(model)
         check_finite(model, InputError)
-    small = Policy(model, policy.config, policy.tokenizer, recipe, weights=left)
+    config = dataclasses.replace(policy.config, model=model.config)
+    small = Policy(model, config, policy.tokenizer, recipe, weights=left)
     calibration = None
     if frames and recipe != Recipe():
         calibration = _calibrate(small, frames, inputs, full)

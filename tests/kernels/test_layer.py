@@ -161,6 +161,25 @@ def test_every_path_runs_a_layer(path: str) -> None:
     assert_near(done[0], expected)
 
 
+@pytest.mark.parametrize("scheme", [W8A8, Scheme(4, 8)], ids=["W8A8", "W4A8"])
+def test_a_layer_of_gemma(path: str, scheme: Scheme) -> None:
+    """GeGLU, and heads that are together wider than the residual stream, with one key head for all."""
+    torch.manual_seed(0)
+    config = DecoderConfig(8, 48, 1, 4, 1, 32, 112, causal=False, activation="gelu_tanh")
+    layer = DecoderLayer(config)
+    quantize(layer, scheme)
+    x, rope = torch.randn(1, 70, 48), rope_angles(torch.arange(70)[None], config, torch.float32)
+    with torch.inference_mode():
+        expected, _ = layer(x, rope)
+        done = run_fused(layer, x, rope)
+        layer.mlp.activation = "silu"
+        other = run_fused(layer, x, rope)
+    assert done is not None
+    assert other is not None
+    assert_near(done[0], expected)
+    assert float((other[0] - expected).norm() / expected.norm()) > 2e-2
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("first", [1, 5, 69, 70])
 def test_the_last_tokens_alone_are_what_they_are_among_all(path: str, causal: bool, first: int) -> None:

@@ -15,6 +15,15 @@ def both(*names: str) -> set[str]:
     return {f"{name}.{part}" for name in names for part in ("weight", "bias")}
 
 
+def expert(*norms: str) -> set[str]:
+    """The expert's first layer, its norms and the projections of actions."""
+    linears = {f"layers.0.self_attn.{name}_proj.weight" for name in "qkvo"}
+    linears |= {f"layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    return both("action_in_proj", "action_out_proj") | linears | set(norms)
+
+
+NORMS = ("layers.0.input_layernorm", "layers.0.post_attention_layernorm", "norm")
+TIME = ("action_time_mlp_in", "action_time_mlp_out")
 # As the authors' checkpoints name them: no bias and no gain beside these.
 NAMES = {
     "diffusion": both("x_embedder", "t_embedder.0", "t_embedder.2", "z_embedder", "final_layer")
@@ -22,10 +31,9 @@ NAMES = {
     | {"uncondition", "positional_embedding"},
     "tokens": {"lm_head.weight"},
     "regression": both("norm1", "fc1", "norm2", "fc2", "blocks.0.norm", "blocks.0.fc"),
-    "flow": both("action_in_proj", "action_time_mlp_in", "action_time_mlp_out", "action_out_proj")
-    | {f"layers.0.self_attn.{name}_proj.weight" for name in "qkvo"}
-    | {f"layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
-    | {"layers.0.input_layernorm.weight", "layers.0.post_attention_layernorm.weight", "norm.weight"},
+    "flow": both(*TIME) | expert(*(f"{norm}.weight" for norm in NORMS)),
+    "pi0": both("state_proj", *TIME) | expert(*(f"{norm}.weight" for norm in NORMS)),
+    "pi0.5": both("time_mlp_in", "time_mlp_out", *(f"{norm}.dense" for norm in NORMS)) | expert(),
 }
 SHAPES = {
     "diffusion": {
@@ -36,6 +44,8 @@ SHAPES = {
     "tokens": {"lm_head.weight": (20, 32)},
     "regression": {"fc1.weight": (24, 4 * 32), "fc2.weight": (4, 24)},
     "flow": {"layers.0.self_attn.k_proj.weight": (16, 24), "layers.1.self_attn.k_proj.weight": (16, 16)},
+    "pi0": {"state_proj.weight": (24, 5), "layers.1.self_attn.q_proj.weight": (64, 24)},
+    "pi0.5": {"norm.dense.weight": (72, 24), "layers.1.self_attn.v_proj.weight": (16, 24)},
 }
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sqap.models import DecoderConfig, RegressionHeadConfig, TokenHeadConfig
+from sqap.models import DecoderConfig, ModelInputs, RegressionHeadConfig, TokenHeadConfig
 from sqap.models.decoder import Decoder
 from sqap.models.heads import RegressionHead, TokenHead
 from sqap.models.layout import Layout, Segment
@@ -138,7 +138,7 @@ def test_regression_reads_each_action_one_place_early(decoder: Decoder) -> None:
             inner = norm(x, f"blocks.{i}.norm") @ w[f"blocks.{i}.fc.weight"].T + w[f"blocks.{i}.fc.bias"]
             x = x + torch.relu(inner)
         expected = norm(x, "norm2") @ w["fc2.weight"].T + w["fc2.bias"]
-        found = head.act(decoder, head.state(decoder, stream, layout, None))
+        found = head.act(decoder, head.inputs(decoder, stream, layout, ModelInputs([], torch.zeros(2, 4))))
         torch.testing.assert_close(found[:, step], expected)
 
 

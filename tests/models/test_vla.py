@@ -12,7 +12,7 @@ from sqap.errors import InputError
 from sqap.models import VLA, ModelConfig, ModelInputs
 from sqap.models.projector import Projector
 from sqap.models.stream import LayerOutput
-from tests.families import FAMILIES, family_config, random_inputs, random_model
+from tests.families import EXPERTS, FAMILIES, family_config, random_inputs, random_model
 
 
 class KeepFirst:
@@ -225,15 +225,15 @@ def test_the_last_layer_computes_what_the_head_reads(family: str) -> None:
     config = family_config(family)
     model, inputs = random_model(config), random_inputs(config, 2)
     layout = model.layout(inputs)
-    streams = model.streams([inputs], tails=True) + model.streams([inputs], tails=False)
+    streams = model.streams([inputs], last_tokens=True) + model.streams([inputs])
     short, whole = model.decoder.run(streams)
-    tail = {"diffusion": 1, "tokens": 1, "regression": 26, "flow": 0}[family]
-    assert short.blocks[0].shape[1] == tail
-    assert whole.blocks[0].shape[1] == layout.blocks[0].stop
-    last = whole.blocks[0][:, whole.blocks[0].shape[1] - tail :]
+    read = {"diffusion": 1, "tokens": 1, "regression": 26}.get(family, 0)
+    assert short.blocks[0].shape[1] == read
+    assert whole.blocks[0].shape[1] == (0 if family in EXPERTS else layout.blocks[0].stop)
+    last = whole.blocks[0][:, whole.blocks[0].shape[1] - read :]
     torch.testing.assert_close(short.blocks[0], last, rtol=1e-5, atol=1e-5)
-    states = [model.head.state(model.decoder, stream, layout, inputs.noise) for stream in (short, whole)]
-    found, expected = (model.head.act(model.decoder, state) for state in states)  # type: ignore[arg-type]
+    given = [model.head.inputs(model.decoder, stream, layout, inputs) for stream in (short, whole)]
+    found, expected = (model.head.act(model.decoder, x) for x in given)  # type: ignore[arg-type]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -12,12 +12,13 @@ from sqap.errors import InputError
 from sqap.models import VLA, DecoderConfig, ModelInputs
 from sqap.models.decoder import rotate
 from sqap.models.heads import FlowHead
+from sqap.models.heads.expert import ExpertCache, Rope
 from sqap.models.stream import LayerOutput
 from sqap.pruning import Selector, StepPruner
 from sqap.pruning.attention import AttentionWatcher, per_camera, query_rows, score_queries
 from sqap.pruning.lookahead import affordable, choose_layers, later_attention, layers_to_look_at, recall
 from sqap.recipe import Cut, Pruning
-from tests.families import FAMILIES, family_config, random_inputs, random_model
+from tests.families import EXPERTS, FAMILIES, family_config, random_inputs, random_model
 
 LLAMA = DecoderConfig(
     vocabulary=32, width=4096, depth=32, heads=32, kv_heads=32, head_dim=128, mlp_width=11008
@@ -78,17 +79,18 @@ def test_later_attention_is_what_a_step_sees(family: str, queries: str) -> None:
     model, inputs = random_model(config), [random_inputs(config, 1, seed) for seed in (1, 2)]
     settings = Pruning(0.5, 1, score_queries=queries, top_share=1)  # type: ignore[arg-type]
     looked, attended = later_attention(model, inputs, settings)
-    assert looked.shape == attended.shape == (2, 2 * config.cameras, config.grid**2)
+    later = (1, 2) if config.decoder.last_layer == "whole" else (1,)
+    assert looked.shape == attended.shape == (len(later), 2 * config.cameras, config.grid**2)
     length = model.config.layout(5).blocks[0].stop
     rows = query_rows(settings.score_queries, config.visual, length)
     for i, given in enumerate(inputs):
         frame = slice(i * config.cameras, (i + 1) * config.cameras)
-        for j, layer in enumerate((1, 2)):
+        for j, layer in enumerate(later):
             watcher = AttentionWatcher((layer,), rows, config.visual, config.cameras)
             model(given, watcher)
             assert watcher.scores is not None
             torch.testing.assert_close(per_camera(attended[j, frame], 1), watcher.scores)
-        for layers in ((1,), (2,), (1, 2)):
+        for layers in {(1,), later[-1:], later}:
             selector = Selector(settings, config.grid, layers=layers)
             pruner = StepPruner(selector, length, config.visual, [None] * config.cameras)
             assert model(given, pruner).isfinite().all()
@@ -97,16 +99,18 @@ def test_later_attention_is_what_a_step_sees(family: str, queries: str) -> None:
                 expected = looked[[layer - 1 for layer in layers], i * config.cameras + camera].mean(0)
                 expected = expected / expected.sum()
                 torch.testing.assert_close(selection.scores, expected, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(looked[1], attended[1])
     torch.testing.assert_close(looked[0], attended[0])  # the next layer's is what it will be
-    alone = later_attention(model, inputs, settings, layers=(2,))
-    torch.testing.assert_close(alone[0], looked[1:])
+    if len(later) > 1:
+        assert not torch.allclose(looked[1], attended[1])
+    alone = later_attention(model, inputs, settings, layers=later[-1:])
+    torch.testing.assert_close(alone[0], looked[-1:])
 
 
+@pytest.mark.parametrize("family", EXPERTS)
 @torch.inference_mode()
-def test_an_expert_looks_with_its_own_action_tokens() -> None:
+def test_an_expert_looks_with_its_own_action_tokens(family: str) -> None:
     """Scores of a step, with the noise it starts from, and the expert's attention in an unpruned pass."""
-    config = family_config("flow")
+    config = family_config(family)
     model, inputs = random_model(config), [random_inputs(config, 1, seed) for seed in (1, 2)]
     head = model.head
     assert isinstance(head, FlowHead)
@@ -142,20 +146,22 @@ def watched_expert(model: VLA, inputs: ModelInputs) -> list[Tensor]:
     """
     head, decoder = model.head, model.config.decoder
     assert isinstance(head, FlowHead)
-    given: list[tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = []
+    given: list[tuple[Tensor, ExpertCache, tuple[Rope, Rope], Tensor | None]] = []
     hooks = [
         layer.self_attn.register_forward_pre_hook(lambda _, args: given.append(args))
         for layer in head.experts
     ]
     (stream,) = model.decoder.run(model.streams([inputs]))
     assert inputs.noise is not None
-    head.velocity(head.seen(stream), inputs.noise, 1.0, model.layout(inputs).decoder.length)
+    layout = model.layout(inputs)
+    head.velocity(head.inputs(model.decoder, stream, layout, inputs), inputs.noise, 1.0)
     for hook in hooks:
         hook.remove()
-    paid = []
-    for layer, (x, (keys, _), rope) in zip(head.experts, given, strict=False):
+    paid, first = [], layout.expert.length - head.config.horizon
+    for layer, (x, cache, ropes, _) in zip(head.experts, given, strict=True):
+        rope = ropes[int(layer.self_attn.cross)]
         q = rotate(layer.self_attn.q_proj(x).unflatten(-1, (decoder.heads, -1)).transpose(1, 2), rope)[0]
-        keys = keys[0]
+        q, keys = q[:, first:], cache.read()[0][0]
         heads = [
             (q[h].double() @ keys[h * decoder.kv_heads // decoder.heads].double().T / decoder.head_dim**0.5)
             for h in range(decoder.heads)
@@ -172,6 +178,23 @@ def test_only_an_expert_has_action_tokens_to_look_from(family: str) -> None:
     assert score_queries(Pruning(0.5, 1), config) == "text"
     with pytest.raises(InputError, match="score_queries 'actions' needs an action expert"):
         score_queries(Pruning(0.5, 1, score_queries="actions"), config)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_a_last_layer_without_queries_is_looked_at_by_the_expert_alone(family: str) -> None:
+    decoder = family_config(family).decoder
+    whole = dataclasses.replace(decoder, last_layer="whole")
+    for queries, of, expected in (
+        ("actions", decoder, (2,)),  # of both layers the one that is affordable
+        ("text", decoder, (1,)),
+        ("text", whole, (2,)),
+    ):
+        settings = Pruning(0.5, 1, score_queries=queries)  # type: ignore[arg-type]
+        assert layers_to_look_at(settings, of) == expected
+    with pytest.raises(InputError, match="has layer 2, which has keys and no queries of the text"):
+        layers_to_look_at(Pruning(0.5, 1, score_queries="last", score_layers=(1, 2)), decoder)
+    with pytest.raises(InputError, match="behind layer 2 there is only the last one"):
+        layers_to_look_at(Pruning(0.5, 2, score_queries="text"), decoder)
 
 
 def test_attention_as_it_is_has_no_action_tokens_yet() -> None:

@@ -18,7 +18,7 @@ from sqap.pruning.memory import Memory
 from sqap.quantization import quantize_model
 from sqap.recipe import Cut, Pruning, Quantization, Scheme
 from sqap.recipe.pruning import ScoreQueries
-from tests.families import FAMILIES, family_config, random_inputs, random_model
+from tests.families import EXPERTS, FAMILIES, family_config, random_inputs, random_model
 
 META = torch.device("meta")
 SETTINGS = {
@@ -43,7 +43,7 @@ ON_THE_CPU = {
 def model(family: str, quantized: bool) -> VLA:
     found = random_model(family_config(family))
     if quantized:
-        found = quantize_model(found, Quantization(*[Scheme(4, 8)] * 5))
+        found = quantize_model(found, Quantization(*[Scheme(4, 8)] * 4, sensitive=Scheme(8, 8)))
     return found.to(META)
 
 
@@ -73,7 +73,7 @@ def check(family: str, quantized: bool, settings: Pruning) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_no_step_asks_the_device_for_a_value(family: str, quantized: bool) -> None:
-    queries: ScoreQueries = "actions" if family == "flow" else "text"
+    queries: ScoreQueries = "actions" if family in EXPERTS else "text"
     check(family, quantized, Pruning(0.75, 1, score_queries=queries, later=(Cut(2, 0.25),)))
 
 

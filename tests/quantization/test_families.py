@@ -61,7 +61,7 @@ def test_everything_is_quantized_but_the_robots_state(family: str) -> None:
     untouched = random_model(config).state_dict()
     assert all(torch.equal(untouched[name], value) for name, value in model.state_dict().items())
     floats = [linear.name for linear in list_linears(small) if not linear.quantized]
-    assert floats == [f"proprio.layers.{i}" for i in range(config.proprio_layers) if config.proprio_dim]
+    assert floats == [f"proprio.layers.{i}" for i in range(config.proprio_layers) if config.decoder_state]
     exact = outputs(model, inputs)
     assert 0 < (outputs(small, inputs) - exact).norm() < 0.1 * exact.norm()
 
@@ -71,7 +71,8 @@ def test_everything_is_quantized_but_the_robots_state(family: str) -> None:
 def test_it_loads_into_a_prepared_model(family: str) -> None:
     config = family_config(family)
     recipe = dataclasses.replace(WHOLE, decoder=Scheme(4, 8))
-    saved, loaded = quantize_model(random_model(config), recipe, calibration(config)), VLA(config)
+    saved = quantize_model(random_model(config), recipe, calibration(config))
+    loaded = VLA(saved.config)
     prepare_quantized(loaded, recipe)
     loaded.load_state_dict(saved.state_dict())
     inputs = random_inputs(config, 2)

@@ -95,7 +95,7 @@ def export(
         SqapError: its head reads the decoder's keys and values.
     """
     model = policy.model
-    if model.head.keeps:
+    if model.head.reads_keys_values:
         raise SqapError("a decoder that keeps keys and values for its head is not exported")
     policy = Policy(model, policy.config, policy.tokenizer)
     owners: list[tuple[nn.Module, str]] = [(model, "projector")]

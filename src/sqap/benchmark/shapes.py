@@ -58,7 +58,17 @@ SMOLVLA = ModelConfig(
     vision=(VisionConfig(512, 16, 768, 12, 12, 3072, activation="gelu_tanh"),),
     projector=(960,),
     decoder=DecoderConfig(
-        49_280, 960, 16, 15, 5, 64, 2560, norm_eps=1e-5, causal=False, embed_scale=960**0.5
+        49_280,
+        960,
+        16,
+        15,
+        5,
+        64,
+        2560,
+        norm_eps=1e-5,
+        causal=False,
+        embed_scale=960**0.5,
+        last_layer="keys_values",
     ),
     head=FlowHeadConfig(action_dim=32, horizon=50, width=720, mlp_width=2048),
     pixel_shuffle=4,
@@ -69,6 +79,37 @@ SMOLVLA = ModelConfig(
     projector_bias=False,
 )
 
+# PaliGemma 3B (SigLIP and Gemma 2B), and Gemma 300M as action expert; three cameras.
+GEMMA_EXPERT = FlowHeadConfig(
+    action_dim=32, horizon=50, width=1024, mlp_width=4096, self_attention_every=1, causal_actions=False
+)
+PI0 = ModelConfig(
+    vision=(dataclasses.replace(SIGLIP, activation="gelu_tanh", take_block=-1, final_norm=True),),
+    projector=(2048,),
+    decoder=DecoderConfig(
+        257_152,
+        2048,
+        18,
+        8,
+        1,
+        256,
+        16_384,
+        causal=False,
+        embed_scale=2048**0.5,
+        activation="gelu_tanh",
+        last_layer="keys_values",
+    ),
+    head=GEMMA_EXPERT,
+    cameras=3,
+    proprio_dim=32,
+    proprio_layers=1,
+    image_first=True,
+    state_in="expert",
+)
+PI05 = dataclasses.replace(
+    PI0, head=dataclasses.replace(GEMMA_EXPERT, adaptive_norms=True), proprio_dim=None, state_in="text"
+)
+
 SHAPES = {
     "cogact-7b": _prismatic(DIT_B),
     "openvla-7b": _prismatic(TokenHeadConfig(action_dim=7, vocabulary=32_064)),
@@ -76,6 +117,8 @@ SHAPES = {
         RegressionHeadConfig(action_dim=7, horizon=8, width=4096), causal=False, cameras=2, proprio=8
     ),
     "smolvla": SMOLVLA,
+    "pi0": PI0,
+    "pi0.5": PI05,
 }
 
 
@@ -84,6 +127,8 @@ def random_policy(model: ModelConfig, recipe: Recipe) -> Policy:
 
     Drawn as integers where they are integers, so that it takes no more memory than it will have.
     """
+    if recipe.quantization is not None:
+        model = model.compressed
     small = empty_model(model)
     if recipe.quantization is not None:
         prepare_quantized(small, recipe.quantization)

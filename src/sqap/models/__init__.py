@@ -10,7 +10,8 @@ from sqap.models.config import (
     TokenHeadConfig,
     VisionConfig,
 )
-from sqap.models.vla import VLA, ModelInputs, empty_model
+from sqap.models.inputs import ModelInputs
+from sqap.models.vla import VLA, empty_model
 
 __all__ = [
     "VLA",

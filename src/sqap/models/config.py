@@ -49,11 +49,13 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A Llama-style decoder.
+    """A decoder of Llama's or Gemma's architecture.
 
-    ``vocabulary`` counts the rows of the embedding table, whose rows are multiplied by ``embed_scale``: the
-    square root of the width in SmolVLA and Gemma. Without ``causal`` every token sees every other, as in
-    OpenVLA-OFT's parallel decoding.
+    ``vocabulary`` counts the rows of the embedding table, which are multiplied by ``embed_scale``: the square
+    root of the width in SmolVLA and Gemma. ``activation`` is the gated MLP's: SiLU in Llama (SwiGLU), GELU in
+    Gemma (GeGLU). Without ``causal`` every token sees every other, as in OpenVLA-OFT's parallel decoding. An
+    action expert reads keys and values, and no hidden state behind the last layer: with ``last_layer``
+    "keys_values" that layer has its input norm and the projections of keys and values alone.
     """
 
     vocabulary: int
@@ -67,6 +69,8 @@ class DecoderConfig:
     norm_eps: float = 1e-6
     causal: bool = True
     embed_scale: float = 1.0
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    last_layer: Literal["whole", "keys_values"] = "whole"
 
     def __post_init__(self) -> None:
         if self.embed_scale <= 0:
@@ -159,11 +163,14 @@ class RegressionHeadConfig(HeadSettings):
 
 @dataclass(frozen=True)
 class FlowHeadConfig(HeadSettings):
-    """SmolVLA's actions: an expert as deep as the decoder, but narrower, that moves noise along a flow.
+    """Flow matching (SmolVLA, pi0, pi0.5): an action expert, as deep as the decoder, predicts velocities.
 
     Every ``self_attention_every``-th of its layers, from the first one on, lets action tokens see each
     other, with ``causal_actions`` those before themselves alone; the others make keys and values of the
-    decoder's alone. Time, from 0 to 1, is told by sines of periods from ``min_period`` to ``max_period``.
+    decoder's alone. Time, from 0 to 1, is embedded by sines of periods from ``min_period`` to ``max_period``.
+    An MLP joins it to the action tokens, or, with ``adaptive_norms`` (pi0.5), it sets scale, shift and gate
+    of the expert's norms. With ``fixed_steps``, as in a compressed policy, what depends on the time alone is
+    stored for each of the ``sample_steps``, in place of the weights that it is computed by.
     """
 
     action_dim: int
@@ -175,6 +182,8 @@ class FlowHeadConfig(HeadSettings):
     min_period: float = 4e-3
     max_period: float = 4.0
     causal_actions: bool = True
+    adaptive_norms: bool = False
+    fixed_steps: bool = False
     kind: Literal["flow"] = "flow"
     noisy: ClassVar[bool] = True
     has_expert: ClassVar[bool] = True
@@ -196,8 +205,8 @@ class ModelConfig:
     Every one of ``cameras`` images goes through the same encoders; ``proprio_dim`` numbers of the robot's
     state become one more token, by ``proprio_layers`` linears. The sequence begins with BOS, images and
     state; with ``image_first``, as in SmolVLA, with the images, and ends with the state. ``state_in`` says
-    whose token the state is: the decoder's, the action expert's (pi0), or none, since the text tells it
-    (pi0.5).
+    whose token the state is: the decoder's, the action expert's (pi0, by one linear), or none, since the text
+    tells it (pi0.5).
     """
 
     vision: tuple[VisionConfig, ...]
@@ -217,12 +226,40 @@ class ModelConfig:
             raise InputError("vision must name at least one encoder")
         if self.state_in == "expert" and not self.head.has_expert:
             raise InputError("state_in 'expert' needs an action expert, which only a flow-matching head has")
+        if self.state_in == "expert" and self.proprio_dim and self.proprio_layers != 1:
+            raise InputError(
+                f"with state_in 'expert' the state goes through one linear: proprio_layers must be 1, "
+                f"got {self.proprio_layers}"
+            )
+        if self.decoder.last_layer == "keys_values" and not self.head.has_expert:
+            raise InputError(
+                "last_layer 'keys_values' needs an action expert: other heads read the last hidden states"
+            )
+        if isinstance(self.head, FlowHeadConfig) and self.head.adaptive_norms and self.expert_state:
+            raise InputError("adaptive_norms and state_in 'expert' cannot be combined")
         if self.image_first and self.head.placeholders:
             raise InputError("a head that reads placeholders stands behind BOS: image_first must be false")
         if self.pixel_shuffle < 1 or self.vision[0].grid % self.pixel_shuffle:
             raise InputError(
                 f"pixel_shuffle {self.pixel_shuffle} does not divide a grid of {self.vision[0].grid} patches"
             )
+
+    @property
+    def compressed(self) -> ModelConfig:
+        """The configuration of the quantized model: a flow head's steps are fixed (`FlowHeadConfig`)."""
+        if not isinstance(self.head, FlowHeadConfig):
+            return self
+        return replace(self, head=replace(self.head, fixed_steps=True))
+
+    @property
+    def decoder_state(self) -> int:
+        """Numbers of the robot's state that become a token of the decoder; 0 if none do."""
+        return self.proprio_dim or 0 if self.state_in == "decoder" else 0
+
+    @property
+    def expert_state(self) -> int:
+        """Numbers of the robot's state that become a token of the action expert; 0 if none do."""
+        return self.proprio_dim or 0 if self.state_in == "expert" else 0
 
     @property
     def grid(self) -> int:
@@ -246,8 +283,8 @@ class ModelConfig:
 
     def layout(self, text_tokens: int) -> Layout:
         """The order of the tokens, the action expert's included, for so many ``text_tokens``."""
-        visual, in_decoder = Segment("visual", self.visual_tokens), self.state_in == "decoder"
-        states = [Segment("state", 1, int(self.image_first))] if self.proprio_dim and in_decoder else []
+        visual = Segment("visual", self.visual_tokens)
+        states = [Segment("state", 1, int(self.image_first))] if self.decoder_state else []
         if self.image_first:
             order = [visual, Segment("text", text_tokens), *states]
         else:
@@ -258,7 +295,7 @@ class ModelConfig:
         order = [replace(segment, causal=self.decoder.causal) for segment in order]
         if isinstance(self.head, FlowHeadConfig):  # the only one with an expert
             block = order[-1].block + 1
-            if self.proprio_dim and self.state_in == "expert":
+            if self.expert_state:
                 order.append(Segment("state", 1, block, expert=True))
                 block += 1
             order.append(Segment("actions", self.head.horizon, block, self.head.causal_actions, expert=True))

@@ -1,4 +1,4 @@
-"""The decoder: Llama's architecture, with three seams for the method.
+"""The decoder: Llama's and Gemma's architecture, with three seams for the method.
 
 Its linears can be replaced by quantized ones, a `TokenPruner` may shorten the sequence between layers, and
 a `KVFormat` says how keys and values are held. All are given from outside; nothing here knows how they work.
@@ -14,10 +14,11 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from sqap.kernels import Function
 from sqap.models.config import DecoderConfig
 from sqap.models.edges import Edge
 from sqap.models.kv import FloatKV, KVCache, KVFormat
-from sqap.models.stream import LayerOutput, Reader, Stream, TokenPruner
+from sqap.models.stream import ExpertQueries, LayerOutput, Stream, TokenPruner
 from sqap.models.through import Through, direct
 from sqap.models.transformer import Fused, activated, attend
 
@@ -59,9 +60,8 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Mixed tokens ``(batch, tokens, width)``, and what ``rows`` attend to ``(batch, keys)``."""
         batch, tokens, _ = x.shape
-        q = self.q_proj(x).view(batch, tokens, self.heads, self.head_dim).transpose(1, 2)
-        k = self.k_proj(x).view(batch, tokens, self.kv_heads, self.head_dim).transpose(1, 2)
-        v = self.v_proj(x).view(batch, tokens, self.kv_heads, self.head_dim).transpose(1, 2)
+        q, k = split_heads(self.q_proj(x), self.heads), split_heads(self.k_proj(x), self.kv_heads)
+        v = split_heads(self.v_proj(x), self.kv_heads)
         q, stored = self.kv_format.store(rotate(q, rope), rotate(k, rope), v)
         if cache is not None:
             stored = cache.extend(layer, stored)
@@ -76,19 +76,41 @@ class Attention(nn.Module):
 
     def look(self, x: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
         """What ``rows`` of ``x`` ``(batch, tokens, width)`` would attend to: ``(batch, tokens)``."""
-        q = self.q_proj(x[:, rows]).view(len(x), len(rows), self.heads, self.head_dim).transpose(1, 2)
+        q = split_heads(self.q_proj(x[:, rows]), self.heads)
         q = rotate(q, (rope[0][:, rows], rope[1][:, rows]))
         return attention_received(q, self.keys(x, rope), rows, causal=self.causal)
 
     def keys(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Rotated keys ``(batch, kv_heads, tokens, head_dim)`` of ``x`` ``(batch, tokens, width)``."""
-        k = self.k_proj(x).view(*x.shape[:2], self.kv_heads, self.head_dim).transpose(1, 2)
-        return rotate(k, rope)
+        return rotate(split_heads(self.k_proj(x), self.kv_heads), rope)
 
     def empty_kv(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Room for keys and values ``(batch, kv_heads, tokens, head_dim)`` of ``x``."""
         shape = x.shape[0], self.kv_heads, x.shape[1], self.head_dim
         return x.new_empty(shape), x.new_empty(shape)
+
+
+class KeysValues(nn.Module):
+    """The part of `Attention` that makes keys and values."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.kv_heads = config.kv_heads
+        self.k_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Rotated keys, and values, ``(batch, kv_heads, tokens, head_dim)``."""
+        return self.keys(x, rope), split_heads(self.v_proj(x), self.kv_heads)
+
+    def keys(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """As `Attention.keys`."""
+        return rotate(split_heads(self.k_proj(x), self.kv_heads), rope)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """``(batch, tokens, heads * head_dim)`` to ``(batch, heads, tokens, head_dim)``."""
+    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
 def attention_received(q: Tensor, k: Tensor, rows: Tensor, *, causal: bool = True) -> Tensor:
@@ -111,17 +133,18 @@ def attention_received(q: Tensor, k: Tensor, rows: Tensor, *, causal: bool = Tru
     return scores.softmax(-1).mean((1, 2))
 
 
-class SwiGLU(nn.Module):
-    """Llama's gated MLP."""
+class GatedMLP(nn.Module):
+    """``down(activation(gate(x)) * up(x))``: SwiGLU or GeGLU (Shazeer 2020)."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, activation: Function) -> None:
         super().__init__()
+        self.activation = activation
         self.gate_proj = nn.Linear(width, hidden, bias=False)
         self.up_proj = nn.Linear(width, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return activated(self.down_proj, "silu", self.gate_proj(x), self.up_proj(x))
+        return activated(self.down_proj, self.activation, self.gate_proj(x), self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):
@@ -143,7 +166,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.width, config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
-        self.mlp = SwiGLU(config.width, config.mlp_width)
+        self.mlp = GatedMLP(config.width, config.mlp_width, config.activation)
 
     def forward(
         self,
@@ -176,7 +199,46 @@ class DecoderLayer(nn.Module):
         return self.self_attn.keys(self.input_layernorm(x), rope)
 
 
-def keys(layer: DecoderLayer, stream: Stream) -> Tensor:
+class KeysValuesLayer(nn.Module):
+    """A last layer whose keys and values are read, and nothing else."""
+
+    edges = (
+        Edge("self_attn.k_proj", reads="residual", norm="input_layernorm"),
+        Edge("self_attn.v_proj", reads="residual", writes="values", norm="input_layernorm"),
+    )
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.self_attn = KeysValues(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        layer: int = 0,
+        cache: KVCache | None = None,
+        rows: Tensor | None = None,
+        first: int = 0,
+    ) -> tuple[Tensor, None]:
+        """No hidden states ``(batch, 0, width)``; keys and values go into the cache.
+
+        Raises:
+            ValueError: the attention of ``rows`` is wanted, which nothing computes here.
+        """
+        if rows is not None:
+            raise ValueError("the last layer makes keys and values alone: no row of it attends to anything")
+        found = self.self_attn(self.input_layernorm(x), rope)
+        if cache is not None:
+            cache.extend(layer, found)
+        return x[:, :0], None
+
+    def keys(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """As `DecoderLayer.keys`."""
+        return self.self_attn.keys(self.input_layernorm(x), rope)
+
+
+def keys(layer: DecoderLayer | KeysValuesLayer, stream: Stream) -> Tensor:
     """The keys ``(batch, kv_heads, tokens, head_dim)`` of all blocks in ``layer``, were they its input."""
     return torch.cat(
         [layer.keys(x, rope) for x, rope in zip(stream.blocks, stream.ropes, strict=True)], dim=2
@@ -200,7 +262,11 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocabulary, config.width)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.depth))
+        whole = config.depth - int(config.last_layer == "keys_values")
+        layers: list[nn.Module] = [DecoderLayer(config) for _ in range(whole)]
+        self.layers = nn.ModuleList(
+            [*layers, *(KeysValuesLayer(config) for _ in range(config.depth - whole))]
+        )
         self.norm = RMSNorm(config.width, config.norm_eps)
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -235,10 +301,10 @@ class Decoder(nn.Module):
         blocks: Sequence[slice] = (slice(None),),
         *,
         pruner: TokenPruner | None = None,
-        keeps: bool = False,
+        keep: bool = False,
         cache: KVCache | None = None,
-        reader: Reader | None = None,
-        tail: int | None = None,
+        queries: ExpertQueries | None = None,
+        last_tokens: int | None = None,
     ) -> Stream:
         """Embedded tokens ``x`` ``(batch, tokens, width)`` before the first layer.
 
@@ -246,10 +312,10 @@ class Decoder(nn.Module):
             x: the tokens.
             blocks: of their layout; every token sees those of earlier blocks (`sqap.models.layout`).
             pruner: shortens the first block.
-            keeps: whether the stream keeps keys and values for the head.
+            keep: whether the stream keeps keys and values for the head.
             cache: holds what came before, and gets what is new.
-            reader: whose attention a pruner may look ahead for beside that of the tokens.
-            tail: how many of the last tokens are read behind the last layer; all by default.
+            queries: of the action expert, whose attention a pruner may look ahead for.
+            last_tokens: how many of the last tokens are read behind the last layer; all by default.
         """
         first = 0
         if cache is not None:
@@ -258,7 +324,7 @@ class Decoder(nn.Module):
         places = torch.arange(first, first + x.shape[1], dtype=torch.int64, device=x.device)
         parts = tuple(x[:, block] for block in blocks)
         ropes = tuple(rope_angles(places[block].expand(len(x), -1), self.config, x.dtype) for block in blocks)
-        return Stream(parts, ropes, parts[0], pruner, () if keeps else None, cache, reader, tail)
+        return Stream(parts, ropes, parts[0], pruner, () if keep else None, cache, queries, last_tokens)
 
     def run(
         self, streams: Sequence[Stream], through: Through = direct, layers: int | None = None
@@ -276,8 +342,8 @@ class Decoder(nn.Module):
             cache, place = KVCache(1), 0
         rows = stream.pruner.score_rows(i) if stream.pruner is not None else None
         (x, *rest), (rope, *ropes) = stream.blocks, stream.ropes
-        last = stream.tail is not None and i == len(self.layers) - 1 and rows is None
-        first = x.shape[1] - cast(int, stream.tail) if last else 0
+        last = stream.last_tokens is not None and i == len(self.layers) - 1 and rows is None
+        first = x.shape[1] - cast(int, stream.last_tokens) if last else 0
         x, received = layer(x, rope, place, cache, rows, first)
         rest = [
             layer(y, turn, place, cache, None, y.shape[1] if last else 0)[0]
@@ -308,11 +374,10 @@ class Decoder(nn.Module):
         """As `LayerOutput.look_ahead`, given a stream behind a layer."""
         looked = [cast(DecoderLayer, self.layers[i]) for i in layers]
         if rows is None:
-            assert stream.reader is not None, "a decoder alone has no action expert"
+            assert stream.queries is not None, "a decoder alone has no action expert"
             pairs = zip(layers, looked, strict=True)
-            return torch.stack(
-                stream.reader.attention(stream, {i: keys(layer, stream) for i, layer in pairs})
-            ).mean(0)
+            found = stream.queries.received(stream, {i: keys(layer, stream) for i, layer in pairs})
+            return torch.stack(found).mean(0)
         x, rope = stream.blocks[0], stream.ropes[0]
         done = None if self.fused_look is None else self.fused_look(looked, x, rope, rows)
         if done is not None:

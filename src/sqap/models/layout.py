@@ -62,6 +62,11 @@ class Layout:
         """The part that the decoder runs."""
         return Layout(tuple(segment for segment in self.segments if not segment.expert))
 
+    @property
+    def expert(self) -> Layout:
+        """The part that the action expert runs."""
+        return Layout(tuple(segment for segment in self.segments if segment.expert))
+
     def span(self, name: SegmentName) -> slice:
         """Where a segment's tokens are.
 

@@ -1,4 +1,4 @@
-"""Tokens on their way through the decoder, and who reads or shortens them on the way."""
+"""Tokens on their way through the decoder's layers, and the interface of what prunes them there."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class TokenPruner(Protocol):
         """Places ``(batch, kept)`` in the sequence, ascending, that go on after this layer; None for all."""
 
 
-class Reader(Protocol):
-    """Tokens outside the decoder that read its keys: those of an action expert."""
+class ExpertQueries(Protocol):
+    """The queries of an action expert's tokens, which attend to the decoder's keys."""
 
-    def attention(self, stream: Stream, keys: Mapping[int, Tensor]) -> list[Tensor]:
-        """Attention ``(batch, tokens)`` they would pay the first block, for each layer of ``keys``.
+    def received(self, stream: Stream, keys: Mapping[int, Tensor]) -> list[Tensor]:
+        """Attention ``(batch, tokens)`` that the first block would get, for each layer of ``keys``.
 
         Args:
             stream: behind a layer, with the keys and values so far.
@@ -55,18 +55,18 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Stream:
-    """The tokens of one observation, or of a batch, on their way through the decoder's layers.
+    """The tokens of one observation, or of a batch, behind some of the decoder's layers.
 
     Args:
         blocks: hidden states ``(batch, tokens, width)`` of each block of the layout.
         ropes: their rotary positions.
         embedded: the first block as it was before the first layer.
         pruner: shortens the first block.
-        stored: keys and values of all blocks, layer by layer so far; None if nobody reads them.
+        stored: keys and values of all blocks, layer by layer so far; None if nothing reads them.
         cache: holds earlier tokens; None if there are none.
-        reader: reads the stored keys and values beside the tokens.
-        tail: how many of the first block's last tokens the last layer computes; all if None. Of the other
-            blocks it then computes keys and values alone.
+        queries: of the action expert, whose attention a pruner may go by.
+        last_tokens: how many of the first block's last tokens the last layer computes; all if None. Of the
+            other blocks it then computes keys and values alone.
     """
 
     blocks: tuple[Tensor, ...]
@@ -75,5 +75,5 @@ class Stream:
     pruner: TokenPruner | None = None
     stored: tuple[tuple[Tensor, ...], ...] | None = None
     cache: KVCache | None = None
-    reader: Reader | None = None
-    tail: int | None = None
+    queries: ExpertQueries | None = None
+    last_tokens: int | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -13,40 +12,14 @@ from torch.overrides import TorchFunctionMode
 
 from sqap.models.config import ModelConfig
 from sqap.models.decoder import Decoder
-from sqap.models.heads import make_head
+from sqap.models.heads import compressed_head, make_head
+from sqap.models.inputs import ModelInputs
 from sqap.models.layout import Layout
 from sqap.models.projector import Projector
+from sqap.models.storage import Weights
 from sqap.models.stream import Stream, TokenPruner
 from sqap.models.through import Through, direct
 from sqap.models.vision import VisionEncoder
-
-
-@dataclass(frozen=True)
-class ModelInputs:
-    """What the model is given for a batch of observations.
-
-    Args:
-        pixels: one ``(batch * cameras, 3, size, size)`` per vision encoder, an observation's images adjacent.
-        token_ids: ``(batch, text tokens)``.
-        noise: ``(batch, horizon, action_dim)``, of policies that sample their actions.
-        proprio: normalised ``(batch, proprio_dim)``, of policies that know the robot's state.
-
-    Their floats may be of any type: the model computes in its own.
-    """
-
-    pixels: Sequence[Tensor]
-    token_ids: Tensor
-    noise: Tensor | None = None
-    proprio: Tensor | None = None
-
-    def to(self, device: torch.device) -> ModelInputs:
-        """The same on another device, which is not waited for unless it is the CPU."""
-
-        def move(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=device.type != "cpu")
-
-        noise, proprio = (None if x is None else move(x) for x in (self.noise, self.proprio))
-        return ModelInputs([move(x) for x in self.pixels], move(self.token_ids), noise, proprio)
 
 
 class VLA(nn.Module):
@@ -60,9 +33,9 @@ class VLA(nn.Module):
         features = sum(c.width for c in config.vision) * config.pixel_shuffle**2
         self.projector = Projector(features, config.projector, config.projector_bias)
         widths = (width,) * config.proprio_layers
-        self.proprio = Projector(config.proprio_dim, widths) if config.proprio_dim else None
+        self.proprio = Projector(config.decoder_state, widths) if config.decoder_state else None
         self.decoder = Decoder(config.decoder)
-        self.head = make_head(config.head, config.decoder)
+        self.head = make_head(config.head, config.decoder, config.expert_state)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,6 +46,15 @@ class VLA(nn.Module):
     def sensitive(self) -> tuple[str, ...]:
         """Paths of the linears that its head calls sensitive."""
         return tuple(f"head.{key}" for key in self.head.sensitive)
+
+    def fix_steps(self, weights: Weights | None = None) -> None:
+        """Store what depends on a denoising step alone, in place of the weights that it is computed by.
+
+        Args:
+            weights: where to read what the model has on the meta device.
+        """
+        self.head = compressed_head(self.head, weights)
+        self.config = self.config.compressed
 
     @property
     def device(self) -> torch.device:
@@ -98,20 +80,20 @@ class VLA(nn.Module):
             pruners: one for each of ``inputs``; none by default.
         """
         layouts = [self.layout(given) for given in inputs]
-        streams = self.decoder.run(self.streams(inputs, through, pruners, tails=True), through)
-        states = [
-            self.head.state(self.decoder, stream, layout, given.noise)
+        streams = self.decoder.run(self.streams(inputs, through, pruners, last_tokens=True), through)
+        read = [
+            self.head.inputs(self.decoder, stream, layout, given)
             for stream, layout, given in zip(streams, layouts, inputs, strict=True)
         ]
-        return through("head", self.head, states, lambda head, state: head.act(self.decoder, state))
+        return through("head", self.head, read, lambda head, given: head.act(self.decoder, given))
 
     def streams(
         self,
         inputs: Sequence[ModelInputs],
         through: Through = direct,
         pruners: Sequence[TokenPruner | None] | None = None,
-        keeps: bool | None = None,
-        tails: bool = False,
+        keep: bool | None = None,
+        last_tokens: bool = False,
     ) -> list[Stream]:
         """The embedded ``inputs`` before the decoder's first layer.
 
@@ -119,10 +101,10 @@ class VLA(nn.Module):
             inputs: as `run`'s.
             through: as `run`'s.
             pruners: as `run`'s.
-            keeps: whether keys and values are kept; where the head reads them, if not given.
-            tails: whether the last layer computes only what the head reads to act.
+            keep: whether keys and values are kept; where the head reads them, if not given.
+            last_tokens: whether the last layer computes only the tokens that the head reads to act.
         """
-        keeps = self.head.keeps if keeps is None else keeps
+        keep = self.head.reads_keys_values if keep is None else keep
         pruners = [None] * len(inputs) if pruners is None else pruners
         embedded = self.embed_all(inputs, through)
         found = []
@@ -133,9 +115,9 @@ class VLA(nn.Module):
                     x,
                     layout.decoder.blocks,
                     pruner=pruner,
-                    keeps=keeps,
-                    reader=self.head.reader(given.noise, layout),
-                    tail=self.head.tail(layout) if tails else None,
+                    keep=keep,
+                    queries=self.head.expert_queries(given, layout),
+                    last_tokens=self.head.last_tokens(layout) if last_tokens else None,
                 )
             )
         return found

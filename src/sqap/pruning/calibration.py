@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from sqap.defaults import defaults
+from sqap.models import ModelInputs
 from sqap.models.storage import Weights
 from sqap.models.through import streamed
-from sqap.models.vla import VLA, ModelInputs
+from sqap.models.vla import VLA
 from sqap.pruning.attention import AttentionWatcher, query_rows
 from sqap.pruning.criteria import top_k
 from sqap.recipe import ScoreQueries
@@ -70,7 +71,7 @@ def attention_scores(
         for given in inputs
     ]
     through = streamed(weights, model.dtype)
-    streams = model.streams(inputs, through, watchers, keeps=False)
+    streams = model.streams(inputs, through, watchers, keep=False)
     model.decoder.run(streams, through, max(layers) + 1)
     return torch.cat([watcher.scores for watcher in watchers if watcher.scores is not None])
 

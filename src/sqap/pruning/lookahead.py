@@ -5,7 +5,7 @@ later layer's own norm, query and key projections are therefore applied to the h
 The score of a token is the attention that the text behind the image pays it there, averaged over rows, heads
 and layers (`sqap.models.decoder.Decoder.look_ahead`). With a flow head, whose action expert reads the keys of
 every layer, it is the attention that the action tokens of the first denoising step would pay
-(`sqap.models.heads.flow.ActionRows`). On a quantized model these are its packed projections,
+(`sqap.models.heads.flow.ActionQueries`). On a quantized model these are its packed projections,
 so the scores are what the compressed policy thinks. Nothing is trained, and nothing is kept between steps.
 
 Layers agree little about what matters, so several are asked: all later ones where that costs next to nothing,
@@ -22,11 +22,11 @@ from torch import Tensor
 
 from sqap.defaults import defaults
 from sqap.errors import InputError
-from sqap.models import DecoderConfig
+from sqap.models import DecoderConfig, ModelInputs
 from sqap.models.storage import Weights
-from sqap.models.vla import VLA, ModelInputs
+from sqap.models.vla import VLA
 from sqap.pruning.criteria import top_k
-from sqap.pruning.readers import look_and_attend
+from sqap.pruning.queries import look_and_attend
 from sqap.recipe import Pruning
 
 COST = 0.05  # of the pruned decoder's multiply-adds, at most
@@ -42,22 +42,40 @@ def layers_to_look_at(
     evenly spaced.
 
     Raises:
-        InputError: a named layer is none of the decoder's.
+        InputError: a named layer is none of the decoder's, or there is none to look at.
     """
     if settings.method != "lookahead":
         return ()
+    later = later_layers(settings, decoder)
     if settings.score_layers is not None:
         beyond = [layer for layer in settings.score_layers if layer >= decoder.depth]
         if beyond:
             raise InputError(
                 f"score_layers has layer {beyond[0]}, but the decoder has {decoder.depth} layers"
             )
+        without = [layer for layer in settings.score_layers if layer not in later]
+        if without:
+            raise InputError(
+                f"score_layers has layer {without[0]}, which has keys and no queries of the text: "
+                "score_queries must be 'actions'"
+            )
         return settings.score_layers
     if calibrated is not None:
         return tuple(calibrated)
-    later = range(settings.last_layer, decoder.depth)
+    if not later:
+        raise InputError(
+            f"behind layer {settings.last_layer} there is only the last one, which has keys and no queries "
+            "of the text: score_queries must be 'actions'"
+        )
     count = min(len(later), affordable(settings, decoder))
     return tuple(later[(2 * i + 1) * len(later) // (2 * count)] for i in range(count))
+
+
+def later_layers(settings: Pruning, decoder: DecoderConfig) -> range:
+    """The layers behind the last cut that have the queries whose attention counts."""
+    text = settings.score_queries in ("text", "last")
+    keys_alone = text and decoder.last_layer == "keys_values"
+    return range(settings.last_layer, decoder.depth - int(keys_alone))
 
 
 def affordable(settings: Pruning, decoder: DecoderConfig) -> int:
@@ -102,7 +120,7 @@ def later_attention(
     Returns:
         Both ``(layers, frames * cameras, tokens of one)``, layers ascending.
     """
-    wanted = range(settings.last_layer, model.config.decoder.depth) if layers is None else layers
+    wanted = later_layers(settings, model.config.decoder) if layers is None else layers
     looked, attended = look_and_attend(model, inputs, settings, weights, wanted)
     shape = len(wanted), len(inputs) * model.config.cameras, -1
     return looked.float().view(shape), attended.float().view(shape)

@@ -216,7 +216,7 @@ def _spec(layer: nn.Module, linears: list[kernels.Linear]) -> LayerSpec:
             down=linears[6],
             norms=(_norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)),
             gains=(None, None),
-            function="silu",
+            function=layer.mlp.activation,
             heads=(attn.heads, attn.kv_heads, attn.head_dim),
             causal=attn.causal,
         )

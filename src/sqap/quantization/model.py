@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from sqap.defaults import defaults
 from sqap.errors import InputError
+from sqap.models import ModelInputs
 from sqap.models.config import DecoderConfig
 from sqap.models.decoder import Decoder
 from sqap.models.heads import HeadProtocol
 from sqap.models.stages import fill_around, stages, widen_around
 from sqap.models.storage import STORAGE_DTYPE, Weights, fill, widen
 from sqap.models.stream import Stream
-from sqap.models.vla import VLA, ModelInputs
+from sqap.models.vla import VLA
 from sqap.quantization.fused import fuse
 from sqap.quantization.kv import set_kv_bits
 from sqap.quantization.linear import QuantizedLinear
@@ -63,8 +64,9 @@ def quantize_model(
             before the work begins), an override matches no linear, calibration is missing, or a weight or an
             input is not finite.
     """
-    _check(dict(stages(model)), quantization, expert=model.config.head.has_expert)
     model = share(model)
+    model.fix_steps(weights)
+    _check(dict(stages(model)), quantization, expert=model.config.head.has_expert)
     if weights is not None:
         fill_around(model, weights)
     widen_around(model, [stage for _, stage in stages(model)])
@@ -80,18 +82,18 @@ def quantize_model(
         model.decoder.embed_tokens.to(STORAGE_DTYPE)  # calibrate on what is stored, in half the memory
         walk.before = lambda _, stage: rotate_stage(stage, rotation)
 
-    streams = model.streams(inputs, walk.through, keeps=model.config.head.has_expert)
+    streams = model.streams(inputs, walk.through, keep=model.config.head.has_expert)
     streams = quantize_layers(walk, model.decoder, streams, rotation)
     set_kv_bits(model.decoder, quantization.kv_bits)
     if weights is not None:
         fill(model.head, weights, prefix="head.", dtype=torch.float32)
     widen(model.head)
-    states = [
-        model.head.state(model.decoder, stream, model.layout(given), given.noise)
+    head = cast(HeadProtocol, model.head)
+    read = [
+        head.inputs(model.decoder, stream, model.layout(given), given)
         for stream, given in zip(streams, inputs, strict=True)
     ]
-    head = cast(HeadProtocol, model.head)
-    walk.through("head", model.head, head.questions(states), lambda head, asked: head.answer(asked))
+    walk.through("head", model.head, head.calibration_inputs(read), lambda head, given: head.calibrate(given))
     fuse(model)
     return model
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sqap.errors import InputError
 from sqap.kernels.hadamard import Hadamard, block_hadamard, largest_block, random_signs
 from sqap.models.config import DecoderConfig
-from sqap.models.decoder import Decoder, DecoderLayer, RMSNorm
+from sqap.models.decoder import Decoder, DecoderLayer, KeysValuesLayer, RMSNorm
 from sqap.models.stages import stages
 from sqap.models.vla import VLA
 
@@ -132,7 +132,7 @@ def prepare_rotated(model: VLA | Decoder) -> None:
         InputError: the model is already rotated, or already quantized.
     """
     decoder = _rotatable(model)
-    for layer in _layers(decoder):
+    for layer in decoder.layers:
         _prepare_layer(layer)
     decoder.norm = RotatedNorm(decoder.norm)
 
@@ -174,7 +174,7 @@ def rotate_stage(stage: nn.Module, rotation: Rotation) -> None:
     Raises:
         InputError: it is a decoder layer that is already rotated, or already quantized.
     """
-    if isinstance(stage, DecoderLayer):
+    if isinstance(stage, DecoderLayer | KeysValuesLayer):
         _prepare_layer(stage)
     for module in stage.modules():
         rotate_edges(module, rotation)
@@ -240,24 +240,21 @@ def _pieces(weight: Tensor, output_block: int, input_block: int) -> Iterator[tup
 def _rotatable(model: VLA | Decoder) -> Decoder:
     """The decoder of ``model``, after a look at all of it: a refused model is left as it is."""
     decoder = model.decoder if isinstance(model, VLA) else model
-    for layer in _layers(decoder):
+    for layer in decoder.layers:
         _check_layer(layer)
     return decoder
 
 
-def _prepare_layer(layer: DecoderLayer) -> None:
+def _prepare_layer(layer: nn.Module) -> None:
     _check_layer(layer)
-    down = layer.mlp.down_proj
-    layer.mlp.down_proj = HadamardLinear(down, largest_block(down.in_features))
+    if isinstance(layer, DecoderLayer):
+        down = layer.mlp.down_proj
+        layer.mlp.down_proj = HadamardLinear(down, largest_block(down.in_features))
 
 
-def _check_layer(layer: DecoderLayer) -> None:
+def _check_layer(layer: nn.Module) -> None:
     for name, module in layer.named_modules():
         if isinstance(module, HadamardLinear):
             raise InputError("the model is already rotated")
         if name.endswith("_proj") and not isinstance(module, nn.Linear):
             raise InputError("the decoder is already quantized; rotation comes first")
-
-
-def _layers(decoder: Decoder) -> list[DecoderLayer]:
-    return [cast(DecoderLayer, layer) for layer in decoder.layers]

@@ -1,7 +1,7 @@
 """Action heads: from what the decoder makes of a sequence to a normalised action chunk.
 
-A head knows what it needs: the noise it starts from, which hidden states or keys and values it reads, what it
-asks of its networks (so that these can be calibrated), and which of its linears must stay precise.
+A head knows what it needs: the noise it starts from, which hidden states or keys and values it reads, the
+inputs of its networks (on which these are calibrated), and which of its linears must stay precise.
 """
 
 from __future__ import annotations
@@ -20,51 +20,61 @@ from sqap.models.config import (
 )
 from sqap.models.decoder import Decoder
 from sqap.models.heads.diffusion import DiffusionHead
+from sqap.models.heads.fixed_steps import fix_steps
 from sqap.models.heads.flow import FlowHead
 from sqap.models.heads.regression import RegressionHead
 from sqap.models.heads.tokens import TokenHead
+from sqap.models.inputs import ModelInputs
 from sqap.models.layout import Layout
-from sqap.models.stream import Reader, Stream
+from sqap.models.storage import Weights
+from sqap.models.stream import ExpertQueries, Stream
 
 
 class HeadProtocol(Protocol):
     """The interface of action heads to the model, its pruner and its quantizer."""
 
-    keeps: bool
+    reads_keys_values: bool
     """Whether it reads the decoder's keys and values."""
 
     chain: ClassVar[str | None]
     """Name of a list of blocks, each of which reads what the one before it returns, if there is one."""
 
-    sensitive: ClassVar[tuple[str, ...]]
-    """Paths of its linears that read or write actions, which a recipe treats on their own."""
+    @property
+    def sensitive(self) -> tuple[str, ...]:
+        """Paths of its linears that read or write actions, which a recipe treats on their own."""
 
-    def tail(self, layout: Layout) -> int:
+    def last_tokens(self, layout: Layout) -> int:
         """How many of the last tokens' final hidden states it reads to act."""
 
-    def reader(self, noise: Tensor | None, layout: Layout) -> Reader | None:
-        """Tokens of its own that read the decoder's keys, if it has any."""
+    def expert_queries(self, inputs: ModelInputs, layout: Layout) -> ExpertQueries | None:
+        """The queries of its own tokens to the decoder's keys, if it has such tokens."""
 
-    def state(self, decoder: Decoder, stream: Stream, layout: Layout, noise: Tensor | None) -> Any:
-        """What it reads of a stream behind the last layer, with the noise it starts from."""
+    def inputs(self, decoder: Decoder, stream: Stream, layout: Layout, inputs: ModelInputs) -> Any:
+        """What actions are computed from: what it reads of a stream behind the last layer, and the noise."""
 
-    def act(self, decoder: Decoder, state: Any) -> Tensor:
-        """Normalised actions ``(batch, horizon, action_dim)``."""
+    def act(self, decoder: Decoder, inputs: Any) -> Tensor:
+        """Normalised actions ``(batch, horizon, action_dim)`` from one of `inputs`."""
 
-    def questions(self, states: Sequence[Any]) -> list[Any]:
-        """What its networks are given on the way to actions: calibration states of the head."""
+    def calibration_inputs(self, inputs: Sequence[Any]) -> list[Any]:
+        """The inputs of its networks on the way from ``inputs`` to actions, which GPTQ calibrates on."""
 
-    def answer(self, question: Any) -> Any:
-        """Run its networks on one of `questions`."""
+    def calibrate(self, inputs: Any) -> Any:
+        """Run its networks on one of `calibration_inputs`."""
 
 
 Head = DiffusionHead | FlowHead | RegressionHead | TokenHead
 
 
-def make_head(config: HeadConfig, decoder: DecoderConfig) -> Head:
-    """The head that ``config`` describes, behind a decoder of these sizes."""
+def make_head(config: HeadConfig, decoder: DecoderConfig, state_dim: int = 0) -> Head:
+    """The head that ``config`` describes, behind a decoder of these sizes.
+
+    Args:
+        config: the head's sizes.
+        decoder: the decoder's.
+        state_dim: numbers of the robot's state that the head reads as a token of its own; 0 if it does not.
+    """
     if isinstance(config, FlowHeadConfig):
-        return FlowHead(config, decoder)
+        return FlowHead(config, decoder, state_dim)
     if isinstance(config, DiffusionHeadConfig):
         return DiffusionHead(config, decoder.width)
     if isinstance(config, TokenHeadConfig):
@@ -72,4 +82,18 @@ def make_head(config: HeadConfig, decoder: DecoderConfig) -> Head:
     return RegressionHead(config, decoder.width)
 
 
-__all__ = ["DiffusionHead", "FlowHead", "Head", "HeadProtocol", "RegressionHead", "TokenHead", "make_head"]
+def compressed_head(head: Head, weights: Weights | None) -> Head:
+    """A head as a compressed policy has it, with what depends on a denoising step alone stored."""
+    return fix_steps(head, weights) if isinstance(head, FlowHead) else head
+
+
+__all__ = [
+    "DiffusionHead",
+    "FlowHead",
+    "Head",
+    "HeadProtocol",
+    "RegressionHead",
+    "TokenHead",
+    "compressed_head",
+    "make_head",
+]

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from sqap.models.config import DiffusionHeadConfig
 from sqap.models.decoder import Decoder
 from sqap.models.heads.ddim import add_noise, cosine_alpha_bar, ddim_sample, ddim_steps
+from sqap.models.inputs import ModelInputs
 from sqap.models.layout import Layout
-from sqap.models.stream import Reader, Stream
+from sqap.models.stream import ExpertQueries, Stream
 from sqap.models.transformer import MLP, Fused, SelfAttention, sinusoidal_embedding
 
 TIME_FREQUENCIES = 256
@@ -48,7 +49,7 @@ class DiffusionHead(nn.Module):
     token's final hidden state, the cognition token's: all that the head gets to know.
     """
 
-    keeps = False
+    reads_keys_values = False
     chain: ClassVar[str | None] = "blocks"
     sensitive: ClassVar[tuple[str, ...]] = ("x_embedder", "final_layer")
 
@@ -97,29 +98,31 @@ class DiffusionHead(nn.Module):
         noisy = add_noise(actions, noise, t, self.alpha_bar)
         return (self.predict_noise(noisy, t, condition) - noise).square().mean()
 
-    def tail(self, layout: Layout) -> int:
+    def last_tokens(self, layout: Layout) -> int:
         """The last, which is the cognition token."""
         return 1
 
-    def reader(self, noise: Tensor | None, layout: Layout) -> Reader | None:
+    def expert_queries(self, inputs: ModelInputs, layout: Layout) -> ExpertQueries | None:
         return None
 
-    def state(
-        self, decoder: Decoder, stream: Stream, layout: Layout, noise: Tensor | None
+    def inputs(
+        self, decoder: Decoder, stream: Stream, layout: Layout, inputs: ModelInputs
     ) -> tuple[Tensor, Tensor]:
         """The condition ``(batch, width)`` and the noise, in the head's type."""
-        assert noise is not None, "a diffusion head starts from noise"
+        assert inputs.noise is not None, "a diffusion head starts from noise"
         condition = decoder.finish(stream)[:, -1]
-        return condition.to(self.uncondition), noise.to(self.uncondition)
+        return condition.to(self.uncondition), inputs.noise.to(self.uncondition)
 
-    def act(self, decoder: Decoder, state: tuple[Tensor, Tensor]) -> Tensor:
-        return self.sample(*state)
+    def act(self, decoder: Decoder, inputs: tuple[Tensor, Tensor]) -> Tensor:
+        return self.sample(*inputs)
 
-    def questions(self, states: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def calibration_inputs(
+        self, inputs: Sequence[tuple[Tensor, Tensor]]
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """The arguments of `predict_noise` in every denoising step, all observations in one batch."""
-        if not states:
+        if not inputs:
             return []
-        condition, noise = (torch.cat(parts) for parts in zip(*states, strict=True))
+        condition, noise = (torch.cat(parts) for parts in zip(*inputs, strict=True))
         both, asked = self.conditions(condition), []
 
         def ask(x: Tensor, t: int) -> Tensor:
@@ -130,8 +133,8 @@ class DiffusionHead(nn.Module):
         ddim_sample(ask, noise, self.alpha_bar, self.config.sample_steps)
         return asked
 
-    def answer(self, question: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        return self.predict_noise(*question)
+    def calibrate(self, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return self.predict_noise(*inputs)
 
     def sample(self, condition: Tensor, noise: Tensor) -> Tensor:
         """Chunks ``(batch, horizon, action_dim)`` from ``noise`` of that shape, given ``(batch, width)``.

@@ -1,9 +1,10 @@
-"""SmolVLA's action expert: flow matching by a small transformer that reads the decoder's keys and values."""
+"""The flow-matching head of SmolVLA, pi0 and pi0.5: an action expert, integrated from noise to actions."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
@@ -11,232 +12,307 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sqap.models.config import DecoderConfig, FlowHeadConfig
-from sqap.models.decoder import Decoder, RMSNorm, SwiGLU, attention_received, causal_mask, rope_angles, rotate
-from sqap.models.edges import Edge
+from sqap.models.decoder import Decoder, RMSNorm, rope_angles
+from sqap.models.heads.expert import (
+    AdaptiveNorm,
+    Condition,
+    ExpertCache,
+    ExpertLayer,
+    KeysValues,
+    Suffix,
+    Surroundings,
+    make_norm,
+    normalized,
+)
+from sqap.models.inputs import ModelInputs
 from sqap.models.layout import Layout
-from sqap.models.stream import Reader, Stream
-from sqap.models.transformer import attend
+from sqap.models.stream import ExpertQueries, Stream
 
-KeysValues = tuple[Tensor, Tensor]  # both (batch, kv_heads, tokens, head_dim)
-FlowState = tuple[list[KeysValues], Tensor, int]
-Rope = tuple[Tensor, Tensor]
+TIME_MLP, ACTION_TIME_MLP = ("time_mlp_in", "time_mlp_out"), ("action_time_mlp_in", "action_time_mlp_out")
 
 
-class ExpertAttention(nn.Module):
-    """Action tokens attend to the decoder's tokens, and without ``cross`` also to each other.
+@dataclass(frozen=True)
+class FlowInputs:
+    """What actions are computed from.
 
-    With ``causal`` they see those before themselves alone. With ``cross``, keys and values are made out of
-    the decoder's alone, and positions begin at 0.
+    Args:
+        prefix: keys and values of the decoder's layers, in the expert's type.
+        noise: ``(batch, horizon, action_dim)``.
+        layout: of all tokens, before any were pruned.
+        state: normalised ``(batch, proprio_dim)``, if it is a token of the expert's.
     """
 
-    def __init__(self, width: int, decoder: DecoderConfig, cross: bool, causal: bool = True) -> None:
-        super().__init__()
-        self.cross, self.heads, self.kv_heads, self.causal = cross, decoder.heads, decoder.kv_heads, causal
-        kv_width = decoder.kv_heads * decoder.head_dim
-        self.q_proj = nn.Linear(width, decoder.heads * decoder.head_dim, bias=False)
-        self.k_proj = nn.Linear(kv_width if cross else width, kv_width, bias=False)
-        self.v_proj = nn.Linear(kv_width if cross else width, kv_width, bias=False)
-        self.o_proj = nn.Linear(decoder.heads * decoder.head_dim, width, bias=False)
-
-    def read(self, past: KeysValues) -> KeysValues:
-        """What there is to look at of the decoder's tokens: the same in every denoising step."""
-        if not self.cross:
-            return past
-        k, v = (x.transpose(1, 2).flatten(2) for x in past)
-        return self._split(self.k_proj(k), self.kv_heads), self._split(self.v_proj(v), self.kv_heads)
-
-    def forward(self, x: Tensor, past: KeysValues, rope: Rope) -> Tensor:
-        """``x`` ``(batch, horizon, width)`` to the same; ``past`` as `read` gave it."""
-        q = rotate(self._split(self.q_proj(x), self.heads), rope)
-        k, v = past
-        mask = None
-        if not self.cross:
-            mask = causal_mask(x.shape[1], k.shape[2], x.device) if self.causal else None
-            k = torch.cat([k, rotate(self._split(self.k_proj(x), self.kv_heads), rope)], dim=2)
-            v = torch.cat([v, self._split(self.v_proj(x), self.kv_heads)], dim=2)
-        mixed = attend(q, k, v, mask=mask)
-        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
-        return out
-
-    def attention(self, x: Tensor, keys: Tensor, rope: Rope) -> Tensor:
-        """Attention ``(batch, tokens)`` that ``x`` pays the decoder's tokens, averaged over heads and rows.
-
-        Args:
-            x: ``(batch, horizon, width)``.
-            keys: ``(batch, kv_heads, tokens, head_dim)``, the decoder's.
-            rope: rotary positions of ``x``.
-        """
-        if self.cross:
-            keys = self._split(self.k_proj(keys.transpose(1, 2).flatten(2)), self.kv_heads)
-        q = rotate(self._split(self.q_proj(x), self.heads), rope)
-        return attention_received(q, keys, x.new_empty(0), causal=False)
-
-    def _split(self, x: Tensor, heads: int) -> Tensor:
-        return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
-
-
-class ExpertLayer(nn.Module):
-    """Attention, then MLP, each behind an RMSNorm and on a residual branch."""
-
-    def __init__(self, config: FlowHeadConfig, decoder: DecoderConfig, cross: bool) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.width, decoder.norm_eps)
-        self.self_attn = ExpertAttention(config.width, decoder, cross, config.causal_actions)
-        self.post_attention_layernorm = RMSNorm(config.width, decoder.norm_eps)
-        self.mlp = SwiGLU(config.width, config.mlp_width)
-        # Cross-attention makes values of the decoder's; self-attention mixes its own with them.
-        own = Edge("self_attn.v_proj", writes="values"), Edge("self_attn.o_proj", reads="mixed")
-        self.edges = (Edge("self_attn.v_proj", reads="values"),) if cross else own
-
-    def forward(self, x: Tensor, past: KeysValues, rope: Rope) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), past, rope)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
+    prefix: list[KeysValues]
+    noise: Tensor
+    layout: Layout
+    state: Tensor | None = None
 
 
 class FlowHead(nn.Module):
-    """The expert, a layer for each of the decoder's, and its integration from noise to actions.
+    """Flow matching (Lipman et al. 2023) by an expert with a layer for each of the decoder's.
 
-    Matches LeRobot's ``VLAFlowMatching`` (Shukor et al. 2025): time goes from 1, noise, to 0 in equal steps.
-    The decoder's last token, the robot's state, sees all others and is seen by none of them; whatever of the
-    decoder's keys and values does not depend on the noise is computed once for all steps.
+    Time goes from 1, noise, to 0 in equal steps, as in LeRobot's SmolVLA (Shukor et al. 2025), pi0 and pi0.5
+    (Black et al. 2024, 2025). What does not depend on the noise is computed once for all steps: the decoder's
+    keys and values, those of the state's token, masks, rotary angles, and what each time sets.
+
+    Args:
+        config: sizes.
+        decoder: the decoder's.
+        state_dim: numbers of the robot's state, if it is a token of the expert's; else 0.
     """
 
-    keeps = True
+    action_time_bias: Tensor
+    reads_keys_values = True
     chain: ClassVar[str | None] = None
-    sensitive: ClassVar[tuple[str, ...]] = ("action_in_proj", "action_out_proj")
 
-    def __init__(self, config: FlowHeadConfig, decoder: DecoderConfig) -> None:
+    def __init__(self, config: FlowHeadConfig, decoder: DecoderConfig, state_dim: int = 0) -> None:
         super().__init__()
-        self.config, self.decoder_config = config, decoder
-        width = config.width
+        self.config, self.decoder_config, self.state_dim = config, decoder, state_dim
+        width, fixed = config.width, config.fixed_steps
         self.action_in_proj = nn.Linear(config.action_dim, width)
-        self.action_time_mlp_in = nn.Linear(2 * width, width)
-        self.action_time_mlp_out = nn.Linear(width, width)
+        if state_dim:
+            self.state_proj = nn.Linear(state_dim, width)
+        if not config.adaptive_norms:
+            self.action_time_mlp_in = nn.Linear(width if fixed else 2 * width, width, bias=not fixed)
+            self.action_time_mlp_out = nn.Linear(width, width)
+            if fixed:
+                self.register_buffer("action_time_bias", torch.zeros(config.sample_steps, width))
+        elif not fixed:
+            self.time_mlp_in, self.time_mlp_out = nn.Linear(width, width), nn.Linear(width, width)
         self.layers = nn.ModuleList(
             ExpertLayer(config, decoder, cross=bool(i % config.self_attention_every))
             for i in range(decoder.depth)
         )
-        self.norm = RMSNorm(width, decoder.norm_eps)
+        self.norm = make_norm(config, decoder)
         self.action_out_proj = nn.Linear(width, config.action_dim)
 
-    def tail(self, layout: Layout) -> int:
-        """None: it reads keys and values."""
-        return 0
-
-    def reader(self, noise: Tensor | None, layout: Layout) -> Reader | None:
-        return None if noise is None else ActionReader(self, noise, layout.decoder.length)
-
-    def state(self, decoder: Decoder, stream: Stream, layout: Layout, noise: Tensor | None) -> FlowState:
-        """Keys and values of the decoder's layers, the noise, both in the expert's type, and tokens."""
-        assert noise is not None, "flow matching starts from noise"
-        return self.seen(stream), noise.to(self.norm.weight), layout.decoder.length
-
-    def act(self, decoder: Decoder, state: FlowState) -> Tensor:
-        seen, noise, tokens = state
-        past, ropes = self.read(seen), self.ropes(noise, tokens)
-        return self.integrate(lambda x, time: self.move(x, time, past, ropes), noise)
-
-    def questions(self, states: Sequence[FlowState]) -> list[tuple[list[KeysValues], Tensor, float, int]]:
-        """The arguments of `velocity` in every denoising step."""
-        asked = []
-        for seen, noise, tokens in states:
-
-            def ask(x: Tensor, time: float, seen: list[KeysValues] = seen, tokens: int = tokens) -> Tensor:
-                asked.append((seen, x, time, tokens))
-                return self.velocity(seen, x, time, tokens)
-
-            self.integrate(ask, noise)
-        return asked
-
-    def answer(self, question: tuple[list[KeysValues], Tensor, float, int]) -> Tensor:
-        return self.velocity(*question)
-
-    def seen(self, stream: Stream) -> list[KeysValues]:
-        """The keys and values of the decoder's layers so far, in the expert's type."""
-        pairs = cast(tuple[KeysValues, ...], stream.stored)
-        return [(k.to(self.norm.weight), v.to(self.norm.weight)) for k, v in pairs]
+    @property
+    def sensitive(self) -> tuple[str, ...]:
+        """Paths of its linears that read or write actions, the state or the time."""
+        found = ["action_in_proj", "action_out_proj", *(["state_proj"] if self.state_dim else [])]
+        if self.config.adaptive_norms and not self.config.fixed_steps:
+            found += [*TIME_MLP, *(f"{name}.dense" for name in self.adaptive_norms())]
+        elif self.config.fixed_steps and not self.config.adaptive_norms:
+            found += ACTION_TIME_MLP
+        return tuple(found)
 
     @property
     def experts(self) -> list[ExpertLayer]:
-        """The layers."""
+        """The expert's layers."""
         return [cast(ExpertLayer, layer) for layer in self.layers]
 
-    def read(self, seen: Sequence[KeysValues]) -> list[KeysValues]:
-        """The prefix's keys and values as each layer attends to them, constant over the denoising steps."""
-        return [layer.self_attn.read(kv) for layer, kv in zip(self.experts, seen, strict=True)]
+    @property
+    def times(self) -> list[float]:
+        """The times of the denoising steps, from 1 down, in 64 bits as LeRobot computes them."""
+        return [1.0 + step * self.change for step in range(self.config.sample_steps)]
+
+    @property
+    def change(self) -> float:
+        """Of the time, from one denoising step to the next."""
+        return -1.0 / self.config.sample_steps
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the type that the expert computes in, on its device."""
+        if isinstance(self.norm, RMSNorm):
+            return self.norm.weight
+        return self.norm.modulation if self.config.fixed_steps else self.norm.dense.weight
+
+    def last_tokens(self, layout: Layout) -> int:
+        """None: it reads keys and values."""
+        return 0
+
+    def expert_queries(self, inputs: ModelInputs, layout: Layout) -> ExpertQueries | None:
+        return None if inputs.noise is None else ActionQueries(self, inputs, layout)
+
+    def inputs(self, decoder: Decoder, stream: Stream, layout: Layout, inputs: ModelInputs) -> FlowInputs:
+        """The keys and values of the stream behind the last layer, and what else the expert is given."""
+        noise, state = self.own_inputs(inputs)
+        return FlowInputs(self.prefix(stream), noise, layout, state)
+
+    def own_inputs(self, inputs: ModelInputs) -> tuple[Tensor, Tensor | None]:
+        """The noise and, if it is a token of the expert's, the state, in the expert's type."""
+        assert inputs.noise is not None, "flow matching starts from noise"
+        state = inputs.proprio if self.state_dim else None
+        assert state is not None or not self.state_dim, "the expert reads the robot's state"
+        return inputs.noise.to(self.like), None if state is None else state.to(self.like)
+
+    def prefix(self, stream: Stream) -> list[KeysValues]:
+        """The keys and values of the decoder's layers so far, in the expert's type."""
+        pairs = cast(tuple[KeysValues, ...], stream.stored)
+        return [(k.to(self.like), v.to(self.like)) for k, v in pairs]
+
+    def caches(self, prefix: Sequence[KeysValues], layout: Layout) -> list[ExpertCache]:
+        """What each layer attends to: the decoder's keys and values, and room for the expert's tokens."""
+        room = layout.expert.length
+        return [layer.self_attn.cache(kv, room) for layer, kv in zip(self.experts, prefix, strict=True)]
+
+    def suffix(self, layout: Layout, tokens: slice = slice(None)) -> Suffix:
+        """All of the expert's tokens, or some of them."""
+        mask = layout.expert.mask()[tokens, tokens]
+        places = torch.arange(layout.expert.length, dtype=torch.int64, device=self.like.device)[None, tokens]
+        ropes = [
+            rope_angles(first + places, self.decoder_config, self.like.dtype)
+            for first in (layout.decoder.length, 0)
+        ]
+        return Suffix(None if mask.all() else mask.to(places.device), (ropes[0], ropes[1]))
+
+    def act(self, decoder: Decoder, inputs: FlowInputs) -> Tensor:
+        caches, states = self.caches(inputs.prefix, inputs.layout), 0
+        if inputs.state is not None:  # it sees no action: its keys and values are the same in all steps
+            states = 1
+            alone = self.suffix(inputs.layout, slice(states)).behind(caches)
+            self.run(self.embed_state(inputs.state), alone, Condition())
+            for layer, cache in zip(self.experts, caches, strict=True):
+                if not layer.self_attn.cross:
+                    cache.extend(states)
+        around = self.suffix(inputs.layout, slice(states, None)).behind(caches)
+        conditions = dict(zip(self.times, self.conditions(self.times), strict=True))
+
+        def velocity(x: Tensor, time: float) -> Tensor:
+            condition = conditions[time]
+            out: Tensor = self.action_out_proj(self.run(self.embed(x, condition), around, condition))
+            return out
+
+        return self.integrate(velocity, inputs.noise)
+
+    def calibration_inputs(self, inputs: Sequence[FlowInputs]) -> list[tuple[FlowInputs, Tensor, float]]:
+        """The arguments of `velocity` in every denoising step."""
+        asked = []
+        for given in inputs:
+
+            def ask(x: Tensor, time: float, given: FlowInputs = given) -> Tensor:
+                asked.append((given, x, time))
+                return self.velocity(given, x, time)
+
+            self.integrate(ask, given.noise)
+        return asked
+
+    def calibrate(self, inputs: tuple[FlowInputs, Tensor, float]) -> Tensor:
+        return self.velocity(*inputs)
 
     def integrate(self, velocity: Callable[[Tensor, float], Tensor], noise: Tensor) -> Tensor:
         """Actions ``(batch, horizon, action_dim)``: from ``noise`` at time 1, by ``velocity``, to time 0."""
-        x, change = noise.to(self.norm.weight), -1 / self.config.sample_steps
-        for step in range(self.config.sample_steps):
-            x = x + change * velocity(x, 1.0 + step * change)
+        x = noise
+        for time in self.times:
+            x = x + self.change * velocity(x, time)
         return x
 
-    def velocity(self, seen: Sequence[KeysValues], x: Tensor, time: float, tokens: int) -> Tensor:
-        """The predicted velocity at ``x`` ``(batch, horizon, action_dim)``, behind a prefix of ``tokens``."""
-        return self.move(x, time, self.read(seen), self.ropes(x, tokens))
+    def velocity(self, inputs: FlowInputs, x: Tensor, time: float) -> Tensor:
+        """The predicted velocity at ``x`` ``(batch, horizon, action_dim)``.
 
-    def move(self, x: Tensor, time: float, past: Sequence[KeysValues], ropes: tuple[Rope, Rope]) -> Tensor:
-        """`velocity`, given what `read` and `ropes` return: neither changes between denoising steps."""
-        h = self.embed(x, time)
-        for layer, kv in zip(self.experts, past, strict=True):
-            h = layer(h, kv, ropes[int(layer.self_attn.cross)])
-        out: Tensor = self.action_out_proj(self.norm(h))
+        All of the expert's tokens run in one pass; `act` runs the state's once for all steps.
+        """
+        (condition,) = self.conditions([time])
+        around = self.suffix(inputs.layout).behind(self.caches(inputs.prefix, inputs.layout))
+        hidden = self.run(self.tokens(x, inputs.state, condition), around, condition)
+        out: Tensor = self.action_out_proj(hidden[:, -x.shape[1] :])
         return out
 
-    def embed(self, x: Tensor, time: float) -> Tensor:
-        """Action tokens ``(batch, horizon, width)`` of ``x`` ``(batch, horizon, action_dim)`` at ``time``."""
-        action = self.action_in_proj(x)
-        when = time_embedding(time, self.config, action.device).to(action).expand_as(action)
-        h = self.action_time_mlp_in(torch.cat([action, when], dim=-1))
+    def tokens(self, x: Tensor, state: Tensor | None, condition: Condition) -> Tensor:
+        """The expert's tokens ``(batch, tokens, width)``: the state, if it is one, and actions ``x``."""
+        actions = self.embed(x, condition)
+        return actions if state is None else torch.cat([self.embed_state(state), actions], dim=1)
+
+    def embed_state(self, state: Tensor) -> Tensor:
+        """The state's token ``(batch, 1, width)``."""
+        out: Tensor = self.state_proj(state)[:, None]
+        return out
+
+    def embed(self, x: Tensor, condition: Condition) -> Tensor:
+        """Action tokens ``(batch, horizon, width)`` of ``x`` ``(batch, horizon, action_dim)``."""
+        actions: Tensor = self.action_in_proj(x)
+        if condition.time is None:
+            return actions
+        if self.config.fixed_steps:
+            h = self.action_time_mlp_in(actions) + condition.time
+        else:
+            h = self.action_time_mlp_in(torch.cat([actions, condition.time.expand_as(actions)], dim=-1))
         out: Tensor = self.action_time_mlp_out(F.silu(h))
         return out
 
-    def ropes(self, x: Tensor, tokens: int) -> tuple[Rope, Rope]:
-        """Rotary positions of action tokens ``x``: behind so many ``tokens``, and alone (cross-attention)."""
-        alone = torch.arange(x.shape[1], dtype=torch.int64, device=x.device)[None]
-        behind, cross = (rope_angles(p, self.decoder_config, x.dtype) for p in (alone + tokens, alone))
-        return behind, cross
+    def run(self, x: Tensor, around: Surroundings, condition: Condition) -> Tensor:
+        """Final hidden states of the expert's tokens ``x`` ``(batch, tokens, width)``."""
+        for i, layer in enumerate(self.experts):
+            x = layer(x, around.caches[i], around.ropes, around.masks[i], condition.of_layer(i))
+        return normalized(self.norm, x, condition.of_final_norm)
+
+    def conditions(self, times: Sequence[float]) -> list[Condition]:
+        """What each of ``times`` sets.
+
+        Raises:
+            ValueError: it is stored for the denoising steps, and a time is none of theirs.
+        """
+        if self.config.fixed_steps:
+            rows = [self.times.index(time) for time in times]
+            if not self.config.adaptive_norms:
+                return [Condition(self.action_time_bias[i]) for i in rows]
+            norms = self.adaptive_norms().values()
+            return [Condition(modulations=[norm.modulation[i] for norm in norms]) for i in rows]
+        embedded = self.embedded_times(times).to(self.like)
+        if not self.config.adaptive_norms:
+            return [Condition(row) for row in embedded]
+        when = self.embed_time(embedded)
+        found = [norm.modulations(when) for norm in self.adaptive_norms().values()]
+        return [Condition(modulations=rows) for rows in zip(*found, strict=True)]
+
+    def embedded_times(self, times: Sequence[float] | None = None) -> Tensor:
+        """Sines and cosines ``(times, width)`` of some times, or of all steps', in 32 bits."""
+        every = self.times if times is None else times
+        return torch.stack([time_embedding(time, self.config, self.like.device) for time in every])
+
+    def embed_time(self, time: Tensor) -> Tensor:
+        """What adaptive norms go by ``(times, width)``, for sines and cosines of that shape."""
+        return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(time))))
+
+    def adaptive_norms(self) -> dict[str, AdaptiveNorm]:
+        """The adaptive norms by their paths: two of each layer, and the last one."""
+        return {name: norm for name, norm in self.named_modules() if isinstance(norm, AdaptiveNorm)}
 
 
 class FirstStep:
-    """The first denoising step beside the decoder, layer by layer: whom its action tokens attend to.
+    """The first denoising step, layer by layer beside the decoder: what its action tokens attend to.
 
     Args:
-        head: the expert.
-        noise: ``(batch, horizon, action_dim)`` that it starts from.
-        tokens: in the decoder's sequence, which action tokens are behind.
+        head: whose expert runs it.
+        inputs: noise, and the state if the expert reads it.
+        layout: of all tokens.
     """
 
-    def __init__(self, head: FlowHead, noise: Tensor, tokens: int) -> None:
-        self.head, noise = head, noise.to(head.norm.weight)
-        self.x, self.ropes = head.embed(noise, 1.0), head.ropes(noise, tokens)
+    def __init__(self, head: FlowHead, inputs: ModelInputs, layout: Layout) -> None:
+        noise, state = head.own_inputs(inputs)
+        (self._condition,) = head.conditions(head.times[:1])
+        self.head, self._suffix = head, head.suffix(layout)
+        self.x = head.tokens(noise, state, self._condition)
+        self._actions = slice(self.x.shape[1] - noise.shape[1], None)
 
-    def run(self, i: int, seen: KeysValues) -> None:
+    def run(self, i: int, prefix: KeysValues) -> None:
         """Go through layer ``i``, given the keys and values of the decoder's."""
         layer = self.head.experts[i]
-        self.x = layer(self.x, layer.self_attn.read(seen), self.ropes[int(layer.self_attn.cross)])
+        around = self._suffix.behind([layer.self_attn.cache(prefix, self.x.shape[1])])
+        self.x = layer(self.x, around.caches[0], around.ropes, around.masks[0], self._condition.of_layer(i))
 
-    def attention(self, i: int, keys: Tensor) -> Tensor:
-        """Attention ``(batch, tokens)`` paid in layer ``i``, were this its input, to the decoder's keys."""
+    def received(self, i: int, keys: Tensor) -> Tensor:
+        """Attention ``(batch, tokens)`` that the decoder's ``keys`` of layer ``i`` get from the actions."""
         layer = self.head.experts[i]
-        rope = self.ropes[int(layer.self_attn.cross)]
-        return layer.self_attn.attention(layer.input_layernorm(self.x), keys.to(self.x), rope)
+        cos, sin = self._suffix.ropes[int(layer.self_attn.cross)]
+        x = normalized(layer.input_layernorm, self.x, self._condition.of_layer(i)[0])[:, self._actions]
+        rope = cos[:, self._actions], sin[:, self._actions]
+        return layer.self_attn.received(x, keys.to(self.x), rope)
 
 
-class ActionReader:
-    """A `Reader`: the action tokens of the first denoising step, behind as many layers as the stream."""
+class ActionQueries:
+    """`ExpertQueries` of the action tokens in the first denoising step, as many layers deep as the stream."""
 
-    def __init__(self, head: FlowHead, noise: Tensor, tokens: int) -> None:
-        self.head, self._noise, self._tokens = head, noise, tokens
+    def __init__(self, head: FlowHead, inputs: ModelInputs, layout: Layout) -> None:
+        self.head, self._inputs, self._layout = head, inputs, layout
 
-    def attention(self, stream: Stream, keys: Mapping[int, Tensor]) -> list[Tensor]:
-        """As `Reader.attention`."""
-        step, tokens = FirstStep(self.head, self._noise, self._tokens), stream.blocks[0].shape[1]
-        for i, seen in enumerate(self.head.seen(stream)):
-            step.run(i, seen)
-        return [step.attention(i, k)[:, :tokens] for i, k in keys.items()]
+    def received(self, stream: Stream, keys: Mapping[int, Tensor]) -> list[Tensor]:
+        """As `ExpertQueries.received`."""
+        step, tokens = FirstStep(self.head, self._inputs, self._layout), stream.blocks[0].shape[1]
+        for i, prefix in enumerate(self.head.prefix(stream)):
+            step.run(i, prefix)
+        return [step.received(i, k)[:, :tokens] for i, k in keys.items()]
 
 
 def time_embedding(time: float, config: FlowHeadConfig, device: torch.device) -> Tensor:

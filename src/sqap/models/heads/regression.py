@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from sqap.models.config import RegressionHeadConfig
 from sqap.models.decoder import Decoder
+from sqap.models.inputs import ModelInputs
 from sqap.models.layout import Layout
-from sqap.models.stream import Reader, Stream
+from sqap.models.stream import ExpertQueries, Stream
 
 
 class ResidualBlock(nn.Module):
@@ -33,7 +34,7 @@ class RegressionHead(nn.Module):
     speaks for the token behind it, as in the language model this was tuned from.
     """
 
-    keeps = False
+    reads_keys_values = False
     chain: ClassVar[str | None] = None
     sensitive: ClassVar[tuple[str, ...]] = ("fc2",)
 
@@ -47,32 +48,32 @@ class RegressionHead(nn.Module):
         self.norm2 = nn.LayerNorm(config.width)
         self.fc2 = nn.Linear(config.width, config.action_dim)
 
-    def tail(self, layout: Layout) -> int:
+    def last_tokens(self, layout: Layout) -> int:
         """Those before the actions, and what follows."""
         start: int = layout.span("actions").start
         return 1 + layout.decoder.length - start
 
-    def reader(self, noise: Tensor | None, layout: Layout) -> Reader | None:
+    def expert_queries(self, inputs: ModelInputs, layout: Layout) -> ExpertQueries | None:
         return None
 
-    def state(self, decoder: Decoder, stream: Stream, layout: Layout, noise: Tensor | None) -> Tensor:
+    def inputs(self, decoder: Decoder, stream: Stream, layout: Layout, inputs: ModelInputs) -> Tensor:
         """What the MLP reads, in its type: ``(batch, horizon, action_dim * width)``."""
         return self.gather(decoder.finish(stream), layout)
 
     def gather(self, hidden: Tensor, layout: Layout) -> Tensor:
-        """`state`, of final hidden states ``(batch, tokens, width)``."""
+        """`inputs`, of final hidden states ``(batch, tokens, width)``."""
         place = layout.from_end("actions")
         actions = hidden[:, place.start - 1 : place.stop - 1]
         return actions.reshape(len(hidden), self.config.horizon, -1).to(self.norm1.weight.dtype)
 
-    def act(self, decoder: Decoder, state: Tensor) -> Tensor:
-        return self.regress(state)
+    def act(self, decoder: Decoder, inputs: Tensor) -> Tensor:
+        return self.regress(inputs)
 
-    def questions(self, states: Sequence[Tensor]) -> list[Tensor]:
-        return list(states)
+    def calibration_inputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return list(inputs)
 
-    def answer(self, question: Tensor) -> Tensor:
-        return self.regress(question)
+    def calibrate(self, inputs: Tensor) -> Tensor:
+        return self.regress(inputs)
 
     def regress(self, x: Tensor) -> Tensor:
         """The MLP: ``(batch, horizon, action_dim * width)`` to actions."""

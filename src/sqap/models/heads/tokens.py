@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from sqap.models.config import TokenHeadConfig
 from sqap.models.decoder import Decoder
+from sqap.models.inputs import ModelInputs
 from sqap.models.kv import KVCache
 from sqap.models.layout import Layout
-from sqap.models.stream import Reader, Stream, TokenPruner
+from sqap.models.stream import ExpertQueries, Stream, TokenPruner
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class TokenHead(nn.Module):
     tokens look back at.
     """
 
-    keeps = True
+    reads_keys_values = True
     chain: ClassVar[str | None] = None
     sensitive: ClassVar[tuple[str, ...]] = ("lm_head",)
 
@@ -47,31 +48,31 @@ class TokenHead(nn.Module):
         self.config = config
         self.lm_head = nn.Linear(width, config.vocabulary, bias=False)
 
-    def tail(self, layout: Layout) -> int:
+    def last_tokens(self, layout: Layout) -> int:
         """The last, which decides about the first action token."""
         return 1
 
-    def reader(self, noise: Tensor | None, layout: Layout) -> Reader | None:
+    def expert_queries(self, inputs: ModelInputs, layout: Layout) -> ExpertQueries | None:
         return None
 
-    def state(self, decoder: Decoder, stream: Stream, layout: Layout, noise: Tensor | None) -> Prompt:
+    def inputs(self, decoder: Decoder, stream: Stream, layout: Layout, inputs: ModelInputs) -> Prompt:
         text = decoder.finish(stream)[:, layout.from_end("text").start :]
         return Prompt(text, stream.stored or (), layout.decoder.length)
 
-    def act(self, decoder: Decoder, state: Prompt) -> Tensor:
+    def act(self, decoder: Decoder, inputs: Prompt) -> Tensor:
         """Actions ``(batch, 1, action_dim)``."""
-        return self.actions(self.generate(decoder, state))[:, None]
+        return self.actions(self.generate(decoder, inputs))[:, None]
 
-    def questions(self, states: Sequence[Prompt]) -> list[Tensor]:
-        return [state.text for state in states]
+    def calibration_inputs(self, inputs: Sequence[Prompt]) -> list[Tensor]:
+        return [prompt.text for prompt in inputs]
 
-    def answer(self, question: Tensor) -> Tensor:
-        out: Tensor = self.lm_head(question)
+    def calibrate(self, inputs: Tensor) -> Tensor:
+        out: Tensor = self.lm_head(inputs)
         return out
 
     def read(self, decoder: Decoder, sequence: Tensor, pruner: TokenPruner | None = None) -> Prompt:
         """A sequence ``(batch, tokens, width)`` alone, all of which but what is pruned counts as text."""
-        (stream,) = decoder.run([decoder.start(sequence, pruner=pruner, keeps=True)])
+        (stream,) = decoder.run([decoder.start(sequence, pruner=pruner, keep=True)])
         return Prompt(decoder.finish(stream), stream.stored or (), sequence.shape[1])
 
     def generate(self, decoder: Decoder, prompt: Prompt) -> Tensor:

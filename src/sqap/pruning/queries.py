@@ -1,4 +1,4 @@
-"""Whose attention ranks the visual tokens: rows of the sequence, or the action expert's tokens."""
+"""The queries whose attention ranks visual tokens: rows of the sequence, or the action expert's tokens."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from sqap.models import ModelInputs
 from sqap.models.decoder import DecoderLayer, keys
 from sqap.models.heads.flow import FirstStep, FlowHead
 from sqap.models.storage import Weights
 from sqap.models.stream import Stream
 from sqap.models.through import loaded, streamed
-from sqap.models.vla import VLA, ModelInputs
+from sqap.models.vla import VLA
 from sqap.pruning.attention import AttentionWatcher, query_rows, score_queries
 from sqap.recipe import Pruning
 
 
-class TextReader:
-    """Rows of the sequence.
+class TextAttention:
+    """Attention from rows of the sequence.
 
     Args:
         rows: ``(rows,)`` positions in the stream's first block.
@@ -35,19 +36,19 @@ class TextReader:
 
     @property
     def received(self) -> list[Tensor]:
-        """Attention ``(1, visual)`` paid so far, layer by layer."""
+        """Attention ``(1, visual)`` that visual tokens got so far, layer by layer."""
         return cast(AttentionWatcher, self.watcher).received
 
-    def look(self, i: int, layer: DecoderLayer, stream: Stream) -> Tensor:
-        """Attention ``(1, tokens)`` that would be paid in layer ``i``, were ``stream`` its input."""
+    def look_ahead(self, i: int, layer: DecoderLayer, stream: Stream) -> Tensor:
+        """Attention ``(1, tokens)`` that tokens would get in layer ``i``, were ``stream`` its input."""
         return layer.look(stream.blocks[0], stream.ropes[0], self._rows)
 
     def follow(self, i: int, stream: Stream) -> None:
-        """Take in what layer ``i`` has made of the stream; here its pruner, `watcher`, has."""
+        """Note the attention in layer ``i``, behind which ``stream`` is; here `watcher` has done so."""
 
 
-class ActionReader:
-    """The expert's action tokens in their first denoising step; `TextReader` says what the methods do."""
+class ActionAttention:
+    """Attention from the action tokens in the first denoising step; its methods are `TextAttention`'s."""
 
     watcher: AttentionWatcher | None = None
 
@@ -55,15 +56,15 @@ class ActionReader:
         self.received: list[Tensor] = []
         self._step, self._layers, self._visual = step, layers, visual
 
-    def look(self, i: int, layer: DecoderLayer, stream: Stream) -> Tensor:
-        return self._step.attention(i, keys(layer, stream))
+    def look_ahead(self, i: int, layer: DecoderLayer, stream: Stream) -> Tensor:
+        return self._step.received(i, keys(layer, stream))
 
     def follow(self, i: int, stream: Stream) -> None:
-        seen = self._step.head.seen(stream)[i]
+        prefix = self._step.head.prefix(stream)[i]
         if i in self._layers:
-            self.received.append(self._step.attention(i, seen[0])[:, self._visual])
-        self._step = copy(self._step)  # whoever looks from an earlier layer keeps that
-        self._step.run(i, seen)
+            self.received.append(self._step.received(i, prefix[0])[:, self._visual])
+        self._step = copy(self._step)  # a copy that looks ahead from an earlier layer keeps the old one
+        self._step.run(i, prefix)
 
 
 def look_and_attend(
@@ -77,32 +78,32 @@ def look_and_attend(
     queries, visual = score_queries(settings, model.config), model.config.visual
     actions = queries == "actions"
     looked: list[Tensor] = []
-    behind: list[tuple[TextReader | ActionReader, Stream]] = []
+    behind: list[tuple[TextAttention | ActionAttention, Stream]] = []
 
     def through(name: str, stage: Any, states: Sequence[Stream], call: Callable[..., Any]) -> list[Stream]:
         i = int(name.rpartition(".")[2])
         if i == settings.last_layer:
-            behind[:] = [(copy(reader), stream) for reader, stream in zip(readers, states, strict=True)]
+            behind[:] = [(copy(source), stream) for source, stream in zip(sources, states, strict=True)]
         with loaded(name, stage, weights, model.dtype):
             if i in layers:
-                looked.extend(reader.look(i, stage, stream)[:, visual] for reader, stream in behind)
+                looked.extend(source.look_ahead(i, stage, stream)[:, visual] for source, stream in behind)
             after = [call(stage, stream) for stream in states]
-        for reader, stream in zip(readers, after, strict=True):
-            reader.follow(i, stream)
+        for source, stream in zip(sources, after, strict=True):
+            source.follow(i, stream)
         return after
 
     with loaded("head", model.head, weights, model.dtype) if actions else nullcontext():
-        readers: list[TextReader | ActionReader] = []
+        sources: list[TextAttention | ActionAttention] = []
         for given in inputs:
             layout = model.layout(given)
             if actions:
-                step = FirstStep(cast(FlowHead, model.head), cast(Tensor, given.noise), layout.decoder.length)
-                readers.append(ActionReader(step, layers, visual))
+                step = FirstStep(cast(FlowHead, model.head), given, layout)
+                sources.append(ActionAttention(step, layers, visual))
             else:
                 rows = query_rows(queries, visual, layout.blocks[0].stop)
-                readers.append(TextReader(rows, layers, visual))
-        watchers = [reader.watcher for reader in readers]
-        streams = model.streams(inputs, streamed(weights, model.dtype), watchers, keeps=actions)
+                sources.append(TextAttention(rows, layers, visual))
+        watchers = [source.watcher for source in sources]
+        streams = model.streams(inputs, streamed(weights, model.dtype), watchers, keep=actions)
         model.decoder.run(streams, through, max(layers) + 1)
-    attended = torch.stack([torch.cat(reader.received) for reader in readers], dim=1)
+    attended = torch.stack([torch.cat(source.received) for source in sources], dim=1)
     return torch.stack(looked).view_as(attended), attended
