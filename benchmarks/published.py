@@ -21,7 +21,7 @@ from pathlib import Path
 import published_names as names
 import published_text as text
 import torch
-from published_lerobot import FULL_SMOLVLA, TINY_SMOLVLA, write_smolvla
+from published_lerobot import FULL_PI, FULL_SMOLVLA, TINY_PI, TINY_SMOLVLA, write_pi, write_smolvla
 from published_names import FULL, TINY, Shapes, Sizes
 from published_weights import Spec, write_pickle, write_shards
 
@@ -124,6 +124,10 @@ def _write_smolvla(directory: Path, sizes: Sizes, seed: int) -> None:
     write_smolvla(directory, FULL_SMOLVLA if sizes is FULL else TINY_SMOLVLA, seed)
 
 
+def _write_pi(directory: Path, sizes: Sizes, seed: int, kind: str) -> None:
+    write_pi(directory, FULL_PI if sizes is FULL else TINY_PI, seed, kind)
+
+
 FAMILIES: dict[str, Callable[[Path, Sizes, int], None]] = {
     "openvla": write_openvla,
     "cogact": write_cogact,
@@ -132,15 +136,19 @@ FAMILIES: dict[str, Callable[[Path, Sizes, int], None]] = {
     "oft-bridge": partial(write_openvla_oft, platform="bridge", proprio=False),
     "oft-aloha": partial(write_openvla_oft, platform="aloha", film=True),
     "smolvla": _write_smolvla,
+    "pi0": partial(_write_pi, kind="pi0"),
+    "pi05": partial(_write_pi, kind="pi05"),
 }
 # For tests, which name them.
 __all__ = [
     "FULL",
     "TINY",
+    "TINY_PI",
     "TINY_SMOLVLA",
     "write_cogact",
     "write_openvla",
     "write_openvla_oft",
+    "write_pi",
     "write_smolvla",
 ]
 

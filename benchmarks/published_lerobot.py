@@ -1,4 +1,4 @@
-"""Checkpoint directories as LeRobot publishes SmolVLA, with random weights of any size.
+"""Checkpoint directories as LeRobot publishes SmolVLA, pi0 and pi0.5, with random weights of any size.
 
 Names, shapes, types and files are those that LeRobot 0.6.1 writes; figures in them are made up. As there, no
 tokenizer and no configuration of the vision-language model is in the directory; a tokenizer is put there, as
@@ -27,6 +27,7 @@ STATE_DIM, ACTION_DIM = 6, 7
 CAMERAS = ("observation.images.top", "observation.images.wrist")
 # Features' statistics: state, then action.
 STATISTICS = ("mean", "std", "min", "max", "q01", "q10", "q50", "q90", "q99")
+PI_SPECIAL, BOS = ("<pad>", "<eos>", "<bos>", "<unk>"), 2
 SPECIAL = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -70,8 +71,30 @@ class SmolSizes:
         return 256 * math.ceil(4 * (2 * self.expert // 3) / 256)
 
 
+@dataclass(frozen=True)
+class PiSizes:
+    """What of pi0's and pi0.5's architecture may be smaller than published; keys have one head."""
+
+    image: int
+    vision_width: int
+    vision_depth: int
+    vision_mlp: int
+    width: int
+    depth: int
+    mlp: int
+    expert: int
+    expert_mlp: int
+    head_dim: int
+    rows: int
+    horizon: int = 50
+    patch: int = 14
+    heads: int = 8
+
+
 TINY_SMOLVLA = SmolSizes(128, 128, 2, 160, 128, 4, 192, 64, 480, horizon=HORIZON)
 FULL_SMOLVLA = SmolSizes(512, 768, 12, 3072, 960, 16, 2560, 320, 49_280)
+TINY_PI = PiSizes(56, 64, 2, 80, 64, 3, 96, 32, 64, 16, 480, horizon=HORIZON)
+FULL_PI = PiSizes(224, 1152, 27, 4304, 2048, 18, 16_384, 1024, 4096, 256, 257_152)
 
 
 def write_smolvla(
@@ -89,6 +112,76 @@ def write_smolvla(
         write_processors(directory, "smolvla")
     write_json(directory / "config.json", smolvla_config(sizes) | config)
     write_json(directory / "tokenizer.json", byte_tokenizer(sizes.rows))
+
+
+def write_pi(
+    directory: Path,
+    sizes: PiSizes = TINY_PI,
+    seed: int = 0,
+    kind: str = "pi0",
+    *,
+    dtype: torch.dtype = torch.float32,
+    **config: Any,
+) -> None:
+    """pi0 (``kind`` "pi0") or pi0.5 ("pi05") of LeRobot 0.6.1."""
+    directory.mkdir(parents=True, exist_ok=True)
+    # By name, as safetensors sorts them: where there are two tables, LeRobot reads the one that comes last.
+    specs = dict(sorted(pi_specs(sizes, kind, dtype).items()))
+    write_safetensors(directory / "model.safetensors", specs, seed)
+    write_processors(directory, kind, relative=bool(config.get("use_relative_actions")))
+    write_json(directory / "config.json", pi_config(sizes, kind) | config)
+    write_json(directory / "tokenizer.json", byte_tokenizer(sizes.rows, PI_SPECIAL, BOS))
+
+
+def pi_specs(sizes: PiSizes, kind: str, dtype: torch.dtype) -> dict[str, Spec]:
+    """Every tensor of the file."""
+    both = "model.paligemma_with_expert."
+    gemma, expert = f"{both}paligemma.model.", f"{both}gemma_expert.model."
+    queries, keys = sizes.heads * sizes.head_dim, sizes.head_dim
+    shapes = siglip(f"{gemma}vision_tower.vision_model.", sizes)
+    shapes |= linear(f"{gemma}multi_modal_projector.linear", sizes.vision_width, sizes.width)
+    shapes[f"{gemma}language_model.embed_tokens.weight"] = (sizes.rows, sizes.width)
+    shapes |= llama(f"{gemma}language_model.", sizes.width, sizes.depth, sizes.mlp, queries, keys)
+    shapes[f"{both}paligemma.lm_head.weight"] = (sizes.rows, sizes.width)
+    shapes[f"{both}gemma_expert.lm_head.weight"] = (sizes.rows, sizes.expert)
+    shapes |= llama(expert, sizes.expert, sizes.depth, sizes.expert_mlp, queries, keys)
+    shapes |= linear("model.action_in_proj", PADDED, sizes.expert)
+    shapes |= linear("model.action_out_proj", sizes.expert, PADDED)
+    if kind == "pi0":
+        shapes |= linear("model.state_proj", PADDED, sizes.expert)
+        shapes |= linear("model.action_time_mlp_in", 2 * sizes.expert, sizes.expert)
+        shapes |= linear("model.action_time_mlp_out", sizes.expert, sizes.expert)
+        return _typed(shapes, dtype)
+    shapes |= linear("model.time_mlp_in", sizes.expert, sizes.expert)
+    shapes |= linear("model.time_mlp_out", sizes.expert, sizes.expert)
+    for name in [name for name in shapes if name.startswith(expert) and name.endswith("norm.weight")]:
+        shapes.pop(name)
+        shapes |= linear(f"{name.removesuffix('.weight')}.dense", sizes.expert, 3 * sizes.expert)
+    return _typed(shapes, dtype)
+
+
+def pi_config(sizes: PiSizes, kind: str) -> Json:
+    """``config.json``."""
+    mode = "MEAN_STD" if kind == "pi0" else "QUANTILES"
+    return any_config(kind, sizes.horizon) | {
+        "normalization_mapping": {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode},
+        "paligemma_variant": "gemma_2b",
+        "action_expert_variant": "gemma_300m",
+        "dtype": "float32",
+        "num_inference_steps": 10,
+        "time_sampling_beta_alpha": 1.5,
+        "time_sampling_beta_beta": 1.0,
+        "time_sampling_scale": 0.999,
+        "time_sampling_offset": 0.001,
+        "use_relative_actions": False,
+        "relative_exclude_joints": ["gripper"],
+        "action_feature_names": None,
+        "image_resolution": [sizes.image, sizes.image],
+        "gradient_checkpointing": False,
+        "freeze_vision_encoder": False,
+        "train_expert_only": False,
+        "tokenizer_max_length": 48 if kind == "pi0" else 200,
+    }
 
 
 def smolvla_specs(sizes: SmolSizes) -> dict[str, Spec]:
@@ -265,36 +358,50 @@ def write_processors(directory: Path, kind: str, modes: Json | None = None, rela
 
 def processor_steps(kind: str, modes: Json, relative: bool) -> tuple[list[Any], list[Any]]:
     """Steps before and behind a model: registered names and settings."""
-    every = features()
-    norm_map = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"} | modes
+    every, mode = features(), "QUANTILES" if kind == "pi05" else "MEAN_STD"
+    norm_map = {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode} | modes
     both = every["input_features"] | every["output_features"]
+    smol = kind == "smolvla"
     tokenizer: Json = {
-        "max_length": 48,
+        "max_length": 200 if kind == "pi05" else 48,
         "task_key": "task",
         "padding_side": "right",
-        "padding": "longest",
+        "padding": "longest" if smol else "max_length",
         "truncation": True,
-        "tokenizer_name": "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
+        "tokenizer_name": "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
+        if smol
+        else "google/paligemma-3b-pt-224",
     }
     rename = ("rename_observations_processor", {"rename_map": {}})
     batch, device = ("to_batch_processor", {}), ("device_processor", {"device": "cuda", "float_dtype": None})
     normalize = ("normalizer_processor", {"eps": 1e-8, "features": both, "norm_map": norm_map})
     settings = {"eps": 1e-8, "features": every["output_features"], "norm_map": norm_map}
+    tokens, line = ("tokenizer_processor", tokenizer), (f"{kind}_new_line_processor", {})
+    joints: Json = {"enabled": relative, "exclude_joints": ["gripper"], "action_names": None}
+    change = ("relative_actions_processor", joints)
+    state_text = ("pi05_prepare_state_tokenizer_processor_step", {})
     after: list[Any] = [("unnormalizer_processor", settings)]
-    to_cpu = ("device_processor", {"device": "cpu", "float_dtype": None})
-    line = (f"{kind}_new_line_processor", {})
-    before = [rename, batch, line, ("tokenizer_processor", tokenizer), device, normalize]
-    return before, [*after, to_cpu]
+    after += [] if smol else [("absolute_actions_processor", {"enabled": relative})]
+    after.append(("device_processor", {"device": "cpu", "float_dtype": None}))
+    before: dict[str, list[Any]] = {
+        "smolvla": [rename, batch, line, tokens, device, normalize],
+        "pi0": [rename, batch, line, tokens, device, change, normalize],
+        "pi05": [rename, batch, change, normalize, state_text, tokens, device],
+    }
+    return before[kind], after
 
 
-def byte_tokenizer(rows: int) -> Json:
-    """A ``tokenizer.json`` with a token for each row: BPE over bytes, as SmolLM2's, which adds no token."""
+def byte_tokenizer(rows: int, special: tuple[str, ...] = SPECIAL, bos: int | None = None) -> Json:
+    """A ``tokenizer.json`` with a token for each row: BPE over bytes, as SmolLM2's, which adds no token.
+
+    PaliGemma's, which is of another kind, puts ``bos`` before a prompt.
+    """
     merges: dict[str, str] = {}
     for word in WORDS.split():
         for text in (f"Ġ{word}", word):
             for end in range(2, len(text) + 1):
                 merges.setdefault(text[:end], f"{text[: end - 1]} {text[end - 1]}")
-    pieces = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *merges]
+    pieces = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *merges]
     pieces = pieces[:rows]
     merges = {piece: merge for piece, merge in merges.items() if piece in pieces}
     vocabulary = pieces + [f"<|unused{i}|>" for i in range(rows - len(pieces))]
@@ -303,10 +410,10 @@ def byte_tokenizer(rows: int) -> Json:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added(i, content) for i, content in enumerate(SPECIAL)],
+        "added_tokens": [_added(i, content) for i, content in enumerate(special)],
         "normalizer": None,
         "pre_tokenizer": byte_level,
-        "post_processor": None,
+        "post_processor": None if bos is None else _begin(bos, special[bos]),
         "decoder": byte_level,
         "model": {
             "type": "BPE",
@@ -337,6 +444,17 @@ def _added(number: int, content: str) -> Json:
         "rstrip": False,
         "normalized": False,
         "special": True,
+    }
+
+
+def _begin(number: int, content: str) -> Json:
+    """What puts a token before a prompt."""
+    first, text = {"SpecialToken": {"id": content, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {content: {"id": content, "ids": [number], "tokens": [content]}},
     }
 
 

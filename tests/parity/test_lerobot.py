@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from sqap.models import ModelInputs
 from sqap.models.heads import FlowHead
+from sqap.models.heads.flow import FlowInputs
 
 from .conftest import MakeUpstream, Upstream
 
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 STAGES = 3  # observations of which every stage was recorded
-FAMILIES = ("smolvla",)
+FAMILIES = ("smolvla", "pi0", "pi05")
 
 
 @pytest.fixture(params=FAMILIES)
@@ -29,12 +27,12 @@ def inputs(lerobot: Upstream, i: int) -> ModelInputs:
     return lerobot.policy.inputs(lerobot.observation(i), torch.Generator().manual_seed(i))
 
 
-def read(lerobot: Upstream, given: ModelInputs) -> tuple[Tensor, Any]:
-    """The decoder's input, and what the head makes of its keys and values."""
+def read(lerobot: Upstream, given: ModelInputs) -> tuple[FlowHead, FlowInputs]:
+    """The head, and what it reads of the decoder."""
     model = lerobot.policy.model
-    (stream,) = model.decoder.run(model.streams([given], tails=True))
-    state = model.head.state(model.decoder, stream, model.layout(given), given.noise)
-    return model.embed(given)[0], state
+    assert isinstance(model.head, FlowHead)
+    (stream,) = model.decoder.run(model.streams([given], last_tokens=True))
+    return model.head, model.head.inputs(model.decoder, stream, model.layout(given), given)
 
 
 def test_prompts(lerobot: Upstream) -> None:
@@ -54,20 +52,19 @@ def test_pixels_prefix_keys_and_values(lerobot: Upstream) -> None:
         given = inputs(lerobot, i)
         pixels = given.pixels[0][:, :, ::5, ::7][..., ::3]
         torch.testing.assert_close(pixels, lerobot.arrays[f"pixels.{i}"], rtol=0, atol=1e-6)
-        prefix, state = read(lerobot, given)
+        prefix = lerobot.policy.model.embed(given)[0]
         torch.testing.assert_close(prefix[:, ::4], lerobot.arrays[f"prefix.{i}"], **TOLERANCE)
-        for name, found in zip(("keys", "values"), zip(*state[0], strict=True), strict=True):
+        _, read_by_head = read(lerobot, given)
+        for name, found in zip(("keys", "values"), zip(*read_by_head.prefix, strict=True), strict=True):
             expected = lerobot.arrays[f"{name}.{i}"]
             torch.testing.assert_close(torch.cat(found)[..., ::4], expected, **TOLERANCE)
 
 
 @torch.inference_mode()
 def test_every_velocity(lerobot: Upstream) -> None:
-    head = lerobot.policy.model.head
-    assert isinstance(head, FlowHead)
     for i in range(STAGES):
-        _, state = read(lerobot, inputs(lerobot, i))
-        found = torch.cat([head.answer(question) for question in head.questions([state])])
+        head, given = read(lerobot, inputs(lerobot, i))
+        found = torch.cat([head.calibrate(asked) for asked in head.calibration_inputs([given])])
         torch.testing.assert_close(found, lerobot.arrays[f"velocities.{i}"], **TOLERANCE)
 
 

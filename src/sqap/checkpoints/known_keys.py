@@ -165,3 +165,17 @@ SMOLVLA = Keys(
         "use_cache train_state_proj load_vlm_weights prefix_length pad_language_to expert_width_multiplier"
     ),
 )
+PI = Keys(
+    read=_LEROBOT_READ
+    | _words(
+        "image_resolution num_inference_steps use_relative_actions relative_exclude_joints",
+        "action_feature_names",
+    ),
+    fixed=_LEROBOT_FIXED,
+    # What it is computed in, and which sizes the tensors have, these tell.
+    idle=_LEROBOT_IDLE
+    | _words(
+        "paligemma_variant action_expert_variant dtype time_sampling_beta_alpha time_sampling_beta_beta",
+        "time_sampling_scale time_sampling_offset",
+    ),
+)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqap.checkpoints import adapters, cogact, openvla, openvla_oft, smolvla
+from sqap.checkpoints import adapters, cogact, openvla, openvla_oft, pi0, smolvla
 from sqap.checkpoints.choices import Choices
 from sqap.checkpoints.opened import CONFIG, Opened
 from sqap.checkpoints.tensors import shorten
@@ -28,6 +28,7 @@ FORMATS = (
     Format("OpenVLA-OFT", openvla_oft.recognise, openvla_oft.open),
     Format("CogACT and OpenVLA in Prismatic's own layout", cogact.recognise, cogact.open),
     Format("SmolVLA", smolvla.recognise, smolvla.open),
+    Format("pi0 and pi0.5", pi0.recognise, pi0.open),
 )
 # LeRobot's policies that people may well bring, and what they are called.
 NOT_SUPPORTED = {
@@ -35,8 +36,6 @@ NOT_SUPPORTED = {
     "pi0fast": "pi0-FAST",
     "groot": "GR00T",
     "xvla": "X-VLA",
-    "pi0": "pi0",
-    "pi05": "pi0.5",
 }
 ORBAX = "params/_METADATA"  # openpi's JAX checkpoints
 

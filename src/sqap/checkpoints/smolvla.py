@@ -12,7 +12,6 @@ from sqap.checkpoints.choices import Choices
 from sqap.checkpoints.known_keys import SMOLVLA
 from sqap.checkpoints.lerobot import Defaults, LeRobotConfig
 from sqap.checkpoints.opened import Opened, open_published
-from sqap.checkpoints.prismatic import LAYER
 from sqap.checkpoints.settings import positive
 from sqap.checkpoints.tokenizer import Vocabulary
 from sqap.checkpoints.weights import Source, Table, TensorSet, linear_table, scaled
@@ -72,8 +71,9 @@ def open(directory: Path, choices: Choices) -> Opened:
     )
     tokenizer = lerobot.find_tokenizer(directory, choices.tokenizer, around.tokenizer, VOCABULARY.name)
     choices = replace(choices, tokenizer=tokenizer)
-    table = _table(model, tensors)
-    return open_published(directory, choices, policy, VOCABULARY, tensors, table, lerobot.UNUSED)
+    table, unread = lerobot.read_by(model, _table(model, tensors))
+    unused = (*lerobot.UNUSED, *unread)
+    return open_published(directory, choices, policy, VOCABULARY, tensors, table, unused)
 
 
 def _model(config: LeRobotConfig, tensors: TensorSet, vision: VisionConfig, cameras: int) -> ModelConfig:
@@ -128,16 +128,12 @@ def _decoder(config: LeRobotConfig, tensors: TensorSet) -> DecoderConfig:
         norm_eps=NORM_EPS,
         causal=False,
         embed_scale=width**0.5,
+        last_layer="keys_values",
     )
 
 
 def _head(config: LeRobotConfig, tensors: TensorSet, decoder: DecoderConfig) -> FlowHeadConfig:
-    found = tensors.count(f"{EXPERT}layers.")
-    if found != decoder.depth:
-        raise CheckpointError(
-            f"{tensors.where}: the action expert has {found} layers, and the language model {decoder.depth}; "
-            "supported are as many"
-        )
+    lerobot.check_depth(tensors, f"{EXPERT}layers.", decoder)
     head = FlowHeadConfig(
         action_dim=config.padded_action,
         horizon=config.horizon,
@@ -182,9 +178,9 @@ def _table(model: ModelConfig, tensors: TensorSet) -> Table:
         "projector.layers.0.weight": Source((CONNECTOR,), scale),
         **linear_table("proprio.layers.0.", "model.state_proj."),
         "decoder.embed_tokens.weight": lerobot.embedding(tensors, f"{TEXT}embed_tokens.weight", OUTPUT),
-        **lerobot.layers_table(decoder.depth, "decoder.", TEXT, names=LAYER),
+        **lerobot.layers_table(decoder.depth, "decoder.", TEXT),
         "decoder.norm.weight": Source((f"{TEXT}norm.weight",)),
-        **lerobot.layers_table(decoder.depth, "head.", EXPERT, names=LAYER),
+        **lerobot.layers_table(decoder.depth, "head.", EXPERT),
         "head.norm.weight": Source((f"{EXPERT}norm.weight",)),
         **{k: s for name in PROJECTIONS for k, s in linear_table(f"head.{name}.", f"model.{name}.").items()},
     }

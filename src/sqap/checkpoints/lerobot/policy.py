@@ -43,9 +43,11 @@ from sqap.processing import (
     StateStep,
     Take,
     Template,
+    TextStep,
 )
 
-STATE_PROMPT = Template("Task: {instruction}, State: {state};\nAction: ")
+# pi0.5's.
+STATE_PROMPT = Spaces(), Template("Task: {instruction}, State: {state};\nAction: ")
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,13 @@ class Defaults:
         modes: how features of a kind are normalised.
         longest: token ids that are kept of a prompt.
         tokenizer: the repository that its tokenizer is in.
+        steps: what is done to an instruction.
     """
 
     modes: dict[str, str]
     longest: int
     tokenizer: str
+    steps: tuple[TextStep, ...] = (EndWith("\n"),)
 
 
 def read_around(
@@ -92,8 +96,12 @@ def read_around(
     """
     processors = read_processors(directory)
     if processors is None:
+        if config.data.get("use_relative_actions"):
+            raise CheckpointError(
+                f"{config.path}: use_relative_actions is set, and {directory} has no {BEFORE} that says which"
+            )
         state, actions = _inside(config, tensors, choices.unnorm_key, defaults)
-        prompt = PromptConfig((EndWith("\n"),), config.number("tokenizer_max_length", defaults.longest))
+        prompt = PromptConfig(defaults.steps, config.number("tokenizer_max_length", defaults.longest))
         return Around(
             choose_cameras(config, config.cameras, choices.cameras),
             prompt,
@@ -163,7 +171,7 @@ def _prompt(processors: Processors) -> PromptConfig:
         return PromptConfig(steps, processors.longest)
     if order.index(STATE_TEXT) < order.index(NORMALIZE):
         raise CheckpointError(f"{processors.path} has {STATE_TEXT} before {NORMALIZE}, whose state it tells")
-    return PromptConfig((Spaces(), STATE_PROMPT), processors.longest)
+    return PromptConfig(STATE_PROMPT, processors.longest)
 
 
 def _normalizer(processors: Processors, name: str) -> Step:

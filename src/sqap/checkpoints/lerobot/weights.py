@@ -13,7 +13,7 @@ from sqap.checkpoints.prismatic import LAYER
 from sqap.checkpoints.tensors import open_safetensors
 from sqap.checkpoints.weights import Part, Source, Table, TensorSet, same, stacked
 from sqap.errors import CheckpointError
-from sqap.models import VisionConfig
+from sqap.models import DecoderConfig, ModelConfig, VisionConfig, empty_model
 
 MODEL, COMPILED = "model.", "_orig_mod."
 # Statistics of old checkpoints, and the output matrices of language models, which actions do not need.
@@ -119,3 +119,28 @@ def table_name(tensors: TensorSet, name: str, tied: str) -> str:
 def embedding(tensors: TensorSet, name: str, tied: str) -> Source:
     """The embedding table's source, which is where `table_name` says."""
     return Source((table_name(tensors, name, tied),))
+
+
+def check_depth(tensors: TensorSet, layers: str, decoder: DecoderConfig) -> None:
+    """Refuse an action expert whose ``layers`` are not as many as the decoder's.
+
+    Raises:
+        CheckpointError: they are fewer or more, or there are none.
+    """
+    found = tensors.count(layers)
+    if found != decoder.depth:
+        raise CheckpointError(
+            f"{tensors.where}: the action expert has {found} layers, and the language model {decoder.depth}; "
+            "supported are as many"
+        )
+
+
+def read_by(model: ModelConfig, table: Table) -> tuple[Table, tuple[str, ...]]:
+    """Those of a table's entries that a model has parameters for, and the tensors that only others read.
+
+    Nothing reads the language model's last hidden states, so that the model has not all of its last layer.
+    """
+    parameters = empty_model(model).state_dict()
+    kept = {name: source for name, source in table.items() if name in parameters}
+    read = {name for source in kept.values() for name in source.names}
+    return kept, tuple(n for source in table.values() for n in source.names if n not in read)
