@@ -17,13 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sqap.errors import InputError
-from sqap.models import VLA, FlowHeadConfig, ModelInputs
+from sqap.models import VLA, FlowHeadConfig, ModelInputs, empty_model
 from sqap.models.heads import FlowHead
 from sqap.models.heads.expert import ExpertCache
-from sqap.models.heads.flow import FlowInputs, time_embedding
+from sqap.models.heads.flow import time_embedding
+from sqap.models.heads.velocity import FlowInputs
+from sqap.models.storage import fill
 from sqap.pruning import Selector, StepPruner
 from sqap.recipe import Pruning
-from tests.families import EXPERTS, family_config, random_inputs, random_model
+from tests.families import EXPERTS, Stored, family_config, random_inputs, random_model
 
 CONFIG = family_config("flow")
 CPU = torch.device("cpu")
@@ -229,6 +231,32 @@ def test_fixed_steps_know_no_other_time(family: str) -> None:
     assert model.head is fixed
 
 
+@pytest.mark.parametrize("family", EXPERTS)
+@torch.inference_mode()
+def test_steps_are_fixed_by_weights_that_are_on_disk(family: str) -> None:
+    """Each linear that only the time goes through is read once, and not kept."""
+    config = family_config(family)
+    whole, lazy, inputs = random_model(config), empty_model(config), random_inputs(config, 1)
+    stored = Stored(whole.state_dict())
+    lazy.fix_steps(stored)
+    whole.fix_steps()
+    time = {name for name in stored.state if ".dense." in name or "head.time_mlp" in name}
+    time |= {name for name in stored.state if "action_time_mlp_in" in name}
+    assert sorted(stored.names) == sorted(time)
+    fill(lazy, stored)
+    found, expected = lazy.state_dict(), whole.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
+    torch.testing.assert_close(lazy(inputs), whole(inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_half_of_the_time_is_sines() -> None:
+    assert not list(CONFIG.head.faults())
+    assert isinstance(CONFIG.head, FlowHeadConfig)
+    assert "width must be even, got 25" in next(replace(CONFIG.head, width=25).faults())
+
+
 def test_tokens_of_a_step_overwrite_those_of_the_step_before() -> None:
     prefix = torch.arange(6.0).view(1, 1, 3, 2)
     cache = ExpertCache((prefix, prefix + 10), room=3)
@@ -351,7 +379,7 @@ def test_an_experts_state_goes_through_one_linear_and_no_adaptive_norm() -> None
     with pytest.raises(InputError, match="proprio_layers must be 1, got 2"):
         replace(family_config("pi0"), proprio_layers=2)
     with pytest.raises(InputError, match="adaptive_norms and state_in 'expert' cannot be combined"):
-        replace(family_config("pi0.5"), state_in="expert")
+        replace(family_config("pi0.5"), state_in="expert", proprio_dim=5)
 
 
 def test_only_an_expert_can_do_without_the_last_hidden_states() -> None:

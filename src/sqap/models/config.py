@@ -191,6 +191,8 @@ class FlowHeadConfig(HeadSettings):
     def faults(self) -> Iterator[str]:
         if not 0 < self.min_period < self.max_period:
             yield ": min_period must be positive and less than max_period"
+        if self.width % 2:
+            yield f".width must be even, got {self.width}: one half are sines of the time, one cosines"
 
 
 HeadConfig = DiffusionHeadConfig | TokenHeadConfig | RegressionHeadConfig | FlowHeadConfig

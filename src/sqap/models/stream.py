@@ -13,13 +13,13 @@ from sqap.models.kv import KVCache
 
 @dataclass(frozen=True)
 class LayerOutput:
-    """What a pruner may go by behind a layer.
+    """What a pruner is given behind a layer.
 
     Args:
         hidden: ``(batch, tokens, width)``, the layer's output.
-        embedded: what the first layer was given, of all tokens, those included that have been dropped.
-        received: ``(batch, tokens)``, the attention each token gets in this layer, averaged over heads and
-            the asked-for rows; None where none were asked for.
+        embedded: the first layer's input, of all tokens, dropped ones included.
+        received: ``(batch, tokens)``, the attention that each token gets in this layer, averaged over heads
+            and over the rows of `TokenPruner.score_rows`; None without such rows.
         look_ahead: ``look_ahead(layers, rows)`` is the attention ``(batch, tokens)`` that tokens would get
             from ``rows`` in later layers, were ``hidden`` their input, averaged over layers, heads and rows.
             None for ``rows`` means the action expert's tokens, where there is an expert.

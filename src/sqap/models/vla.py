@@ -39,7 +39,7 @@ class VLA(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is computed in: the type of the decoder's norms, which are never quantized."""
+        """The type that the model computes in: that of the decoder's norms, which are never quantized."""
         return self.decoder.norm.weight.dtype
 
     @property
@@ -127,7 +127,7 @@ class VLA(nn.Module):
         return self.config.layout(inputs.token_ids.shape[1])
 
     def embed(self, inputs: ModelInputs) -> Tensor:
-        """What the decoder reads: ``(batch, tokens, decoder width)``."""
+        """The decoder's input ``(batch, tokens, decoder width)``."""
         (out,) = self.embed_all([inputs])
         return out
 
@@ -138,7 +138,7 @@ class VLA(nn.Module):
         return [self.sequence(v, given) for v, given in zip(visual, inputs, strict=True)]
 
     def see(self, pixels: Sequence[Tensor], language: Tensor | None = None) -> Tensor:
-        """``(batch * cameras, 3, size, size)`` per encoder to visual tokens ``(batch, N, decoder width)``."""
+        """Visual tokens ``(batch, N, decoder width)`` of ``(batch * cameras, 3, size, size)`` per encoder."""
         (visual,) = self.see_all([pixels], [language])
         return visual.reshape(-1, self.config.visual_tokens, visual.shape[-1])
 
@@ -162,7 +162,7 @@ class VLA(nn.Module):
         return through("projector", self.projector, joined, lambda stage, x: stage(x))
 
     def language(self, token_ids: Tensor) -> Tensor | None:
-        """The mean text embedding ``(batch * cameras, decoder width)`` that FiLM goes by, if there is any."""
+        """FiLM's condition: the mean text embedding ``(batch * cameras, width)``; None without FiLM."""
         if not any(vision.film for vision in self.config.vision):
             return None
         return self.decoder.look_up(token_ids).mean(1).repeat_interleave(self.config.cameras, dim=0)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sqap.models import ModelInputs
 from sqap.models.decoder import DecoderLayer, keys
-from sqap.models.heads.flow import FirstStep, FlowHead
+from sqap.models.heads.flow import FlowHead
+from sqap.models.layout import Layout
 from sqap.models.storage import Weights
 from sqap.models.stream import Stream
 from sqap.models.through import loaded, streamed
@@ -52,19 +53,21 @@ class ActionAttention:
 
     watcher: AttentionWatcher | None = None
 
-    def __init__(self, step: FirstStep, layers: Collection[int], visual: slice) -> None:
+    def __init__(
+        self, head: FlowHead, inputs: ModelInputs, layout: Layout, layers: Collection[int], visual: slice
+    ) -> None:
         self.received: list[Tensor] = []
-        self._step, self._layers, self._visual = step, layers, visual
+        self._head, self._layers, self._visual = head, layers, visual
+        self._step = head.first_step(inputs, layout)
 
     def look_ahead(self, i: int, layer: DecoderLayer, stream: Stream) -> Tensor:
-        return self._step.received(i, keys(layer, stream))
+        return self._step.received(i, self._head.experts[i], keys(layer, stream))
 
     def follow(self, i: int, stream: Stream) -> None:
-        prefix = self._step.head.prefix(stream)[i]
+        expert, prefix = self._head.experts[i], self._head.prefix(stream)[i]
         if i in self._layers:
-            self.received.append(self._step.received(i, prefix[0])[:, self._visual])
-        self._step = copy(self._step)  # a copy that looks ahead from an earlier layer keeps the old one
-        self._step.run(i, prefix)
+            self.received.append(self._step.received(i, expert, prefix[0])[:, self._visual])
+        self._step = self._step.advance(expert, prefix)
 
 
 def look_and_attend(
@@ -97,8 +100,8 @@ def look_and_attend(
         for given in inputs:
             layout = model.layout(given)
             if actions:
-                step = FirstStep(cast(FlowHead, model.head), given, layout)
-                sources.append(ActionAttention(step, layers, visual))
+                head = cast(FlowHead, model.head)
+                sources.append(ActionAttention(head, given, layout, layers, visual))
             else:
                 rows = query_rows(queries, visual, layout.blocks[0].stop)
                 sources.append(TextAttention(rows, layers, visual))

@@ -80,7 +80,8 @@ def quantize_model(
             own(model.proprio)
         rotate_input(model.decoder.embed_tokens, model.proprio, rotation)
         model.decoder.embed_tokens.to(STORAGE_DTYPE)  # calibrate on what is stored, in half the memory
-        walk.before = lambda _, stage: rotate_stage(stage, rotation)
+        rotated: set[nn.Module] = set()  # the head's layers, which come before the rest of it
+        walk.before = lambda _, stage: rotate_stage(stage, rotation, rotated)
 
     streams = model.streams(inputs, walk.through, keep=model.config.head.has_expert)
     streams = quantize_layers(walk, model.decoder, streams, rotation)
@@ -93,7 +94,7 @@ def quantize_model(
         head.inputs(model.decoder, stream, model.layout(given), given)
         for stream, given in zip(streams, inputs, strict=True)
     ]
-    walk.through("head", model.head, head.calibration_inputs(read), lambda head, given: head.calibrate(given))
+    head.calibrate(read, walk.through)
     fuse(model)
     return model
 

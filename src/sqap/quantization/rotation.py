@@ -168,16 +168,24 @@ def rotate_input(table: nn.Embedding, proprio: nn.Module | None, rotation: Rotat
         rotate_edges(proprio, rotation)
 
 
-def rotate_stage(stage: nn.Module, rotation: Rotation) -> None:
+def rotate_stage(stage: nn.Module, rotation: Rotation, done: set[nn.Module] | None = None) -> None:
     """Rotate in place what the linears of a stage read and write.
+
+    Args:
+        stage: a stage of the model, or a part of one.
+        rotation: the decoder's.
+        done: modules that are left out because they are rotated already; those of ``stage`` are added.
 
     Raises:
         InputError: it is a decoder layer that is already rotated, or already quantized.
     """
     if isinstance(stage, DecoderLayer | KeysValuesLayer):
         _prepare_layer(stage)
+    done = set() if done is None else done
     for module in stage.modules():
-        rotate_edges(module, rotation)
+        if module not in done:
+            rotate_edges(module, rotation)
+    done.update(stage.modules())
 
 
 @torch.no_grad()

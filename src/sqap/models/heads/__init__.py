@@ -1,4 +1,4 @@
-"""Action heads: from what the decoder makes of a sequence to a normalised action chunk.
+"""Action heads: from the decoder's hidden states, or its keys and values, to a normalised action chunk.
 
 A head knows what it needs: the noise it starts from, which hidden states or keys and values it reads, the
 inputs of its networks (on which these are calibrated), and which of its linears must stay precise.
@@ -28,6 +28,7 @@ from sqap.models.inputs import ModelInputs
 from sqap.models.layout import Layout
 from sqap.models.storage import Weights
 from sqap.models.stream import ExpertQueries, Stream
+from sqap.models.through import Through
 
 
 class HeadProtocol(Protocol):
@@ -55,11 +56,13 @@ class HeadProtocol(Protocol):
     def act(self, decoder: Decoder, inputs: Any) -> Tensor:
         """Normalised actions ``(batch, horizon, action_dim)`` from one of `inputs`."""
 
-    def calibration_inputs(self, inputs: Sequence[Any]) -> list[Any]:
-        """The inputs of its networks on the way from ``inputs`` to actions, which GPTQ calibrates on."""
+    def calibrate(self, inputs: Sequence[Any], through: Through) -> None:
+        """Run its networks on all that they are given on the way from ``inputs`` to actions.
 
-    def calibrate(self, inputs: Any) -> Any:
-        """Run its networks on one of `calibration_inputs`."""
+        Args:
+            inputs: of several observations, as `inputs` returns them.
+            through: runs the stages, such as to quantize them: the head, and before it perhaps parts of it.
+        """
 
 
 Head = DiffusionHead | FlowHead | RegressionHead | TokenHead

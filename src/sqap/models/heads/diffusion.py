@@ -14,6 +14,7 @@ from sqap.models.heads.ddim import add_noise, cosine_alpha_bar, ddim_sample, ddi
 from sqap.models.inputs import ModelInputs
 from sqap.models.layout import Layout
 from sqap.models.stream import ExpertQueries, Stream
+from sqap.models.through import Through
 from sqap.models.transformer import MLP, Fused, SelfAttention, sinusoidal_embedding
 
 TIME_FREQUENCIES = 256
@@ -116,9 +117,10 @@ class DiffusionHead(nn.Module):
     def act(self, decoder: Decoder, inputs: tuple[Tensor, Tensor]) -> Tensor:
         return self.sample(*inputs)
 
-    def calibration_inputs(
-        self, inputs: Sequence[tuple[Tensor, Tensor]]
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def calibrate(self, inputs: Sequence[tuple[Tensor, Tensor]], through: Through) -> None:
+        through("head", self, self.denoising_steps(inputs), lambda head, given: head.predict_noise(*given))
+
+    def denoising_steps(self, inputs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """The arguments of `predict_noise` in every denoising step, all observations in one batch."""
         if not inputs:
             return []
@@ -132,9 +134,6 @@ class DiffusionHead(nn.Module):
 
         ddim_sample(ask, noise, self.alpha_bar, self.config.sample_steps)
         return asked
-
-    def calibrate(self, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        return self.predict_noise(*inputs)
 
     def sample(self, condition: Tensor, noise: Tensor) -> Tensor:
         """Chunks ``(batch, horizon, action_dim)`` from ``noise`` of that shape, given ``(batch, width)``.

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -187,61 +184,3 @@ def make_norm(config: FlowHeadConfig, decoder: DecoderConfig) -> RMSNorm | Adapt
     if not config.adaptive_norms:
         return RMSNorm(config.width, decoder.norm_eps)
     return AdaptiveNorm(config.width, decoder.norm_eps, config.sample_steps if config.fixed_steps else None)
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What a denoising time sets.
-
-    Args:
-        time: ``(width,)``, what the MLP of action and time reads of it; None with adaptive norms.
-        modulations: ``(3 * width,)`` of each adaptive norm, those of the layers first; empty without any.
-    """
-
-    time: Tensor | None = None
-    modulations: Sequence[Tensor] = ()
-
-    def of_layer(self, i: int) -> tuple[Tensor | None, Tensor | None]:
-        """The modulations of the two norms of layer ``i``."""
-        return (self.modulations[2 * i], self.modulations[2 * i + 1]) if self.modulations else (None, None)
-
-    @property
-    def of_final_norm(self) -> Tensor | None:
-        """The modulation of the norm behind the last layer."""
-        return self.modulations[-1] if self.modulations else None
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What some of the expert's tokens attend to.
-
-    Args:
-        caches: keys and values of each layer.
-        masks: ``(tokens, cached tokens)`` of each layer, true where a token sees another; None: it sees all.
-        ropes: rotary positions of the tokens behind the prefix, and from 0 on (for cross-attention).
-    """
-
-    caches: Sequence[ExpertCache]
-    masks: Sequence[Tensor | None]
-    ropes: tuple[Rope, Rope]
-
-
-@dataclass(frozen=True)
-class Suffix:
-    """Some of the expert's tokens, behind the decoder's.
-
-    Args:
-        mask: ``(tokens, tokens)``, true where one sees another; None: all see all.
-        ropes: as in `Surroundings`.
-    """
-
-    mask: Tensor | None
-    ropes: tuple[Rope, Rope]
-
-    def behind(self, caches: Sequence[ExpertCache]) -> Surroundings:
-        """The tokens behind these prefixes, all of whose tokens they see."""
-        mask = self.mask
-        masks = (
-            {} if mask is None else {n: F.pad(mask, (n, 0), value=True) for n in {c.length for c in caches}}
-        )
-        return Surroundings(caches, [masks.get(cache.length) for cache in caches], self.ropes)

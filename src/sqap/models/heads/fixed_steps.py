@@ -44,7 +44,8 @@ def _modulations(head: FlowHead, weights: Weights | None) -> dict[str, Tensor]:
     """Scale, shift and gate of every adaptive norm in every step, ``(steps, 3 * width)``."""
     found = {}
     with _read(head, ("time_mlp_in", "time_mlp_out"), weights):
-        condition = head.embed_time(head.embedded_times())
+        times = head.embedded_times(head.times, head.time_mlp_in.weight.device)
+        condition = head.embed_time(times)
     for name, norm in head.adaptive_norms().items():
         with _read(head, (f"{name}.dense",), weights):
             found[f"{name}.modulation"] = norm.modulations(condition)
@@ -57,7 +58,7 @@ def _time_bias(head: FlowHead, weights: Weights | None) -> dict[str, Tensor]:
     with _read(head, ("action_time_mlp_in",), weights):
         linear = head.action_time_mlp_in
         weight, bias = linear.weight.detach(), linear.bias.detach()
-        biases = head.embedded_times() @ weight[:, width:].T + bias
+        biases = head.embedded_times(head.times, weight.device) @ weight[:, width:].T + bias
         actions = nn.Parameter(weight[:, :width].clone(), requires_grad=False)
     return {"action_time_mlp_in.weight": actions, "action_time_bias": biases}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
@@ -15,37 +14,19 @@ from sqap.models.config import DecoderConfig, FlowHeadConfig
 from sqap.models.decoder import Decoder, RMSNorm, rope_angles
 from sqap.models.heads.expert import (
     AdaptiveNorm,
-    Condition,
     ExpertCache,
     ExpertLayer,
     KeysValues,
-    Suffix,
-    Surroundings,
     make_norm,
     normalized,
 )
+from sqap.models.heads.velocity import Condition, ExpertPass, FlowInputs, Suffix, Surroundings
 from sqap.models.inputs import ModelInputs
 from sqap.models.layout import Layout
 from sqap.models.stream import ExpertQueries, Stream
+from sqap.models.through import Through
 
 TIME_MLP, ACTION_TIME_MLP = ("time_mlp_in", "time_mlp_out"), ("action_time_mlp_in", "action_time_mlp_out")
-
-
-@dataclass(frozen=True)
-class FlowInputs:
-    """What actions are computed from.
-
-    Args:
-        prefix: keys and values of the decoder's layers, in the expert's type.
-        noise: ``(batch, horizon, action_dim)``.
-        layout: of all tokens, before any were pruned.
-        state: normalised ``(batch, proprio_dim)``, if it is a token of the expert's.
-    """
-
-    prefix: list[KeysValues]
-    noise: Tensor
-    layout: Layout
-    state: Tensor | None = None
 
 
 class FlowHead(nn.Module):
@@ -53,7 +34,7 @@ class FlowHead(nn.Module):
 
     Time goes from 1, noise, to 0 in equal steps, as in LeRobot's SmolVLA (Shukor et al. 2025), pi0 and pi0.5
     (Black et al. 2024, 2025). What does not depend on the noise is computed once for all steps: the decoder's
-    keys and values, those of the state's token, masks, rotary angles, and what each time sets.
+    keys and values, those of the state's token, masks, rotary angles, and the conditions of the times.
 
     Args:
         config: sizes.
@@ -108,7 +89,7 @@ class FlowHead(nn.Module):
 
     @property
     def change(self) -> float:
-        """Of the time, from one denoising step to the next."""
+        """How much the time changes from one denoising step to the next."""
         return -1.0 / self.config.sample_steps
 
     @property
@@ -116,10 +97,10 @@ class FlowHead(nn.Module):
         """A tensor of the type that the expert computes in, on its device."""
         if isinstance(self.norm, RMSNorm):
             return self.norm.weight
-        return self.norm.modulation if self.config.fixed_steps else self.norm.dense.weight
+        return self.norm.modulation if self.config.fixed_steps else self.norm.dense.bias
 
     def last_tokens(self, layout: Layout) -> int:
-        """None: it reads keys and values."""
+        """None: the head reads keys and values."""
         return 0
 
     def expert_queries(self, inputs: ModelInputs, layout: Layout) -> ExpertQueries | None:
@@ -129,6 +110,11 @@ class FlowHead(nn.Module):
         """The keys and values of the stream behind the last layer, and what else the expert is given."""
         noise, state = self.own_inputs(inputs)
         return FlowInputs(self.prefix(stream), noise, layout, state)
+
+    def first_step(self, inputs: ModelInputs, layout: Layout) -> ExpertPass:
+        """The first denoising step before the first layer; `ExpertPass.advance` is to be given the prefix."""
+        noise, state = self.own_inputs(inputs)
+        return self.start(FlowInputs([], noise, layout, state), noise, self.times[0])
 
     def own_inputs(self, inputs: ModelInputs) -> tuple[Tensor, Tensor | None]:
         """The noise and, if it is a token of the expert's, the state, in the expert's type."""
@@ -176,7 +162,14 @@ class FlowHead(nn.Module):
 
         return self.integrate(velocity, inputs.noise)
 
-    def calibration_inputs(self, inputs: Sequence[FlowInputs]) -> list[tuple[FlowInputs, Tensor, float]]:
+    def calibrate(self, inputs: Sequence[FlowInputs], through: Through) -> None:
+        """The layers one by one, and then the projections around them."""
+        passes = [self.start(*asked) for asked in self.denoising_steps(inputs)]
+        for i, layer in enumerate(self.layers):
+            passes = through(f"head.layers.{i}", layer, passes, lambda layer, given: given.advance(layer))
+        through("head", self, passes, lambda head, given: head.around_layers(given))
+
+    def denoising_steps(self, inputs: Sequence[FlowInputs]) -> list[tuple[FlowInputs, Tensor, float]]:
         """The arguments of `velocity` in every denoising step."""
         asked = []
         for given in inputs:
@@ -188,8 +181,21 @@ class FlowHead(nn.Module):
             self.integrate(ask, given.noise)
         return asked
 
-    def calibrate(self, inputs: tuple[FlowInputs, Tensor, float]) -> Tensor:
-        return self.velocity(*inputs)
+    def start(self, inputs: FlowInputs, x: Tensor, time: float) -> ExpertPass:
+        """An evaluation of `velocity`, before the first layer."""
+        (condition,) = self.conditions([time])
+        hidden = self.tokens(x, inputs.state, condition)
+        return ExpertPass(hidden, inputs, x, condition, self.suffix(inputs.layout))
+
+    def around_layers(self, given: ExpertPass) -> tuple[Tensor, Tensor]:
+        """The expert's tokens, and the velocity from the hidden states behind the last layer."""
+        return self.tokens(given.x, given.inputs.state, given.condition), self.finish(given)
+
+    def finish(self, given: ExpertPass) -> Tensor:
+        """The velocity ``(batch, horizon, action_dim)`` from the hidden states behind the last layer."""
+        hidden = normalized(self.norm, given.hidden[:, given.actions], given.condition.of_final_norm)
+        out: Tensor = self.action_out_proj(hidden)
+        return out
 
     def integrate(self, velocity: Callable[[Tensor, float], Tensor], noise: Tensor) -> Tensor:
         """Actions ``(batch, horizon, action_dim)``: from ``noise`` at time 1, by ``velocity``, to time 0."""
@@ -203,11 +209,10 @@ class FlowHead(nn.Module):
 
         All of the expert's tokens run in one pass; `act` runs the state's once for all steps.
         """
-        (condition,) = self.conditions([time])
-        around = self.suffix(inputs.layout).behind(self.caches(inputs.prefix, inputs.layout))
-        hidden = self.run(self.tokens(x, inputs.state, condition), around, condition)
-        out: Tensor = self.action_out_proj(hidden[:, -x.shape[1] :])
-        return out
+        given = self.start(inputs, x, time)
+        for layer in self.experts:
+            given = given.advance(layer)
+        return self.finish(given)
 
     def tokens(self, x: Tensor, state: Tensor | None, condition: Condition) -> Tensor:
         """The expert's tokens ``(batch, tokens, width)``: the state, if it is one, and actions ``x``."""
@@ -238,7 +243,7 @@ class FlowHead(nn.Module):
         return normalized(self.norm, x, condition.of_final_norm)
 
     def conditions(self, times: Sequence[float]) -> list[Condition]:
-        """What each of ``times`` sets.
+        """What the expert is conditioned on at each of ``times``.
 
         Raises:
             ValueError: it is stored for the denoising steps, and a time is none of theirs.
@@ -249,56 +254,24 @@ class FlowHead(nn.Module):
                 return [Condition(self.action_time_bias[i]) for i in rows]
             norms = self.adaptive_norms().values()
             return [Condition(modulations=[norm.modulation[i] for norm in norms]) for i in rows]
-        embedded = self.embedded_times(times).to(self.like)
+        embedded = self.embedded_times(times, self.like.device).to(self.like)
         if not self.config.adaptive_norms:
             return [Condition(row) for row in embedded]
         when = self.embed_time(embedded)
         found = [norm.modulations(when) for norm in self.adaptive_norms().values()]
         return [Condition(modulations=rows) for rows in zip(*found, strict=True)]
 
-    def embedded_times(self, times: Sequence[float] | None = None) -> Tensor:
-        """Sines and cosines ``(times, width)`` of some times, or of all steps', in 32 bits."""
-        every = self.times if times is None else times
-        return torch.stack([time_embedding(time, self.config, self.like.device) for time in every])
+    def embedded_times(self, times: Sequence[float], device: torch.device) -> Tensor:
+        """Sines and cosines ``(times, width)`` in 32 bits."""
+        return torch.stack([time_embedding(time, self.config, device) for time in times])
 
     def embed_time(self, time: Tensor) -> Tensor:
-        """What adaptive norms go by ``(times, width)``, for sines and cosines of that shape."""
+        """The condition of adaptive norms ``(times, width)``, for sines and cosines of that shape."""
         return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(time))))
 
     def adaptive_norms(self) -> dict[str, AdaptiveNorm]:
         """The adaptive norms by their paths: two of each layer, and the last one."""
         return {name: norm for name, norm in self.named_modules() if isinstance(norm, AdaptiveNorm)}
-
-
-class FirstStep:
-    """The first denoising step, layer by layer beside the decoder: what its action tokens attend to.
-
-    Args:
-        head: whose expert runs it.
-        inputs: noise, and the state if the expert reads it.
-        layout: of all tokens.
-    """
-
-    def __init__(self, head: FlowHead, inputs: ModelInputs, layout: Layout) -> None:
-        noise, state = head.own_inputs(inputs)
-        (self._condition,) = head.conditions(head.times[:1])
-        self.head, self._suffix = head, head.suffix(layout)
-        self.x = head.tokens(noise, state, self._condition)
-        self._actions = slice(self.x.shape[1] - noise.shape[1], None)
-
-    def run(self, i: int, prefix: KeysValues) -> None:
-        """Go through layer ``i``, given the keys and values of the decoder's."""
-        layer = self.head.experts[i]
-        around = self._suffix.behind([layer.self_attn.cache(prefix, self.x.shape[1])])
-        self.x = layer(self.x, around.caches[0], around.ropes, around.masks[0], self._condition.of_layer(i))
-
-    def received(self, i: int, keys: Tensor) -> Tensor:
-        """Attention ``(batch, tokens)`` that the decoder's ``keys`` of layer ``i`` get from the actions."""
-        layer = self.head.experts[i]
-        cos, sin = self._suffix.ropes[int(layer.self_attn.cross)]
-        x = normalized(layer.input_layernorm, self.x, self._condition.of_layer(i)[0])[:, self._actions]
-        rope = cos[:, self._actions], sin[:, self._actions]
-        return layer.self_attn.received(x, keys.to(self.x), rope)
 
 
 class ActionQueries:
@@ -309,10 +282,11 @@ class ActionQueries:
 
     def received(self, stream: Stream, keys: Mapping[int, Tensor]) -> list[Tensor]:
         """As `ExpertQueries.received`."""
-        step, tokens = FirstStep(self.head, self._inputs, self._layout), stream.blocks[0].shape[1]
-        for i, prefix in enumerate(self.head.prefix(stream)):
-            step.run(i, prefix)
-        return [step.received(i, k)[:, :tokens] for i, k in keys.items()]
+        first, tokens = self.head.first_step(self._inputs, self._layout), stream.blocks[0].shape[1]
+        layers = self.head.experts
+        for layer, prefix in zip(layers, self.head.prefix(stream), strict=False):
+            first = first.advance(layer, prefix)
+        return [first.received(i, layers[i], k)[:, :tokens] for i, k in keys.items()]
 
 
 def time_embedding(time: float, config: FlowHeadConfig, device: torch.device) -> Tensor:

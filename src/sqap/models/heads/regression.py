@@ -13,6 +13,7 @@ from sqap.models.decoder import Decoder
 from sqap.models.inputs import ModelInputs
 from sqap.models.layout import Layout
 from sqap.models.stream import ExpertQueries, Stream
+from sqap.models.through import Through
 
 
 class ResidualBlock(nn.Module):
@@ -69,11 +70,8 @@ class RegressionHead(nn.Module):
     def act(self, decoder: Decoder, inputs: Tensor) -> Tensor:
         return self.regress(inputs)
 
-    def calibration_inputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        return list(inputs)
-
-    def calibrate(self, inputs: Tensor) -> Tensor:
-        return self.regress(inputs)
+    def calibrate(self, inputs: Sequence[Tensor], through: Through) -> None:
+        through("head", self, inputs, lambda head, x: head.regress(x))
 
     def regress(self, x: Tensor) -> Tensor:
         """The MLP: ``(batch, horizon, action_dim * width)`` to actions."""

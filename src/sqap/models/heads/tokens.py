@@ -15,6 +15,7 @@ from sqap.models.inputs import ModelInputs
 from sqap.models.kv import KVCache
 from sqap.models.layout import Layout
 from sqap.models.stream import ExpertQueries, Stream, TokenPruner
+from sqap.models.through import Through
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,8 @@ class TokenHead(nn.Module):
         """Actions ``(batch, 1, action_dim)``."""
         return self.actions(self.generate(decoder, inputs))[:, None]
 
-    def calibration_inputs(self, inputs: Sequence[Prompt]) -> list[Tensor]:
-        return [prompt.text for prompt in inputs]
-
-    def calibrate(self, inputs: Tensor) -> Tensor:
-        out: Tensor = self.lm_head(inputs)
-        return out
+    def calibrate(self, inputs: Sequence[Prompt], through: Through) -> None:
+        through("head", self, [prompt.text for prompt in inputs], lambda head, text: head.lm_head(text))
 
     def read(self, decoder: Decoder, sequence: Tensor, pruner: TokenPruner | None = None) -> Prompt:
         """A sequence ``(batch, tokens, width)`` alone, all of which but what is pruned counts as text."""
