@@ -19,6 +19,8 @@ from sqap.errors import CheckpointError
         ("cogact", "CogACT and OpenVLA in Prismatic's own layout"),
         ("native-openvla", "CogACT and OpenVLA in Prismatic's own layout"),
         ("smolvla", "SmolVLA"),
+        ("pi0", "pi0 and pi0.5"),
+        ("pi05", "pi0 and pi0.5"),
     ],
 )
 def test_published_directories_are_recognised_and_opened(written, family, name):
@@ -60,6 +62,20 @@ def test_openpis_jax_checkpoints_are_told_where_they_are_for_pytorch(tmp_path):
         recognise(tmp_path)
 
 
+def test_openpis_conversions_are_told_apart_from_lerobots(tmp_path):
+    config = {
+        "action_dim": 32,
+        "action_horizon": 50,
+        "paligemma_variant": "gemma_2b",
+        "precision": "bfloat16",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match=r"openpi's conversion to PyTorch, .* LeRobot's conversion does"
+    ):
+        recognise(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("config", "found"),
     [
@@ -76,7 +92,8 @@ def test_other_families_are_told_what_was_found_and_what_is_known(tmp_path, conf
     assert str(error.value) == (
         f"{tmp_path} is of no family that sqap knows: "
         + (found if found.startswith("its") else f"its config.json {found}")
-        + "; known are OpenVLA; OpenVLA-OFT; CogACT and OpenVLA in Prismatic's own layout; SmolVLA"
+        + "; known are OpenVLA; OpenVLA-OFT; CogACT and OpenVLA in Prismatic's own layout; SmolVLA; "
+        "pi0 and pi0.5"
     )
 
 

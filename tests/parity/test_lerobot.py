@@ -8,7 +8,7 @@ import torch
 
 from sqap.models import ModelInputs
 from sqap.models.heads import FlowHead
-from sqap.models.heads.flow import FlowInputs
+from sqap.models.heads.velocity import FlowInputs
 
 from .conftest import MakeUpstream, Upstream
 
@@ -64,7 +64,7 @@ def test_pixels_prefix_keys_and_values(lerobot: Upstream) -> None:
 def test_every_velocity(lerobot: Upstream) -> None:
     for i in range(STAGES):
         head, given = read(lerobot, inputs(lerobot, i))
-        found = torch.cat([head.calibrate(asked) for asked in head.calibration_inputs([given])])
+        found = torch.cat([head.velocity(*asked) for asked in head.denoising_steps([given])])
         torch.testing.assert_close(found, lerobot.arrays[f"velocities.{i}"], **TOLERANCE)
 
 

@@ -72,6 +72,11 @@ def _found(directory: Path) -> str:
         there = sorted(entry.name for entry in directory.iterdir())
         return f"it has no {path.name}, but {shorten(there)}" if there else "it is empty"
     config = read_object(path, CheckpointError)
+    if "paligemma_variant" in config and "type" not in config:
+        return (
+            f"its {path.name} is of openpi's conversion to PyTorch, which does not say what goes in and "
+            "comes out; LeRobot's conversion does (lerobot/pi0_base, lerobot/pi05_base)"
+        )
     if config.get("type") in NOT_SUPPORTED:
         return f"LeRobot's {NOT_SUPPORTED[config['type']]} is not supported"
     for key in ("model_type", "type"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from sqap.checkpoints import hub
@@ -20,8 +20,10 @@ from sqap.checkpoints.lerobot.processors import (
 from sqap.checkpoints.lerobot.statistics import (
     EPSILON,
     IDENTITY,
+    INPUTS,
     MODES,
     NONE,
+    OUTPUTS,
     Normalization,
     Statistics,
     added_range,
@@ -57,16 +59,16 @@ class Around:
     Args:
         cameras: names of the images that are read, in order.
         prompt: how an instruction becomes token ids.
-        state: what is done to the robot's state, not yet padded; None if nothing reads it.
+        state: what is done to the robot's state, which is not padded yet.
         actions: how the model's outputs become robot units.
-        tokenizer: the name of the tokenizer's repository, if a file says it.
+        tokenizer: the name of the tokenizer's repository, or of a directory.
     """
 
     cameras: tuple[str, ...]
     prompt: PromptConfig
-    state: tuple[StateStep, ...] | None
+    state: tuple[StateStep, ...]
     actions: tuple[ActionStep, ...]
-    tokenizer: str | None
+    tokenizer: str
 
 
 @dataclass(frozen=True)
@@ -120,18 +122,18 @@ def read_around(
     return Around(
         choose_cameras(config, names, choices.cameras),
         _prompt(processors),
-        _state(config, state_mode, statistics[0], choices.unnorm_key),
+        _state(state_mode, statistics[0], choices.unnorm_key),
         (*_actions(config, action_mode, statistics[1], choices.unnorm_key), *_absolute(config, processors)),
         processors.tokenizer_name or _tokenizer(config, defaults),
     )
 
 
-def padded(state: tuple[StateStep, ...] | None, width: int) -> tuple[StateStep, ...] | None:
+def padded(state: tuple[StateStep, ...], width: int) -> tuple[StateStep, ...]:
     """The steps of a state that a model reads as a vector of that width."""
-    return None if state is None else (*state, Pad(width))
+    return (*state, Pad(width))
 
 
-def find_tokenizer(directory: Path, given: Path | None, name: str | None, like: str) -> Path | None:
+def find_tokenizer(directory: Path, given: Path | None, name: str, like: str) -> Path | None:
     """Where a policy's tokenizer is, which LeRobot leaves out of its directories; None for ``directory``.
 
     Args:
@@ -146,9 +148,9 @@ def find_tokenizer(directory: Path, given: Path | None, name: str | None, like: 
     if given is not None or (directory / FILE).is_file():
         return given
     advice = f"{directory} has no {FILE}: put {like}'s there, or say where it is (--tokenizer)"
-    if name is not None and (Path(name) / FILE).is_file():
+    if (Path(name) / FILE).is_file():
         return Path(name)
-    if name is None or hub.parse(name) is None or Path(name).is_absolute():
+    if hub.parse(name) is None:
         raise CheckpointError(advice)
     try:
         found = hub.download(name, needed=[FILE]).directory
@@ -212,9 +214,7 @@ def _mode(modes: dict[str, str], feature: str, where: str) -> str:
     return mode
 
 
-def _state(
-    config: LeRobotConfig, normalization: Normalization, statistics: Statistics, key: str | None
-) -> tuple[StateStep, ...]:
+def _state(normalization: Normalization, statistics: Statistics, key: str | None) -> tuple[StateStep, ...]:
     step = normalization.step(statistics, key)
     return (identity(normalization.width) if step is None else step,)
 
@@ -262,9 +262,10 @@ def _inside(
     modes = config.data.get("normalization_mapping", defaults.modes)
     if not isinstance(modes, dict):
         raise CheckpointError(f"{where}: normalization_mapping must be an object")
-    found = statistics_inside(tensors, (*config.cameras, STATE, ACTION))
-    check_dataset(found.values(), key)
-    if key != NONE and not any(statistics.groups for statistics in found.values()):
+    features = (*config.cameras, STATE, ACTION)
+    inputs, outputs = (statistics_inside(tensors, prefix, features) for prefix in (INPUTS, OUTPUTS))
+    check_dataset((inputs, outputs), key)
+    if key != NONE and not (inputs.groups or outputs.groups):
         raise CheckpointError(
             f"{tensors.where} has neither {BEFORE} nor statistics among its weights, by which states and "
             f"actions are normalised; unnorm_key {NONE} (--unnorm-key {NONE}) leaves them as the model has "
@@ -272,8 +273,8 @@ def _inside(
         )
     width = config.state_dim or config.padded_state
     state = added_range(Normalization(STATE, _mode(modes, STATE, str(where)), width))
-    action = Normalization(ACTION, _mode(modes, ACTION, str(where)), config.action_dim, added=0.0)
+    action = Normalization(ACTION, _mode(modes, ACTION, str(where)), config.action_dim, epsilon=0.0)
     return (
-        _state(config, state, found[True], key),
-        _actions(config, replace(action, epsilon=0.0), found[False], key),
+        _state(state, inputs, key),
+        _actions(config, action, outputs, key),
     )

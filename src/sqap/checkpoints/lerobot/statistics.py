@@ -27,9 +27,8 @@ BOUNDS = {MIN_MAX: EXTREMES, "QUANTILES": PERCENTILES, "QUANTILE10": ("q10", "q9
 MODES = (IDENTITY, MEAN_STD, *BOUNDS)
 GROUP = ".buffer."  # behind a data set's name
 EPSILON = 1e-8
-# Where old checkpoints have them, and whether they are of what goes in; training's are the latter's again.
-INSIDE = {"normalize_inputs.": True, "unnormalize_outputs.": False}
-TRAINING = "normalize_targets."
+# Prefixes of statistics among the weights: of states, of actions, and of actions once more, for training.
+INPUTS, OUTPUTS, TARGETS = INSIDE = "normalize_inputs.", "unnormalize_outputs.", "normalize_targets."
 
 Values = Mapping[str, tuple[float, ...]]  # by the statistic's name
 
@@ -166,32 +165,31 @@ def read_statistics(path: Path | None, where: str) -> Statistics:
     return Statistics(str(path), groups)
 
 
-def statistics_inside(tensors: TensorSet, features: Iterable[str]) -> dict[bool, Statistics]:
-    """The statistics inside a checkpoint's weights: of what goes in (True) and of what comes out (False).
+def statistics_inside(tensors: TensorSet, prefix: str, features: Iterable[str]) -> Statistics:
+    """The statistics among a checkpoint's weights: ``<prefix>[<data set>_]buffer_<feature>.<statistic>``.
 
     Args:
         tensors: the weights.
-        features: names of the policy's features, in which the tensors' names have ``_`` for every dot.
+        prefix: `INPUTS` or `OUTPUTS`.
+        features: the policy's; a tensor's name has ``_`` for every dot of a feature's.
 
     Raises:
-        CheckpointError: a name is not of any feature.
+        CheckpointError: a tensor is of none of these features.
     """
     spelt = {feature.replace(".", "_"): feature for feature in features}
-    groups: dict[bool, dict[str, dict[str, dict[str, tuple[float, ...]]]]] = {True: {}, False: {}}
-    names = [name for name in tensors.tensors if name.startswith((*INSIDE, TRAINING))]
+    groups: dict[str, dict[str, dict[str, tuple[float, ...]]]] = {}
     odd = []
-    for name, tensor in tensors.read([n for n in names if not n.startswith(TRAINING)]).items():
-        prefix = next(prefix for prefix in INSIDE if name.startswith(prefix))
+    for name, tensor in tensors.read([n for n in tensors.tensors if n.startswith(prefix)]).items():
         buffer, _, statistic = name.removeprefix(prefix).rpartition(".")
         dataset, _, feature = f"_{buffer}".rpartition("_buffer_")
         if feature not in spelt:
             odd.append(name)
             continue
-        group = groups[INSIDE[prefix]].setdefault(dataset.removeprefix("_"), {})
+        group = groups.setdefault(dataset.removeprefix("_"), {})
         group.setdefault(spelt[feature], {})[statistic] = _floats(tensor)
     if odd:
         raise CheckpointError(f"{tensors.where} has statistics of no feature of its own: {shorten(odd)}")
-    return {goes_in: Statistics(str(tensors.where), found) for goes_in, found in groups.items()}
+    return Statistics(str(tensors.where), groups)
 
 
 def added_range(normalization: Normalization) -> Normalization:

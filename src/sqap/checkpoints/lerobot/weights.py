@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sqap.checkpoints.lerobot.statistics import INSIDE, TRAINING
+from sqap.checkpoints.lerobot.statistics import INSIDE
 from sqap.checkpoints.prismatic import LAYER
 from sqap.checkpoints.tensors import open_safetensors
 from sqap.checkpoints.weights import Part, Source, Table, TensorSet, same, stacked
@@ -17,7 +17,7 @@ from sqap.models import DecoderConfig, ModelConfig, VisionConfig, empty_model
 
 MODEL, COMPILED = "model.", "_orig_mod."
 # Statistics of old checkpoints, and the output matrices of language models, which actions do not need.
-UNUSED = (*(f"{prefix}*" for prefix in (*INSIDE, TRAINING)), "*lm_head.weight")
+UNUSED = (*(f"{prefix}*" for prefix in INSIDE), "*lm_head.weight")
 BLOCK = {
     "norm1.": "layer_norm1.",
     "attn.proj.": "self_attn.out_proj.",
@@ -40,7 +40,7 @@ def open_weights(directory: Path) -> TensorSet:
 def plain_name(name: str) -> str:
     """A tensor's name without what compiling puts into it, and with the prefix that converters leave out."""
     name = name.replace(COMPILED, "")
-    return name if name.startswith((MODEL, *INSIDE, TRAINING)) else MODEL + name
+    return name if name.startswith((MODEL, *INSIDE)) else MODEL + name
 
 
 def read_vision(tensors: TensorSet, prefix: str, head_dim: int | None = None, heads: int = 1) -> VisionConfig:
