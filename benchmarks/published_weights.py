@@ -156,6 +156,8 @@ def _law(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
         return 0.0, 1.0
     if name.endswith("bias"):
         return 0.0, 0.05
+    if "gemma" in name and name.endswith("norm.weight"):  # of which Gemma stores what is above 1
+        return 0.0, 0.3
     if len(shape) == 1:
         return 1.0, 0.1
     # Random queries and keys would look at everything alike; these choose.

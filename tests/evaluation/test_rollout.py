@@ -44,6 +44,16 @@ class TestLoop:
         run_episode(policy, Corridor(goal=5), seed=0, execute=2)
         assert policy.seen == [0, 2, 4]
 
+    def test_as_many_actions_are_executed_as_the_policy_says(self):
+        policy = Walker()
+        policy.config = SimpleNamespace(n_action_steps=3)
+        run_episode(policy, Corridor(goal=5), seed=0)
+        assert policy.seen == [0, 3]
+        asked = Walker()
+        asked.config = policy.config
+        run_episode(asked, Corridor(goal=5), seed=0, execute=2)
+        assert asked.seen == [0, 2, 4]
+
     def test_the_environment_renders_only_when_the_policy_looks(self):
         env = Corridor(goal=10)
         run_episode(Walker(), env, seed=0)
