@@ -42,6 +42,7 @@ def test_the_async_client_does_too(start, policy, observe):
 
 def test_it_drives_an_episode_in_place_of_a_policy(start, policy):
     env = environments.make("metaworld", "reach")
+    env.max_steps = 20
     with PolicyClient(start().url, None) as client:
         remote, local = run_episode(client, env, 3), run_episode(policy, env, 3)
     env.close()

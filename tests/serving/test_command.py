@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,30 +18,7 @@ import sqap
 from sqap.cli import app
 from sqap.serving import PolicyClient
 from sqap.serving.logs import logger
-from tests.serving.tools import KEY
-
-
-@contextmanager
-def serving(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server's process, and its address once it listens."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sqap", "serve", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    killer = threading.Timer(120, process.kill)
-    killer.start()
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert " at ws" in line, process.communicate()[1]
-        yield process, line.split()[-1]
-    finally:
-        killer.cancel()
-        process.kill()
-        process.wait()
+from tests.serving.tools import KEY, serving
 
 
 @pytest.fixture
