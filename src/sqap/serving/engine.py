@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sqap.errors import SqapError, panics_raise
-from sqap.observation import Observation
+from sqap.observation import Camera, Observation
 from sqap.policy import Policy, Step
 from sqap.serving.sessions import Job, Line
 
@@ -116,8 +116,14 @@ def warm_up(policy: Policy) -> None:
     policy.load_weights()
     size, state = policy.config.model.vision[0].image_size, policy.config.state_dim
     noise = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    # With all that an observation can have: what a robot's observations lack is said when they lack it.
+    camera = Camera(np.array([[size, 0, size / 2], [0, size, size / 2], [0, 0, 1]]), np.eye(4))
     observation = Observation(
-        dict.fromkeys(policy.config.cameras, noise), "warm up", np.zeros(state) if state else None
+        dict.fromkeys(policy.config.cameras, noise),
+        "warm up",
+        np.zeros(state) if state else None,
+        dict.fromkeys(policy.config.cameras, camera),
+        np.array([0.0, 0.0, 1.0]),
     )
     for _ in range(WARMUP_STEPS):
         policy.step(observation, seed=0)
