@@ -13,7 +13,7 @@ from websockets.sync.client import connect
 
 from sqap import Policy
 from sqap.recipe import Pruning, Recipe
-from sqap.serving import server
+from sqap.serving import http, server
 from sqap.serving.live import EPISODES, LATENCIES, PICTURE, Live
 from tests.serving.browser import Browser, find_chromium
 from tests.serving.tools import KEY, ask, get, robot
@@ -62,7 +62,7 @@ def test_an_event_has_robots_latencies_episodes_and_a_picture(start, pruned, obs
 
 
 def test_an_event_waits_for_what_is_new(start, observe, monkeypatch):
-    monkeypatch.setattr(server, "EVENT_SECONDS", 0.3)
+    monkeypatch.setattr(http, "EVENT_SECONDS", 0.3)
     running = start()
     with robot(running) as connection:
         ask(connection, observe())
@@ -87,10 +87,11 @@ def test_what_is_kept_for_the_page_does_not_grow(policy, observe):
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1100, False), (390, True)])
-def test_a_browser_shows_it_without_a_complaint(start, pruned, observe, width, dark, tmp_path):
+def test_a_browser_shows_it_without_a_complaint(start, pruned, observe, width, dark, tmp_path, monkeypatch):
     program = find_chromium()
     if program is None:
         pytest.skip("there is no Chromium")
+    monkeypatch.setattr(server, "OPEN_SECONDS", 60)  # a busy machine is no complaint
     running = start(pruned, key=KEY)
     headers = {"Authorization": f"Api-Key {KEY}"}
     # What a robot says is text, whatever it says.

@@ -66,6 +66,10 @@ class Metrics:
             "sqap_batch_size", "Robots that a step was for.", buckets=BATCHES, registry=registry
         )
 
+    def too_many(self) -> None:
+        """Count a connection that is dropped because too many are there."""
+        self.connections.labels("too many").inc()
+
     def text(self) -> bytes:
         """All of them, in Prometheus' text format."""
         return generate_latest(self._registry)

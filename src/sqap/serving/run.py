@@ -37,4 +37,6 @@ async def _run(server: Server, started: Callable[[str], None]) -> None:
     await server.start()
     started(server.url)
     await told.wait()
+    for number in (signal.SIGTERM, signal.SIGINT):  # a second one ends the process at once
+        loop.remove_signal_handler(number)
     await server.stop()

@@ -7,34 +7,21 @@ import contextlib
 import itertools
 import logging
 import time
-from http import HTTPStatus
 from typing import Any
 
 from websockets.asyncio.server import Server as Listener
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
-from websockets.http11 import Request as HttpRequest
-from websockets.http11 import Response
 
 from sqap.errors import InputError, SqapError
 from sqap.files import reason
 from sqap.policy import Policy, Step
 from sqap.serving.engine import Done, Engine
+from sqap.serving.http import Http, limited_connection, peer
 from sqap.serving.live import Live
 from sqap.serving.logs import event, logger
 from sqap.serving.metadata import metadata
-from sqap.serving.metrics import CONTENT_TYPE_LATEST, Metrics
-from sqap.serving.pages import (
-    authorized,
-    is_our_name,
-    is_robot,
-    limited_connection,
-    one_event,
-    path_of,
-    query,
-    read_assets,
-    respond,
-)
+from sqap.serving.metrics import Metrics
 from sqap.serving.requests import REFUSED, Refused, read_request
 from sqap.serving.sessions import Answer, Job, Line, Rate, Session
 from sqap.serving.settings import Settings
@@ -42,7 +29,6 @@ from sqap.serving.wire import pack, unpack
 
 PING_SECONDS = 20.0  # a robot that does not answer a ping for as long is gone
 OPEN_SECONDS = 10.0  # for a handshake
-EVENT_SECONDS = 5.0  # after which the page is told that nothing is new
 LINGER_SECONDS = 1.0  # for the last answers to leave
 READ_AHEAD = 8  # observations of one robot that are not answered yet
 STALLED_SECONDS = 60.0  # a step that takes longer than this makes the server not ready
@@ -76,7 +62,9 @@ class Server:
         self._draining = False
         self._listener: Listener | None = None
         self._work: asyncio.Task[None] | None = None
-        self._assets = read_assets()
+        self._http = Http(
+            settings, policy.config.family, self._live, self._line, self._metrics, self.not_ready
+        )
 
     async def start(self) -> None:
         """Warm the policy up, then listen.
@@ -104,7 +92,7 @@ class Server:
                 self._robot,
                 settings.host,
                 settings.port,
-                process_request=self._http,
+                process_request=self._http.answer,
                 ssl=tls,
                 origins=[None],  # browsers name theirs, robots have none
                 compression=None,
@@ -115,7 +103,7 @@ class Server:
                 ping_timeout=PING_SECONDS,
                 close_timeout=LINGER_SECONDS,
                 server_header=None,
-                create_connection=limited_connection(2 * limits.connections, self._count("too many")),
+                create_connection=limited_connection(2 * limits.connections, self._metrics.too_many),
                 logger=logger.getChild("websockets"),
             )
         except OSError as problem:
@@ -165,12 +153,10 @@ class Server:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(listener.wait_closed(), LINGER_SECONDS)
 
-    # Robots
-
     async def _robot(self, connection: ServerConnection) -> None:
         """One robot's connection, from its handshake to its end."""
         rate = Rate(self.settings.limits.rate_hz, time.monotonic())
-        session = Session(f"c{next(self._names)}", _peer(connection), self.settings.ensemble, rate)
+        session = Session(f"c{next(self._names)}", peer(connection), self.settings.ensemble, rate)
         self._live.connect(session.name, session.peer)
         self._metrics.connections.labels("robot").inc()
         event(logging.INFO, "connected", connection=session.name, peer=session.peer)
@@ -308,84 +294,6 @@ class Server:
         if unused and not job.session.unused_said:
             job.session.unused_said = True
             event(logging.WARNING, "unused", connection=job.session.name, keys=unused)
-
-    # HTTP
-
-    async def _http(self, connection: ServerConnection, request: HttpRequest) -> Response | None:
-        """Answer an HTTP request; None lets a robot's handshake go on."""
-        refusal = self._refuse_http(request)
-        if refusal is not None:
-            self._metrics.connections.labels(str(refusal.status_code)).inc()
-            event(logging.WARNING, "refused", peer=_peer(connection), status=refusal.status_code)
-            return refusal
-        if is_robot(request):
-            return None
-        return await self._page(request)
-
-    def _refuse_http(self, request: HttpRequest) -> Response | None:
-        if not authorized(request, self.settings.key):
-            return respond(
-                HTTPStatus.UNAUTHORIZED,
-                "This server needs its API key: Authorization: Api-Key KEY.\n",
-                WWW_Authenticate='Basic realm="sqap: the API key is the password"',
-            )
-        if self.settings.key is None and self.settings.loopback and not is_our_name(request):
-            return respond(HTTPStatus.FORBIDDEN, "Without a key this server answers to localhost alone.\n")
-        if not is_robot(request):
-            return None
-        if (why := self.not_ready()) is not None:
-            return respond(HTTPStatus.SERVICE_UNAVAILABLE, f"Not now: {why}.\n")
-        if len(self._live.robots) >= self.settings.limits.connections:
-            return respond(
-                HTTPStatus.SERVICE_UNAVAILABLE,
-                f"{len(self._live.robots)} robots are connected, as many as may.\n",
-            )
-        return None
-
-    async def _page(self, request: HttpRequest) -> Response:
-        path = path_of(request)
-        if path == "/healthz":
-            return respond(HTTPStatus.OK, "OK\n")
-        if path == "/readyz":
-            why = self.not_ready()
-            return respond(
-                HTTPStatus.OK if why is None else HTTPStatus.SERVICE_UNAVAILABLE, f"{why or 'OK'}\n"
-            )
-        if path == "/metrics":
-            return respond(HTTPStatus.OK, self._metrics.text(), CONTENT_TYPE_LATEST)
-        if path == "/events":
-            return await self._event(request)
-        return self._assets.get(path) or respond(HTTPStatus.NOT_FOUND, "There is nothing at this path.\n")
-
-    async def _event(self, request: HttpRequest) -> Response:
-        """Wait for something new, at most `EVENT_SECONDS`, if the page has seen what there is."""
-        seen, until = query(request, "seen"), time.monotonic() + EVENT_SECONDS
-        while seen == str(self._live.changes) and time.monotonic() < until and not self._draining:
-            await asyncio.sleep(0.05)
-        state = {
-            "changes": self._live.changes,
-            "not_ready": self.not_ready(),
-            "waiting": len(self._line),
-            "waiting_limit": self.settings.limits.waiting,
-            "family": self._policy.config.family,
-            **self._live.state(),
-            "shown": None,
-        }
-        robot = self._live.shown(query(request, "robot"))
-        if robot is not None and robot.observation is not None and robot.step is not None:
-            seen_by = robot.name, robot.observation, robot.step
-            state["shown"] = await asyncio.to_thread(
-                self._live.picture, *seen_by
-            )  # robots do not wait for it
-        return one_event(state)
-
-    def _count(self, outcome: str) -> Any:
-        return lambda: self._metrics.connections.labels(outcome).inc()
-
-
-def _peer(connection: ServerConnection) -> str:
-    """Address and port, of a connection that may be gone already."""
-    return ":".join(map(str, (connection.remote_address or ("unknown",))[:2]))
 
 
 def _say_end(work: asyncio.Task[None]) -> None:
