@@ -8,12 +8,14 @@ import time
 
 import numpy as np
 import pytest
+from websockets.sync.server import serve
 
 from sqap import environments
 from sqap.errors import InputError
 from sqap.evaluation.rollout import run_episode
 from sqap.pruning.memory import Memory
 from sqap.serving import AsyncPolicyClient, Limits, PolicyClient, Refused, Rejected, Unreachable
+from sqap.serving.wire import pack
 from tests.serving.tools import KEY, Gate, free_port
 
 
@@ -151,6 +153,27 @@ def test_an_observation_is_sent_again_where_the_connection_broke(start, policy, 
         gate.open()
         asking.join(20)
     assert np.array_equal(answers[0].actions, policy.act(observe(1), seed=1))
+
+
+def test_a_server_that_closes_again_and_again_is_asked_less_and_less_often(observe):
+    visits = 0
+
+    def leave(connection) -> None:
+        nonlocal visits
+        visits += 1
+        connection.send(pack({"server": "other"}))
+
+    with serve(leave, "127.0.0.1", 0) as server:
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        with (
+            PolicyClient(port=server.socket.getsockname()[1], timeout=1) as client,
+            pytest.raises(Unreachable, match="in 1 s: "),
+        ):
+            client.infer(observe())
+        server.shutdown()
+        serving.join()
+    assert 1 <= visits < 20
 
 
 def cut(running) -> None:

@@ -272,6 +272,28 @@ def test_a_bug_is_logged_and_not_told(start, policy, observe, caplog):
     assert "secret" in str(record.exc_info[1])
 
 
+def test_a_bug_in_one_robots_step_harms_no_other_in_its_batch(start, policy, observe):
+    class Crashes(Gate):
+        def steps(self, observations, **given):
+            found = super().steps(observations, **given)
+            if any(observation.instruction == "crash" for observation in observations):
+                raise RuntimeError
+            return found
+
+    gate = Crashes(policy)
+    running = start(gate)
+    with robot(running) as first, robot(running) as bad, robot(running) as good:
+        gate.shut()
+        first.send(pack(write_request(observe(0))))
+        gate.wait_for_step()
+        bad.send(pack(write_request(observe(1, instruction="crash"))))
+        good.send(pack(write_request(observe(2), seed=2)))
+        gate.wait_for_line(running, 2)
+        gate.open()
+        assert "met a bug (RuntimeError)" in bad.recv(10)
+        assert np.array_equal(unpack(good.recv(10))["actions"], policy.act(observe(2), seed=2))
+
+
 def test_draining_answers_what_waits_and_lets_nobody_in(start, policy, observe):
     gate = Gate(policy)
     running = start(gate)

@@ -250,8 +250,8 @@ class Loop:
             self._first = delay
         else:
             self.report.delays.append(delay)
-        if (problem_ := self._limits.problem(step.chunk)) is not None:
-            self._fault("refused", problem_)
+        if (why := self._limits.problem(step.chunk)) is not None:
+            self._fault("refused", why)
         elif self._plan.replace(step.chunk, asked.executed):
             self._memory = step.memory
             self.report.chunks += 1

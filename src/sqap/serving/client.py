@@ -141,7 +141,7 @@ class AsyncPolicyClient:
         await self.close()
 
     async def _ask(self, frame: bytes) -> dict[str, Any]:
-        while True:
+        for wait in _waits():
             connection = await self._connect()
             try:
                 self._owed += 1
@@ -151,8 +151,10 @@ class AsyncPolicyClient:
                     self._owed -= 1
                     if not self._owed:
                         return self._read(reply)
-            except ConnectionClosed:
-                self._connection = None
+            except ConnectionClosed as problem:
+                self._connection, self._why = None, str(problem)
+            await asyncio.sleep(wait)
+        raise AssertionError("there is no last attempt")
 
     def _read(self, reply: str | bytes) -> dict[str, Any]:
         if isinstance(reply, bytes):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sqap.errors import SqapError, panics_raise
+from sqap.errors import panics_raise
 from sqap.observation import Camera, Observation
 from sqap.policy import Policy, Step
 from sqap.serving.sessions import Job, Line
@@ -103,12 +103,10 @@ def act(policy: Policy, jobs: Sequence[Job]) -> list[Outcome]:
                     memories=[job.session.memory for job in jobs],
                 )
             )
-    except SqapError as problem:
+    except Exception as problem:  # also a bug, which must end neither the thread nor the others' steps
         if len(jobs) > 1:
             return [outcome for job in jobs for outcome in act(policy, [job])]
         return [problem]
-    except Exception as problem:  # a bug, which must end neither the thread nor the others' steps
-        return [problem] * len(jobs)
 
 
 def warm_up(policy: Policy) -> None:

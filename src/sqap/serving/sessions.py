@@ -46,7 +46,7 @@ class Rate:
 
 @dataclass(eq=False)
 class Session:
-    """One connection, which is one robot: what its step leaves to the next, and what the page shows of it.
+    """One connection, which is one robot, and what its step leaves to the next.
 
     Args:
         name: of the connection, unique in this server.
@@ -64,7 +64,6 @@ class Session:
     over: bool = False  # nothing more is answered
     requests: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     unused_said: bool = False
-    previous_ms: float | None = None
     ensemble: AdaptiveEnsemble | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -121,7 +120,7 @@ class Job:
 
 
 class Line:
-    """Robots whose observation waits: one each, first come first served, so none waits for another twice.
+    """Robots whose observation waits, in the order in which they came; each has one place.
 
     Args:
         limits: how many may wait, and how many are taken at once.
