@@ -56,7 +56,7 @@ class AsyncPolicyClient:
     """One robot's connection to a policy server in openpi's protocol.
 
     It connects when it is first used, and again when the connection broke, waiting longer between attempts. A
-    new connection is a new episode for the server. Not for several tasks at once: replies come in order.
+    new connection is a new episode for the server. Of several tasks that ask, one is served after the other.
 
     Args:
         host: name or address, or a whole ``ws://`` or ``wss://`` address.
@@ -90,7 +90,8 @@ class AsyncPolicyClient:
         self._metadata: dict[str, Any] = {}
         self._owed = 0  # replies to observations that were given up
         self._reset = False
-        self._why = ""  # there is no connection
+        self._why = ""  # there is no answer
+        self._turn = asyncio.Lock()
 
     async def metadata(self) -> dict[str, Any]:
         """What the server says of its policy; see docs/serve.md.
@@ -99,7 +100,7 @@ class AsyncPolicyClient:
             Unreachable: there is no server.
             Rejected: it does not let this robot in.
         """
-        await self._within(self._connect())
+        await self._within(self._greet())
         return self._metadata
 
     async def infer(
@@ -119,9 +120,13 @@ class AsyncPolicyClient:
             Rejected: the server would never act on it.
             Unreachable: there is no answer in time.
         """
-        message = write_request(observation, seed=seed, reset=self._reset, deadline_s=deadline_s)
-        found = await self._within(self._ask(pack(message)))
-        self._reset = False
+        reset, self._reset = self._reset, False
+        message = write_request(observation, seed=seed, reset=reset, deadline_s=deadline_s)
+        try:
+            found = await self._within(self._ask(pack(message)))
+        except BaseException:
+            self._reset = self._reset or reset
+            raise
         return _reply(found)
 
     def reset(self) -> None:
@@ -141,20 +146,29 @@ class AsyncPolicyClient:
         await self.close()
 
     async def _ask(self, frame: bytes) -> dict[str, Any]:
-        for wait in _waits():
-            connection = await self._connect()
-            try:
-                self._owed += 1
-                await connection.send(frame)
-                while True:
-                    reply = await connection.recv()
-                    self._owed -= 1
-                    if not self._owed:
-                        return self._read(reply)
-            except ConnectionClosed as problem:
-                self._connection, self._why = None, str(problem)
-            await asyncio.sleep(wait)
-        raise AssertionError("there is no last attempt")
+        async with self._turn:
+            for wait in _waits():
+                connection = await self._connect()
+                try:
+                    return self._read(await self._exchange(connection, frame))
+                except ConnectionClosed as problem:
+                    self._connection, self._why = None, str(problem)
+                await asyncio.sleep(wait)
+            raise AssertionError("there is no last attempt")
+
+    async def _greet(self) -> None:
+        async with self._turn:
+            await self._connect()
+
+    async def _exchange(self, connection: ClientConnection, frame: bytes) -> str | bytes:
+        """The reply to a frame; replies come in order, those that nobody waits for any more first."""
+        self._owed += 1
+        await connection.send(frame)
+        while True:
+            reply = await connection.recv()
+            self._owed -= 1
+            if not self._owed:
+                return reply
 
     def _read(self, reply: str | bytes) -> dict[str, Any]:
         if isinstance(reply, bytes):
