@@ -27,7 +27,7 @@ from rich.table import Table
 import sqap
 from sqap import environments
 from sqap.build import build_id
-from sqap.control import Hold, Limits, Loop
+from sqap.control import ActionLimits, Hold, Loop
 from sqap.control.simulated import Delayed, SimulatedClock
 from sqap.environments import Environment
 from sqap.evaluation.statistics import wilson
@@ -38,7 +38,7 @@ from sqap.policy import Policy
 FIRST_SEED = 1_500_000  # not of training, and of no other benchmark
 TASKS = "drawer-open,window-close,door-open,button-press-topdown"
 HOLD = Hold(np.zeros(4), keep=(3,))  # the fingers' effort goes on
-LIMITS = Limits(np.full(4, -1.0), np.full(4, 1.0))
+LIMITS = ActionLimits(np.full(4, -1.0), np.full(4, 1.0))
 COLORS = ((90, 98, 110), (47, 111, 179), (217, 138, 31), (0, 124, 90))
 
 

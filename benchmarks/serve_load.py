@@ -39,7 +39,7 @@ from sqap.files import write_json
 from sqap.observation import Observation
 from sqap.policy import Policy, Step
 from sqap.process import available_cores
-from sqap.serving import AsyncPolicyClient, Limits, PolicyClient, Refused, Settings, run
+from sqap.serving import AsyncPolicyClient, Limits, PolicyClient, Refused, ServerSettings, run
 
 WARM_UP_SECONDS = 1.0
 HANDSHAKE = (
@@ -97,7 +97,7 @@ def serve(source: str, candidate: Candidate, robots: int, threads: int, pipe: Co
     policy: Any = sqap.load(source)
     policy.load_weights()
     limits = Limits(connections=robots + 8, rate_hz=1e6, waiting=max(64, robots), batch=candidate.batch)
-    run(Null(policy) if candidate.null else policy, Settings(port=0, limits=limits), pipe.send)
+    run(Null(policy) if candidate.null else policy, ServerSettings(port=0, limits=limits), pipe.send)
 
 
 class Server:

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from sqap import environments
-from sqap.control import Hold, Limits, Loop
+from sqap.control import ActionLimits, Hold, Loop
 from sqap.control.simulated import Delayed, SimulatedClock
 from sqap.errors import InputError
 from sqap.evaluation.rollout import run_episode
 from sqap.policy import Step
 
 PERIOD = 0.1
-LIMITS = Limits(np.full(4, -1000.0), np.full(4, 1000.0))
+LIMITS = ActionLimits(np.full(4, -1000.0), np.full(4, 1000.0))
 HOLD = Hold(np.zeros(4), keep=(3,))
 
 
@@ -265,10 +265,9 @@ def test_without_delay_it_is_the_evaluations_rollout(policy):
     env = environments.make("metaworld", "reach")
     env.max_steps = 20
     arm, clock = Arm(env, 5), SimulatedClock()
-    report = Loop(
-        policy, arm, 40, limits=Limits(np.full(4, -5.0), np.full(4, 5.0)), hold=HOLD, seed=5, clock=clock,
-        executor=Delayed(clock, lambda: 0.0),
-    ).run(until=lambda: arm.over)  # fmt: skip
+    executor, limits = Delayed(clock, lambda: 0.0), ActionLimits(np.full(4, -5.0), np.full(4, 5.0))
+    loop = Loop(policy, arm, 40, limits=limits, hold=HOLD, seed=5, clock=clock, executor=executor)
+    report = loop.run(until=lambda: arm.over)
     loop_place = env.state_vector
     episode = run_episode(policy, env, 5)
     assert (arm.steps, arm.success) == (episode.steps, episode.success)

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from sqap.control import Hold, Limits, Plan
+from sqap.control import ActionLimits, Hold, Plan
 from sqap.errors import InputError
 
 
@@ -108,6 +108,6 @@ def test_holding_moves_nothing_and_keeps_what_it_should():
     ],
 )
 def test_what_a_robot_may_be_sent(actions, problem):
-    found = Limits(np.array([-1.0, -2.0]), np.array([1.0, 2.0])).problem(actions)
+    found = ActionLimits(np.array([-1.0, -2.0]), np.array([1.0, 2.0])).problem(actions)
     assert (found is None) == (problem is None)
     assert problem is None or re.search(problem, found)

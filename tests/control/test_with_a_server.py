@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sqap.control import Hold, Limits, Loop
+from sqap.control import ActionLimits, Hold, Loop
 from sqap.serving import PolicyClient
 from tests.serving.tools import free_port, serving
 
@@ -31,7 +31,7 @@ class Arm:
 def test_a_server_killed_and_started_again_is_held_for_and_found_again(saved: Path, observe):
     port, over = free_port(), threading.Event()
     arm = Arm(observe())
-    limits = Limits(np.full(4, -5.0), np.full(4, 5.0))
+    limits = ActionLimits(np.full(4, -5.0), np.full(4, 5.0))
 
     def wait(condition) -> None:
         until = time.monotonic() + 60

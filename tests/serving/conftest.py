@@ -12,13 +12,13 @@ import pytest
 
 from sqap import Policy
 from sqap.serving.server import Server
-from sqap.serving.settings import Settings
+from sqap.serving.settings import ServerSettings
 
 
 class Running:
     """A server whose event loop runs in a thread."""
 
-    def __init__(self, policy: Policy, settings: Settings) -> None:
+    def __init__(self, policy: Policy, settings: ServerSettings) -> None:
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
@@ -53,7 +53,7 @@ def start(policy: Policy) -> Iterator[StartServer]:
     with contextlib.ExitStack() as stack:
 
         def make(served: Policy = policy, **settings: Any) -> Running:
-            running = Running(served, Settings(**{"port": 0} | settings))
+            running = Running(served, ServerSettings(**{"port": 0} | settings))
             stack.callback(running.close)
             return running
 

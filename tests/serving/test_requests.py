@@ -9,7 +9,7 @@ import pytest
 
 from sqap.errors import InputError
 from sqap.serving.requests import read_request, write_request
-from sqap.serving.settings import Limits, Settings, read_key
+from sqap.serving.settings import Limits, ServerSettings, read_key
 from sqap.serving.wire import pack, unpack
 
 IMAGE = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
@@ -111,7 +111,7 @@ def test_anything_else_is_one_sentence(changes, sentence):
 )
 def test_settings_that_let_strangers_in_or_make_no_sense_are_refused(settings, sentence):
     with pytest.raises(InputError, match=sentence):
-        Settings(**settings)
+        ServerSettings(**settings)
 
 
 @pytest.mark.parametrize(
@@ -125,11 +125,11 @@ def test_settings_that_let_strangers_in_or_make_no_sense_are_refused(settings, s
     ],
 )
 def test_loopback_a_key_or_being_told_so_is_enough(settings):
-    Settings(**settings)
+    ServerSettings(**settings)
 
 
 def test_a_settings_key_is_not_shown():
-    assert "k" * 16 not in repr(Settings(key="k" * 16))
+    assert "k" * 16 not in repr(ServerSettings(key="k" * 16))
 
 
 def test_limits_are_positive():
@@ -168,4 +168,4 @@ def test_a_file_with_something_else_is_no_key(tmp_path: Path, text, sentence):
 
 def test_tls_files_that_are_none_are_said(tmp_path: Path):
     with pytest.raises(InputError, match="cannot serve TLS with"):
-        Settings(tls=(tmp_path / "a", tmp_path / "b")).tls_context()
+        ServerSettings(tls=(tmp_path / "a", tmp_path / "b")).tls_context()

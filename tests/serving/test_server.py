@@ -22,7 +22,7 @@ from sqap.errors import InputError
 from sqap.evaluation.ensemble import AdaptiveEnsemble
 from sqap.evaluation.rollout import run_episode
 from sqap.policy import Step, _check_actions
-from sqap.serving import Limits, PolicyClient, Settings
+from sqap.serving import Limits, PolicyClient, ServerSettings
 from sqap.serving.requests import write_request
 from sqap.serving.server import Server
 from sqap.serving.wire import pack, unpack
@@ -235,13 +235,13 @@ def test_memory_and_ensembles_are_each_robots_own_until_it_resets(start, policy,
 
 def test_an_ensemble_longer_than_a_chunk_is_refused_before_anything_listens(policy):
     with pytest.raises(InputError, match="up to 8 chunks"):
-        asyncio.run(Server(policy, Settings(port=0, ensemble=9)).start())
+        asyncio.run(Server(policy, ServerSettings(port=0, ensemble=9)).start())
 
 
 def test_a_taken_port_is_one_sentence(start, policy):
     running = start()
     with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1 port {running.port}: "):
-        asyncio.run(Server(policy, Settings(port=running.port)).start())
+        asyncio.run(Server(policy, ServerSettings(port=running.port)).start())
 
 
 def test_no_number_that_is_not_finite_leaves(start, policy, observe):

@@ -49,13 +49,13 @@ def serve(
         try:
             from sqap.serving.logs import set_up
             from sqap.serving.run import run
-            from sqap.serving.settings import Limits, Settings, read_key
+            from sqap.serving.settings import Limits, ServerSettings, read_key
         except ModuleNotFoundError as error:
             raise InputError(f'serving needs {error.name}; pip install "sqap[serve]"') from error
 
         if (tls_cert is None) != (tls_key is None):
             raise InputError("TLS needs both files: --tls-cert and --tls-key")
-        settings = Settings(
+        settings = ServerSettings(
             host,
             port,
             None if api_key_file is None else read_key(api_key_file),

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from sqap.control.plan import Hold, Limits, Plan
+from sqap.control.plan import ActionLimits, Hold, Plan
 from sqap.errors import InputError, one_line
 from sqap.evaluation.rollout import Actor, noise_seed
 from sqap.observation import Observation
@@ -142,7 +142,7 @@ class Loop:
         robot: Robot,
         rate_hz: float,
         *,
-        limits: Limits,
+        limits: ActionLimits,
         hold: Hold | None,
         stop_after_s: float | None = None,
         execute: int | None = None,

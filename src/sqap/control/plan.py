@@ -32,7 +32,7 @@ class Hold:
 
 
 @dataclass(frozen=True, eq=False)
-class Limits:
+class ActionLimits:
     """What a robot may be sent.
 
     Args:

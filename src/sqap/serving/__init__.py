@@ -4,7 +4,7 @@ from sqap.serving.client import AsyncPolicyClient, PolicyClient, Rejected, Reply
 from sqap.serving.requests import Refused
 from sqap.serving.run import run
 from sqap.serving.server import Server
-from sqap.serving.settings import Limits, Settings
+from sqap.serving.settings import Limits, ServerSettings
 
 __all__ = [
     "AsyncPolicyClient",
@@ -14,7 +14,7 @@ __all__ = [
     "Rejected",
     "Reply",
     "Server",
-    "Settings",
+    "ServerSettings",
     "Unreachable",
     "run",
 ]

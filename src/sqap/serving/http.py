@@ -23,7 +23,7 @@ from sqap.serving.logs import event
 from sqap.serving.metrics import CONTENT_TYPE_LATEST, Metrics
 from sqap.serving.pages import authorized, is_our_name, is_robot, path_of, query, respond
 from sqap.serving.sessions import Line
-from sqap.serving.settings import Settings
+from sqap.serving.settings import ServerSettings
 
 EVENT_SECONDS = 2.0  # after which the page is told that nothing is new; well within a handshake's time
 LOOK_SECONDS = 0.05  # between two looks whether something is
@@ -49,7 +49,7 @@ class Http:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: ServerSettings,
         family: str,
         live: Live,
         line: Line,

@@ -21,7 +21,7 @@ LATENCIES, EPISODES = 240, 20
 
 
 @dataclass
-class Robot:
+class LiveRobot:
     """What the page knows of a connected robot."""
 
     name: str
@@ -46,14 +46,14 @@ class Live:
         self._config, pruning = policy.config, policy.recipe.pruning
         self._ring = pruning.ring if pruning is not None and pruning.method == "sqap" else None
         self._tokens = policy.config.model.visual_tokens
-        self.robots: dict[str, Robot] = {}
+        self.robots: dict[str, LiveRobot] = {}
         self._latencies: deque[dict[str, float]] = deque(maxlen=LATENCIES)
         self._episodes: deque[dict[str, Any]] = deque(maxlen=EPISODES)
         self.changes = 0
 
     def connect(self, name: str, peer: str) -> None:
         """A robot is there."""
-        self.robots[name] = Robot(name, peer)
+        self.robots[name] = LiveRobot(name, peer)
         self.changes += 1
 
     def disconnect(self, name: str) -> None:
@@ -80,7 +80,7 @@ class Live:
         self._latencies.append(timing)
         self.changes += 1
 
-    def shown(self, wanted: str | None) -> Robot | None:
+    def shown(self, wanted: str | None) -> LiveRobot | None:
         """The robot of that name, or the one that acted last; None if there is none."""
         return self.robots.get(wanted or "") or max(
             self.robots.values(), key=lambda robot: robot.seen, default=None
@@ -114,7 +114,7 @@ class Live:
         kept = self._tokens if selection is None else sum(len(s.kept) for s in step.selections)
         return {"name": name, "kept": kept, "tokens": self._tokens, "image": _jpeg(drawn)}
 
-    def _end_episode(self, robot: Robot) -> None:
+    def _end_episode(self, robot: LiveRobot) -> None:
         if robot.steps:
             seconds = round(time.monotonic() - robot.began, 1)
             self._episodes.append(

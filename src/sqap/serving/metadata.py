@@ -13,7 +13,7 @@ from sqap.kernels import cpu
 from sqap.models.storage import stored_bytes
 from sqap.policy import Policy
 from sqap.processing import action_bounds
-from sqap.serving.settings import Settings
+from sqap.serving.settings import ServerSettings
 
 
 def action_dim(policy: Policy) -> int:
@@ -24,7 +24,7 @@ def action_dim(policy: Policy) -> int:
     return width
 
 
-def metadata(policy: Policy, settings: Settings) -> dict[str, Any]:
+def metadata(policy: Policy, settings: ServerSettings) -> dict[str, Any]:
     """Plain data. The names are explained in docs/serve.md."""
     config, head = policy.config, policy.config.model.head
     bounds = action_bounds(config.actions, head.action_dim)

@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 from sqap.policy import Policy
 from sqap.serving.server import Server
-from sqap.serving.settings import Settings
+from sqap.serving.settings import ServerSettings
 
 # Python lets a thread that computes keep the interpreter for 5 ms at a time, for which robots would wait.
 SWITCH_SECONDS = 0.0005
 
 
-def run(policy: Policy, settings: Settings, started: Callable[[str], None] = lambda url: None) -> None:
+def run(policy: Policy, settings: ServerSettings, started: Callable[[str], None] = lambda url: None) -> None:
     """Serve until SIGTERM or SIGINT, then answer what waits and return.
 
     Args:

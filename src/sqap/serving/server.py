@@ -24,7 +24,7 @@ from sqap.serving.metadata import metadata
 from sqap.serving.metrics import Metrics
 from sqap.serving.requests import REFUSED, Refused, read_request
 from sqap.serving.sessions import Answer, Job, Line, Rate, Session
-from sqap.serving.settings import Settings
+from sqap.serving.settings import ServerSettings
 from sqap.serving.wire import pack, unpack
 
 PING_SECONDS = 20.0  # a robot that does not answer a ping for as long is gone
@@ -50,7 +50,7 @@ class Server:
 
     url: str
 
-    def __init__(self, policy: Policy, settings: Settings) -> None:
+    def __init__(self, policy: Policy, settings: ServerSettings) -> None:
         self._policy, self.settings = policy, settings
         self._live = Live(policy)
         self._line = Line(settings.limits)

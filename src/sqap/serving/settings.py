@@ -44,7 +44,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServerSettings:
     """Where a policy is served, and how.
 
     Args:
