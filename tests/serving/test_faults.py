@@ -14,6 +14,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from sqap import Observation
 from sqap.policy import Step
 from sqap.serving import Limits
 from sqap.serving import server as server_module
@@ -256,22 +257,23 @@ def test_connections_beyond_the_limit_are_dropped_at_once_and_room_comes_back(st
     assert 'sqap_connections_total{outcome="too many"} 1.0' in get(running, "/metrics")[1]
 
 
-def test_memory_is_flat_over_many_steps(start, policy, observe):
+def test_memory_is_flat_over_many_steps(start, policy):
     class Quick(Gate):
         def steps(self, observations, **given):
             return [Step(np.zeros((8, 4), np.float32))] * len(observations)
 
     running = start(Quick(policy), limits=Limits(rate_hz=1e6))
     connection = robot(running)
+    images = np.random.default_rng(0).integers(0, 256, (8, 128, 128, 3), dtype=np.uint8)
 
     def steps(count: int) -> int:
         for i in range(count):
-            ask(connection, observe(i % 7), seed=i)
+            ask(connection, Observation({"corner2": images[i % 8]}, "open the drawer"))
         gc.collect()
         return resident()
 
-    before = steps(1000)
-    assert steps(3000) - before < 10e6
+    before = steps(200)
+    assert steps(400) - before < 400 * images[0].nbytes / 4, "not even a quarter of the images is kept"
     assert len(running.server._live._latencies) <= 240
 
 
