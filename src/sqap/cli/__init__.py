@@ -13,6 +13,7 @@ from sqap.cli.demo import demo
 from sqap.cli.evaluate import evaluate_command
 from sqap.cli.inspect import inspect
 from sqap.cli.sensitivity import sensitivity
+from sqap.cli.serve import serve
 from sqap.cli.tune import tune
 from sqap.terminal import console, set_up
 
@@ -48,6 +49,7 @@ app.command()(tune)
 app.command("eval")(evaluate_command)
 app.command()(inspect)
 app.command()(bench)
+app.command()(serve)
 app.command()(demo)
 
 __all__ = ["app"]

@@ -149,6 +149,23 @@ def unnormalize(
         return actions.astype(np.float32)
 
 
+def action_bounds(steps: Sequence[ActionStep], width: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """The least and the largest action ``(action_dim,)`` in robot units that a policy can give.
+
+    Args:
+        steps: of the policy.
+        width: dimensions of what its model gives.
+
+    Returns:
+        None if the steps do not begin by clamping what the model gives, or add the robot's state to it.
+    """
+    if not steps or not isinstance(steps[0], Clamp) or any(isinstance(step, AddState) for step in steps):
+        return None
+    # The steps after the clamp are monotonic in each dimension.
+    ends = unnormalize(np.stack([np.full(width, -1.0), np.full(width, 1.0)]), steps)
+    return ends.min(axis=0), ends.max(axis=0)
+
+
 def _check(dimensions: tuple[int, ...]) -> None:
     if len(set(dimensions)) != len(dimensions) or min(dimensions, default=0) < 0:
         raise InputError(f"dimensions must be different ones from 0 on, got {list(dimensions)}")

@@ -1,0 +1,282 @@
+"""A policy server under load, on this machine: python benchmarks/serve_load.py --json results.json
+
+For every number of simulated robots, a server in a process of its own answers robots in another, each of
+which sends its next observation when it has its last answer. Candidates:
+
+- ``null``: a policy that computes nothing, so that all the time is the protocol's and the server's. Its
+  robots send at a rate, ``--null-hz``, since without a policy nothing else holds them back.
+- ``batch=1`` and ``batch=16``: the policy, of which a step is for one robot, or for all that wait.
+
+Printed for each: answers a second, the round trip's p50 and p99 as a robot measures it, the p99 of the round
+trip without waiting and policy (``beyond``), the server's processor time an answer, robots a step, refusals,
+and in the file the growth of the server's memory.
+
+``--connects N`` opens and leaves as many connections, a third of them with a handshake, and then asks once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import time
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import sqap
+from sqap.build import build_id
+from sqap.files import write_json
+from sqap.observation import Observation
+from sqap.policy import Policy, Step
+from sqap.process import available_cores
+from sqap.serving import AsyncPolicyClient, Limits, PolicyClient, Refused, ServerSettings, run
+
+WARM_UP_SECONDS = 1.0
+HANDSHAKE = (
+    b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+
+
+class Null:
+    """A policy that answers at once, with zeros."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._step = Step(policy.step(noise(policy)).chunk * 0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._policy, name)
+
+    def steps(self, observations: list[Observation], **_: Any) -> list[Step]:
+        return [self._step] * len(observations)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is loaded: a policy or `Null` in its place, and how many robots a step is for at most."""
+
+    name: str
+    batch: int
+    null: bool = False
+
+
+@dataclass
+class Seen:
+    """What the robots of one run have measured, in milliseconds."""
+
+    round_trips: list[float] = field(default_factory=list)
+    beyond: list[float] = field(default_factory=list)
+    batches: list[float] = field(default_factory=list)
+    refusals: int = 0
+
+
+def noise(policy: Policy, seed: int = 0) -> Observation:
+    """An observation of the size that the policy's camera has."""
+    size = policy.config.model.vision[0].image_size
+    image = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    state = np.zeros(policy.config.state_dim) if policy.config.state_dim else None
+    return Observation(dict.fromkeys(policy.config.cameras, image), "open the drawer", state)
+
+
+def serve(source: str, candidate: Candidate, robots: int, threads: int, pipe: Connection) -> None:
+    """The server's process; it sends its address."""
+    import torch
+
+    torch.set_num_threads(threads)
+    policy: Any = sqap.load(source)
+    policy.load_weights()
+    limits = Limits(connections=robots + 8, rate_hz=1e6, waiting=max(64, robots), batch=candidate.batch)
+    run(Null(policy) if candidate.null else policy, ServerSettings(port=0, limits=limits), pipe.send)
+
+
+class Server:
+    """A server's process and its address."""
+
+    def __init__(self, *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(*arguments, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.url: str = ours.recv()
+
+    @property
+    def resident(self) -> int:
+        """Bytes in memory."""
+        pages = int(Path(f"/proc/{self._process.pid}/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    @property
+    def processor_ms(self) -> float:
+        """Processor time of all its threads."""
+        fields = (
+            Path(f"/proc/{self._process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        )
+        return 1e3 * (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, signal.SIGTERM)
+        self._process.join(20)
+        self._process.kill()
+
+
+async def robot(url: str, observation: Observation, until: float, period: float, seen: Seen) -> None:
+    """Ask until a time, every period or as often as it is answered."""
+    async with AsyncPolicyClient(url, None, timeout=60) as client:
+        await client.metadata()
+        await asyncio.sleep(period * random.random())
+        due = time.monotonic()
+        while (begin := time.monotonic()) < until:
+            try:
+                reply = await client.infer(observation)
+            except Refused:
+                seen.refusals += 1
+                await asyncio.sleep(0.01)
+                continue
+            took, timing = 1e3 * (time.monotonic() - begin), reply.timing
+            seen.round_trips.append(took)
+            seen.beyond.append(took - timing["queue_ms"] - timing["infer_ms"])
+            seen.batches.append(timing["batch"])
+            due = max(due + period, time.monotonic())
+            if period:
+                await asyncio.sleep(due - time.monotonic())
+
+
+async def load(url: str, observations: list[Observation], seconds: float, period: float) -> Seen:
+    """All robots at once."""
+    seen, until = Seen(), time.monotonic() + seconds
+    await asyncio.gather(*(robot(url, o, until, period, seen) for o in observations))
+    return seen
+
+
+def measure(
+    server: Server, candidate: Candidate, robots: int, seconds: float, null_hz: float
+) -> dict[str, Any]:
+    """The row of one candidate and number of robots."""
+    observations = [noise(LOCAL, seed) for seed in range(robots)]
+    period = 1 / null_hz if candidate.null else 0.0
+    asyncio.run(load(server.url, observations, WARM_UP_SECONDS, period))
+    before, used, begin = server.resident, server.processor_ms, time.monotonic()
+    seen = asyncio.run(load(server.url, observations, seconds, period))
+    took = time.monotonic() - begin
+    p50, p99 = np.percentile(seen.round_trips, [50, 99])
+    return {
+        "candidate": asdict(candidate),
+        "robots": robots,
+        "seconds": round(took, 1),
+        "answers_per_second": round(len(seen.round_trips) / took, 1),
+        "p50_ms": round(float(p50), 2),
+        "p99_ms": round(float(p99), 2),
+        "beyond_p50_ms": round(float(np.median(seen.beyond)), 2),
+        "beyond_p99_ms": round(float(np.percentile(seen.beyond, 99)), 2),
+        "processor_ms": round((server.processor_ms - used) / len(seen.round_trips), 2),
+        "robots_a_step": round(float(np.mean(seen.batches)), 2),
+        "refusals": seen.refusals,
+        "memory_growth_bytes": server.resident - before,
+    }
+
+
+def connect_often(server: Server, count: int) -> dict[str, Any]:
+    """Open and leave ``count`` connections."""
+    host, port = server.url.removeprefix("ws://").split(":")
+    before, refused, begin = server.resident, 0, time.monotonic()
+    for i in range(count):
+        try:
+            with socket.create_connection((host, int(port)), timeout=10) as connection:
+                if i % 3 == 0:
+                    connection.sendall(HANDSHAKE)
+        except OSError:
+            refused += 1
+    took = time.monotonic() - begin
+    with PolicyClient(server.url, None, timeout=60) as client:
+        client.infer(noise(LOCAL))
+    growth = server.resident - before
+    return {"connects": count, "refused": refused, "seconds": round(took, 1), "memory_growth_bytes": growth}
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    titles = (
+        "robots",
+        "policy",
+        "answers/s",
+        "p50 ms",
+        "p99",
+        "beyond p99",
+        "CPU ms",
+        "robots a step",
+        "refused",
+    )
+    shown = Table(*titles)
+    for row in rows:
+        shown.add_row(
+            str(row["robots"]),
+            row["candidate"]["name"],
+            f"{row['answers_per_second']:.1f}",
+            f"{row['p50_ms']:.1f}",
+            f"{row['p99_ms']:.1f}",
+            f"{row['beyond_p99_ms']:.2f}",
+            f"{row['processor_ms']:.2f}",
+            f"{row['robots_a_step']:.1f}",
+            str(row["refusals"]),
+        )
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--policy", default="reference")
+    parser.add_argument("--robots", default="1,4,16,64")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each run")
+    parser.add_argument(
+        "--null-hz", type=float, default=10.0, help="observations a second of a robot of null's"
+    )
+    parser.add_argument("--candidates", default="null,batch=1,batch=16")
+    parser.add_argument("--threads", type=int, default=available_cores(), help="of the policy")
+    parser.add_argument("--connects", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    console = Console()
+    global LOCAL
+    LOCAL = sqap.load(options.policy)
+    rows: list[dict[str, Any]] = []
+    connects = None
+    for name in options.candidates.split(","):
+        candidate = (
+            Candidate(name, 16, True) if name == "null" else Candidate(name, int(name.removeprefix("batch=")))
+        )
+        for robots in map(int, options.robots.split(",")):
+            with Server(options.policy, candidate, robots, options.threads) as server:
+                rows.append(measure(server, candidate, robots, options.seconds, options.null_hz))
+                console.print(table(rows[-1:]))
+                if options.connects and connects is None:
+                    connects = connect_often(server, options.connects)
+                    console.print(connects)
+    console.print(table(rows))
+    if options.json is not None:
+        settings = {"policy": options.policy, "threads": options.threads, "null_hz": options.null_hz}
+        write_json(
+            options.json, {"build": build_id(), "settings": settings, "rows": rows, "connects": connects}
+        )
+
+
+LOCAL: Policy
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""A server in the foreground, until a signal tells it to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Callable
+
+from sqap.policy import Policy
+from sqap.serving.server import Server
+from sqap.serving.settings import ServerSettings
+
+# Python lets a thread that computes keep the interpreter for 5 ms at a time, for which robots would wait.
+SWITCH_SECONDS = 0.0005
+
+
+def run(policy: Policy, settings: ServerSettings, started: Callable[[str], None] = lambda url: None) -> None:
+    """Serve until SIGTERM or SIGINT, then answer what waits and return.
+
+    Args:
+        policy: what acts.
+        settings: of the server.
+        started: called with the address when it listens.
+
+    Raises:
+        InputError: as `Server.start`.
+    """
+    sys.setswitchinterval(SWITCH_SECONDS)
+    asyncio.run(_run(Server(policy, settings), started))
+
+
+async def _run(server: Server, started: Callable[[str], None]) -> None:
+    loop, told = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
+    await server.start()
+    started(server.url)
+    await told.wait()
+    for number in (signal.SIGTERM, signal.SIGINT):  # a second one ends the process at once
+        loop.remove_signal_handler(number)
+    await server.stop()
