@@ -1,6 +1,6 @@
-"""Checkpoint directories as OpenVLA, CogACT and OpenVLA-OFT are published, with random weights of any size.
+"""Checkpoint directories as policies are published, with random weights of any size.
 
-    python benchmarks/published.py {openvla,cogact,native-openvla,oft-libero,...} DIR [--full] [--seed 0]
+    python benchmarks/published.py {openvla,cogact,oft-libero,smolvla,...} DIR [--full] [--seed 0]
 
 Names, shapes, types, files and configurations are those of the published directories; figures in them are
 made up. `TINY` is for tests: 32064 rows as published, 128 channels, three layers. `FULL` is the real size, in
@@ -21,6 +21,7 @@ from pathlib import Path
 import published_names as names
 import published_text as text
 import torch
+from published_lerobot import FULL_SMOLVLA, TINY_SMOLVLA, write_smolvla
 from published_names import FULL, TINY, Shapes, Sizes
 from published_weights import Spec, write_pickle, write_shards
 
@@ -119,6 +120,10 @@ def write_openvla_oft(
         write_pickle(directory / f"vision_backbone--{STEP}_checkpoint.pt", specs, seed)
 
 
+def _write_smolvla(directory: Path, sizes: Sizes, seed: int) -> None:
+    write_smolvla(directory, FULL_SMOLVLA if sizes is FULL else TINY_SMOLVLA, seed)
+
+
 FAMILIES: dict[str, Callable[[Path, Sizes, int], None]] = {
     "openvla": write_openvla,
     "cogact": write_cogact,
@@ -126,7 +131,18 @@ FAMILIES: dict[str, Callable[[Path, Sizes, int], None]] = {
     "oft-libero": write_openvla_oft,
     "oft-bridge": partial(write_openvla_oft, platform="bridge", proprio=False),
     "oft-aloha": partial(write_openvla_oft, platform="aloha", film=True),
+    "smolvla": _write_smolvla,
 }
+# For tests, which name them.
+__all__ = [
+    "FULL",
+    "TINY",
+    "TINY_SMOLVLA",
+    "write_cogact",
+    "write_openvla",
+    "write_openvla_oft",
+    "write_smolvla",
+]
 
 
 def _specs(shapes: Shapes, dtype: torch.dtype = torch.bfloat16) -> dict[str, Spec]:

@@ -51,9 +51,18 @@ def family_config(family: str) -> ModelConfig:
     if family == "flow":
         flow = FlowHeadConfig(action_dim=4, horizon=6, width=24, mlp_width=40)
         large = dataclasses.replace(CONVOLUTIONAL, image_size=64)
-        decoder = dataclasses.replace(DECODER, causal=False)
+        decoder = dataclasses.replace(DECODER, causal=False, embed_scale=32**0.5)
         return ModelConfig(
-            (large,), (32,), decoder, flow, 2, cameras=2, proprio_dim=5, proprio_layers=1, image_first=True
+            (large,),
+            (32,),
+            decoder,
+            flow,
+            pixel_shuffle=2,
+            cameras=2,
+            proprio_dim=5,
+            proprio_layers=1,
+            image_first=True,
+            projector_bias=False,
         )
     film = dataclasses.replace(DINO, film=True), dataclasses.replace(CONVOLUTIONAL, film=True)
     decoder = dataclasses.replace(DECODER, causal=False)

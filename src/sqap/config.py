@@ -21,6 +21,7 @@ class PolicyConfig:
         prompt: how the instruction becomes token ids.
         state: what is done to the robot's state, for policies that read it.
         units: what the actions mean, for reports in millimetres; None if that is not known.
+        n_action_steps: how many actions of a chunk are executed before the next one; None for all.
     """
 
     family: str
@@ -31,6 +32,7 @@ class PolicyConfig:
     prompt: PromptConfig = PromptConfig()  # noqa: RUF009 - it is frozen
     state: tuple[StateStep, ...] | None = None
     units: ActionUnits | None = None
+    n_action_steps: int | None = None
 
     @property
     def state_dim(self) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from sqap.errors import InputError
+
+# Before a camera's name in LeRobot's datasets and policies, the longer first.
+CAMERA_PREFIXES = "observation.images.", "observation."
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,17 @@ class Observation:
             object.__setattr__(self, "state", _finite_vector("state", self.state, None))
         if self.end_effector is not None:
             object.__setattr__(self, "end_effector", _finite_vector("end_effector", self.end_effector, 3))
+
+
+def short_name(camera: str) -> str:
+    """A camera's name without LeRobot's prefix: ``top`` for ``observation.images.top``."""
+    prefix = next((prefix for prefix in CAMERA_PREFIXES if camera.startswith(prefix)), "")
+    return camera.removeprefix(prefix)
+
+
+def find_camera(camera: str, names: Collection[str]) -> str | None:
+    """The one of ``names`` that a policy's ``camera`` is: it itself, or else its short name; None if none."""
+    return next((name for name in (camera, short_name(camera)) if name in names), None)
 
 
 def _check_image(name: str, image: object) -> None:

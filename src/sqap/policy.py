@@ -21,7 +21,7 @@ from sqap.models import VLA, ModelConfig, ModelInputs
 from sqap.models.stages import stages
 from sqap.models.storage import Rounded, Weights, fill, unify, widen
 from sqap.models.through import Through, direct
-from sqap.observation import Observation
+from sqap.observation import Observation, find_camera
 from sqap.processing import normalize_state, pixel_values, prompt_ids, unnormalize, window
 from sqap.pruning import Selection, Selector, StepPruner
 from sqap.pruning.attention import score_queries
@@ -198,26 +198,31 @@ class Policy:
                 makes nothing of its instruction that the model can read.
         """
         config, head = self.config, self.config.model.head
-        ids = prompt_ids(observation.instruction, config.prompt, self.tokenizer)
+        state = self.proprio(observation)
+        told = state[0].numpy() if state is not None and config.prompt.tells_state else None
+        ids = prompt_ids(observation.instruction, config.prompt, self.tokenizer, told)
         _check_ids(ids, config.model)
         noise = None
         if head.noisy:
             shape = 1, head.horizon, head.action_dim
             noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-        return ModelInputs(self.pixels(observation), ids, noise, self.proprio(observation))
+        return ModelInputs(self.pixels(observation), ids, noise, state if told is None else None)
 
     def pixels(self, observation: Observation) -> list[torch.Tensor]:
         """The images as the model sees them, one ``(cameras, 3, size, size)`` tensor per vision encoder."""
-        missing = [camera for camera in self.config.cameras if camera not in observation.images]
-        if missing:
+        names = [find_camera(camera, observation.images) for camera in self.config.cameras]
+        images = [observation.images[name] for name in names if name is not None]
+        if len(images) < len(names):
+            lacking, wanted = self.config.cameras[names.index(None)], ", ".join(self.config.cameras)
             raise InputError(
-                f"the policy reads camera {missing[0]!r}; the observation has {sorted(observation.images)}"
+                f"the policy reads camera {lacking!r}; the observation has {sorted(observation.images)}, and "
+                f"the policy's cameras are {wanted}: name the images so, or load the published policy with "
+                "the observation's names as its cameras (--cameras)"
             )
-        images = [observation.images[camera] for camera in self.config.cameras]
         return [torch.cat([pixel_values(image, steps) for image in images]) for steps in self.config.images]
 
     def proprio(self, observation: Observation) -> torch.Tensor | None:
-        """The normalised state ``(1, proprio_dim)``, of policies that read it."""
+        """The normalised state ``(1, proprio_dim)``, of policies that read it or are told it in words."""
         if self.config.state is None:
             return None
         if observation.state is None:
@@ -312,10 +317,11 @@ class Policy:
 
     def _target(self, observation: Observation, camera: str) -> tuple[float, float] | None:
         """Where the end effector is in what is looked at of a camera's image, if the observation tells."""
-        if camera not in observation.cameras or observation.end_effector is None:
+        name = find_camera(camera, observation.cameras)
+        if name is None or observation.end_effector is None:
             return None
-        shape = observation.images[camera].shape[:2]
-        place = project(observation.cameras[camera], observation.end_effector, shape)
+        shape = observation.images[name].shape[:2]
+        place = project(observation.cameras[name], observation.end_effector, shape)
         return None if place is None else window(self.config.images[0], shape).into(place)
 
 

@@ -58,7 +58,7 @@ def observation(policy: sqap.Policy) -> Observation:
     return Observation(images, "Open the Drawer", state)
 
 
-@pytest.mark.parametrize("family", ["openvla", "cogact", "oft-libero", "oft-aloha"])
+@pytest.mark.parametrize("family", ["openvla", "cogact", "oft-libero", "oft-aloha", "smolvla"])
 def test_a_published_directory_is_compressed_and_acts(written: Publish, tmp_path: Path, family: str) -> None:
     source, key = written(family), KEYS.get(family)
     original = sqap.load(source, unnorm_key=key)

@@ -18,12 +18,13 @@ from sqap.errors import CheckpointError
         ("oft-aloha", "OpenVLA-OFT"),
         ("cogact", "CogACT and OpenVLA in Prismatic's own layout"),
         ("native-openvla", "CogACT and OpenVLA in Prismatic's own layout"),
+        ("smolvla", "SmolVLA"),
     ],
 )
 def test_published_directories_are_recognised_and_opened(written, family, name):
     found = recognise(written(family))
     assert found.name == name
-    key = None if family.startswith("oft") else "bridge_orig"
+    key = "bridge_orig" if "openvla" in family or family == "cogact" else None
     published = found.open(written(family), Choices(unnorm_key=key))
     expected = {"native": "openvla", "oft": "openvla-oft"}.get(family.partition("-")[0], family)
     assert published.config.family == expected
@@ -38,11 +39,23 @@ def test_any_part_that_was_tuned_beside_it_makes_it_openvla_oft(publish, part):
     assert recognise(directory).name == "OpenVLA-OFT"
 
 
-@pytest.mark.parametrize("kind", ["smolvla", "pi0"])
-def test_lerobots_policies_are_known_by_name(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("groot", "GR00T"), ("xvla", "X-VLA"), ("pi0_fast", "pi0-FAST"), ("pi0fast", "pi0-FAST")],
+)
+def test_lerobots_policies_are_known_by_name(tmp_path, kind, name):
     (tmp_path / "config.json").write_text(json.dumps({"type": kind, "n_obs_steps": 1}))
     with pytest.raises(
-        CheckpointError, match=f"LeRobot's {kind} is not supported yet; known are OpenVLA; Open"
+        CheckpointError, match=f"LeRobot's {name} is not supported; known are OpenVLA; .*; SmolVLA"
+    ):
+        recognise(tmp_path)
+
+
+def test_openpis_jax_checkpoints_are_told_where_they_are_for_pytorch(tmp_path):
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "_METADATA").write_text("{}")
+    with pytest.raises(
+        CheckpointError, match=r"openpi's JAX checkpoints, which LeRobot has .*lerobot/pi0_base"
     ):
         recognise(tmp_path)
 
@@ -63,7 +76,7 @@ def test_other_families_are_told_what_was_found_and_what_is_known(tmp_path, conf
     assert str(error.value) == (
         f"{tmp_path} is of no family that sqap knows: "
         + (found if found.startswith("its") else f"its config.json {found}")
-        + "; known are OpenVLA; OpenVLA-OFT; CogACT and OpenVLA in Prismatic's own layout"
+        + "; known are OpenVLA; OpenVLA-OFT; CogACT and OpenVLA in Prismatic's own layout; SmolVLA"
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -165,6 +167,13 @@ def test_time_is_told_by_periods_from_the_shortest_to_the_longest() -> None:
     assert embedded[0] == pytest.approx(1.0)  # a quarter of 4 ms
     assert embedded[half - 1] == pytest.approx(0.00157, abs=1e-5)  # of 4 s
     torch.testing.assert_close(embedded[:half].square() + embedded[half:].square(), torch.ones(half))
+
+
+def test_time_is_rounded_to_32_bits_before_its_angles_are_computed() -> None:
+    assert isinstance(CONFIG.head, FlowHeadConfig)
+    found = time_embedding(0.3, CONFIG.head, CPU)[0]
+    assert float(found) == pytest.approx(math.sin(2 * math.pi * float(np.float32(0.3)) / 0.004), abs=1e-6)
+    assert float(found) != pytest.approx(math.sin(2 * math.pi * 0.3 / 0.004), abs=1e-6)
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sqap.errors import InputError
 from sqap.models import VLA, ModelConfig, ModelInputs
 from sqap.models.projector import Projector
 from sqap.models.stream import LayerOutput
@@ -174,6 +175,29 @@ def test_projector_has_gelu_between_its_linears() -> None:
     )
     x = torch.randn(2, 5, 6)
     torch.testing.assert_close(projector(x), reference(x))
+
+
+@torch.no_grad()
+def test_a_projector_may_have_no_biases() -> None:
+    projector = Projector(6, (10, 4), bias=False)
+    assert [name for name, _ in projector.named_parameters()] == ["layers.0.weight", "layers.1.weight"]
+    assert torch.equal(projector(torch.zeros(1, 2, 6)), torch.zeros(1, 2, 4))
+
+
+@torch.no_grad()
+def test_text_alone_is_scaled() -> None:
+    """Not the state, nor what FiLM is told of the text."""
+    config = family_config("regression")
+    scaled = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, embed_scale=3.0))
+    inputs = random_inputs(config, 1)
+    before, after = (random_model(c).embed(inputs)[0] for c in (config, scaled))
+    text = torch.tensor([0, 34, 35, 36, len(before) - 1])
+    torch.testing.assert_close(after[text], 3 * before[text])
+    rest = torch.ones(len(before), dtype=torch.bool)
+    rest[text] = False
+    assert torch.equal(after[rest], before[rest])
+    with pytest.raises(InputError, match="embed_scale must be positive, got 0"):
+        dataclasses.replace(config.decoder, embed_scale=0.0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

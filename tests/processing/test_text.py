@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from sqap.errors import InputError
-from sqap.processing import EndWith, Lower, PromptConfig, Template, prompt_ids
+from sqap.processing import EndWith, Lower, PromptConfig, Spaces, Template, prompt_ids
+from sqap.processing.text import state_text
 
 
 def words(*known: str) -> Tokenizer:
@@ -72,7 +74,10 @@ def test_only_so_many_tokens_are_kept_and_special_ones_count() -> None:
 @pytest.mark.parametrize(
     ("template", "sentence"),
     [
-        ("do it", r"must have \{instruction\} in it, once and nothing else in braces, got 'do it'"),
+        ("do it", r"in it, once and nothing else in braces but one \{state\}, got 'do it'"),
+        ("{state}", r"must have \{instruction\} in it, once"),
+        ("{instruction} {state} {state}", r"must have \{instruction\} in it, once"),
+        ("{instruction:>9}", r"must have \{instruction\} in it, once"),
         ("{instruction} {instruction}", r"must have \{instruction\} in it, once"),
         ("{instruction} {robot}", r"must have \{instruction\} in it, once"),
         ("{instruction!r}", r"must have \{instruction\} in it, once"),
@@ -84,3 +89,26 @@ def test_a_template_is_around_one_instruction(template: str, sentence: str) -> N
         Template(template)
     with pytest.raises(InputError, match="longest must be at least 1 or null, got 0"):
         PromptConfig(longest=0)
+
+
+def test_a_state_is_told_in_bins() -> None:
+    """pi0.5's: 256 bins of [-1, 1], the last one from 1 on, and -1 below; nothing is clipped."""
+    state = np.array([-1.5, -1.0, -0.9921876, -0.9921875, 0.0, 0.5, 127 / 128, 0.99, 1.0, 7.0])
+    assert state_text(state) == "-1 0 0 1 128 192 255 254 255 255"
+    assert state_text(np.array([np.nextafter(-1, -2)])) == "0"  # rounded to 32 bits first
+
+
+def test_a_prompt_tells_the_state() -> None:
+    template = Template("Task: {instruction}, State: {state};\nAction: ")
+    assert template.tells_state
+    assert PromptConfig((Spaces(), template)).tells_state
+    assert not PromptConfig((Template("do {instruction}"),)).tells_state
+    assert template("open {it}", "1 2") == "Task: open {it}, State: 1 2;\nAction: "
+    tokenizer = words("?", "fold", "the", "towel", "by", "128", "-1")
+    prompt = PromptConfig((Spaces(), Template("{instruction} by {state}")))
+    ids = prompt_ids(" fold the_towel\n", prompt, tokenizer, np.array([0.0, -2.0]))
+    assert ids.tolist() == [[1, 2, 3, 4, 5, 6]]
+
+
+def test_underscores_and_line_breaks_become_spaces() -> None:
+    assert Spaces()("  a_b\nc \n") == "a b c"

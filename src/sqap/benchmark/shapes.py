@@ -57,13 +57,16 @@ def _prismatic(
 SMOLVLA = ModelConfig(
     vision=(VisionConfig(512, 16, 768, 12, 12, 3072, activation="gelu_tanh"),),
     projector=(960,),
-    decoder=DecoderConfig(49_280, 960, 16, 15, 5, 64, 2560, norm_eps=1e-5, causal=False),
+    decoder=DecoderConfig(
+        49_280, 960, 16, 15, 5, 64, 2560, norm_eps=1e-5, causal=False, embed_scale=960**0.5
+    ),
     head=FlowHeadConfig(action_dim=32, horizon=50, width=720, mlp_width=2048),
     pixel_shuffle=4,
     cameras=2,
     proprio_dim=32,
     proprio_layers=1,
     image_first=True,
+    projector_bias=False,
 )
 
 SHAPES = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def parse(name: str) -> tuple[str, str | None] | None:
     return (match["repository"], match["revision"]) if match else None
 
 
-def download(name: str, revision: str | None = None) -> Snapshot:
+def download(name: str, revision: str | None = None, needed: Sequence[str] = NEEDED) -> Snapshot:
     """The files that sqap reads of a repository; those that were downloaded before are not fetched again.
 
     It is logged before, since what is named may have been meant as a directory.
@@ -39,6 +40,7 @@ def download(name: str, revision: str | None = None) -> Snapshot:
     Args:
         name: ``org/name`` or ``org/name@revision``.
         revision: a branch, a tag or a commit; ``main`` if neither this nor the name says.
+        needed: patterns of the files' names.
 
     Raises:
         CheckpointError: there is no such repository or revision, its terms have to be accepted first, or the
@@ -59,7 +61,7 @@ def download(name: str, revision: str | None = None) -> Snapshot:
 
     try:
         directory = Path(
-            snapshot_download(repository, revision=wanted, allow_patterns=NEEDED, ignore_patterns=UNNEEDED)
+            snapshot_download(repository, revision=wanted, allow_patterns=[*needed], ignore_patterns=UNNEEDED)
         )
     except Exception as problem:  # each of the hub's releases brings another network library's exceptions
         raise CheckpointError(_explain(problem, repository, wanted)) from problem

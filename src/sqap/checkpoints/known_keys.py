@@ -133,3 +133,35 @@ RESIZE = Keys(
     # As PIL's numbers, and as torchvision's names.
     fixed={"interpolation": (3, "bicubic"), "antialias": (True,), "max_size": ()},
 )
+# What LeRobot writes of any policy.
+_LEROBOT_READ = _words(
+    "type input_features output_features normalization_mapping chunk_size n_action_steps max_state_dim",
+    "max_action_dim min_period max_period tokenizer_max_length use_peft",
+)
+_LEROBOT_FIXED: dict[str, tuple[Any, ...]] = {"n_obs_steps": (1,)}
+# Training, and how it is run; empty cameras are pictures that nothing reads, and real-time chunking changes a
+# chunk only by the one before it.
+_LEROBOT_IDLE = _words(
+    "device use_amp push_to_hub repo_id private tags license pretrained_path pretrained_revision rtc_config",
+    "compile_model compile_mode empty_cameras freeze_vision_encoder train_expert_only gradient_checkpointing",
+    "optimizer_lr optimizer_betas optimizer_eps optimizer_weight_decay optimizer_grad_clip_norm",
+    "scheduler_warmup_steps scheduler_decay_steps scheduler_decay_lr",
+)
+SMOLVLA = Keys(
+    read=_LEROBOT_READ
+    | _words(
+        "resize_imgs_with_padding num_steps vlm_model_name attention_mode num_vlm_layers num_expert_layers",
+        "self_attn_every_n_layers",
+    ),
+    fixed=_LEROBOT_FIXED
+    | {
+        "add_image_special_tokens": (False,),
+        "adapt_to_pi_aloha": (False,),
+        "use_delta_joint_actions_aloha": (False,),
+    },
+    # Padding of the prompt and the prefix is masked, and what is masked takes no position.
+    idle=_LEROBOT_IDLE
+    | _words(
+        "use_cache train_state_proj load_vlm_weights prefix_length pad_language_to expert_width_multiplier"
+    ),
+)

@@ -107,12 +107,10 @@ def _problems(config: PolicyConfig) -> Iterator[str]:
     for i, (steps, vision) in enumerate(zip(config.images, model.vision, strict=False)):
         yield from (f"images[{i}]{problem}" for problem in image_problems(steps, vision.image_size))
     action_dim = yield from _widths(config.actions, action_dim, "actions")
-    if (config.state is None) != (model.proprio_dim is None):
-        yield "state and model.proprio_dim must both be given or both be null"
-    if config.state is not None:
-        state_dim = yield from _widths(config.state, config.state_dim, "state")
-        if state_dim != model.proprio_dim:
-            yield f"state makes {state_dim} numbers, but model.proprio_dim is {model.proprio_dim}"
+    yield from _state(config)
+    executed, horizon = config.n_action_steps, model.head.horizon
+    if executed is not None and not 1 <= executed <= horizon:
+        yield f"n_action_steps must be from 1 to {horizon}, the actions of a chunk, or null, got {executed}"
     outside = [i for i in config.prompt.append if not 0 <= i < model.decoder.vocabulary]
     if outside:
         yield f"prompt.append must be from 0 to {model.decoder.vocabulary - 1}, got {outside[0]}"
@@ -122,6 +120,20 @@ def _problems(config: PolicyConfig) -> Iterator[str]:
         yield from _dimensions(gripper, action_dim, "units.gripper")
         if config.units.millimetres <= 0:
             yield f"units.millimetres must be positive, got {config.units.millimetres}"
+
+
+def _state(config: PolicyConfig) -> Iterator[str]:
+    model, in_text = config.model, config.model.state_in == "text"
+    if config.prompt.tells_state != in_text:
+        yield "prompt must tell the {state} where model.state_in is 'text', and nowhere else"
+    if in_text and model.proprio_dim is not None:
+        yield "model.proprio_dim must be null where model.state_in is 'text'"
+    elif (config.state is None) != (model.proprio_dim is None and not in_text):
+        yield "state and model.proprio_dim must both be given or both be null"
+    elif config.state is not None:
+        state_dim = yield from _widths(config.state, config.state_dim, "state")
+        if not in_text and state_dim != model.proprio_dim:
+            yield f"state makes {state_dim} numbers, but model.proprio_dim is {model.proprio_dim}"
 
 
 def _sizes(config: Any, where: str) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -16,6 +16,7 @@ from sqap.checkpoints.opened import CONFIG, Opened, open_published
 from sqap.checkpoints.prismatic import VLM, VOCABULARY, Encoder, Names
 from sqap.checkpoints.processor import check_pixels, normalisation, read_processor
 from sqap.checkpoints.robots import refuse_discrete
+from sqap.checkpoints.settings import MOST, positive
 from sqap.checkpoints.statistics import Dataset, choose_dataset, read_range
 from sqap.checkpoints.tensors import open_safetensors
 from sqap.checkpoints.weights import Part, Source, TensorSet, copied
@@ -39,9 +40,7 @@ NAMES = Names(
     llm="language_model.",
     layer_scale="scale_factor",
 )
-T = TypeVar("T", int, float)
-# No model has more layers, wider ones or larger images; what a file says is not built before it is checked.
-MOST_LAYERS, MOST = 1 << 10, 1 << 24
+MOST_LAYERS = 1 << 10
 
 
 def recognise(directory: Path) -> bool:
@@ -115,8 +114,8 @@ def read_vlm(directory: Path, config: Mapping[str, Any], tensors: TensorSet) -> 
 
 
 def _head(config: Mapping[str, Any], decoder: DecoderConfig, actions: int, where: Path) -> TokenHeadConfig:
-    padding = _number(config, "pad_to_multiple_of", prismatic.PADDING_ROWS, where)
-    bins, last = _number(config, "n_action_bins", 256, where), decoder.vocabulary - padding
+    padding = positive(config, "pad_to_multiple_of", prismatic.PADDING_ROWS, where)
+    bins, last = positive(config, "n_action_bins", 256, where), decoder.vocabulary - padding
     if not 2 <= bins <= last:
         raise CheckpointError(
             f"{where}: {bins} n_action_bins do not go into the {last} tokens before the padding, or are "
@@ -137,24 +136,27 @@ def _decoder(config: Mapping[str, Any], tensors: TensorSet, where: Path) -> Deco
         )
     TEXT.check(text, f"{where}: text_config")
     rows = tensors.shape(f"{NAMES.llm}model.embed_tokens.weight", 2)[0]
-    width, heads = _number(text, "hidden_size", 4096, where), _number(text, "num_attention_heads", 32, where)
-    kv_heads = _number(text, "num_key_value_heads", heads, where)
-    head_dim = _number(text, "head_dim", max(1, width // heads), where)
+    width, heads = (
+        positive(text, "hidden_size", 4096, where),
+        positive(text, "num_attention_heads", 32, where),
+    )
+    kv_heads = positive(text, "num_key_value_heads", heads, where)
+    head_dim = positive(text, "head_dim", max(1, width // heads), where)
     if heads % kv_heads or head_dim % 2:
         raise CheckpointError(
             f"{where}: {heads} attention heads of {head_dim} channels cannot share {kv_heads} of keys "
             "and values: the channels must be even, and the heads a multiple"
         )
     return DecoderConfig(
-        vocabulary=_number(text, "vocab_size", rows, where),
+        vocabulary=positive(text, "vocab_size", rows, where),
         width=width,
-        depth=_number(text, "num_hidden_layers", 32, where, MOST_LAYERS),
+        depth=positive(text, "num_hidden_layers", 32, where, MOST_LAYERS),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        mlp_width=_number(text, "intermediate_size", 11008, where),
+        mlp_width=positive(text, "intermediate_size", 11008, where),
         rope_theta=_rope_theta(text, where),
-        norm_eps=_number(text, "rms_norm_eps", 1e-6, where),
+        norm_eps=positive(text, "rms_norm_eps", 1e-6, where),
     )
 
 
@@ -164,7 +166,7 @@ def _rope_theta(text: Mapping[str, Any], where: Path) -> float:
     Raises:
         CheckpointError: they are scaled, or it is said twice, differently.
     """
-    found = _number(text, "rope_theta", 0.0, where)
+    found = positive(text, "rope_theta", 0.0, where)
     for key in ("rope_scaling", "rope_parameters"):
         rope = text.get(key)
         if rope is None:
@@ -172,7 +174,7 @@ def _rope_theta(text: Mapping[str, Any], where: Path) -> float:
         if not isinstance(rope, dict):
             raise CheckpointError(f"{where}: text_config.{key} must be an object")
         ROPE.check(rope, f"{where}: text_config.{key}")
-        theta = _number(rope, "rope_theta", found, where)
+        theta = positive(rope, "rope_theta", found, where)
         if found not in (0.0, theta):
             raise CheckpointError(
                 f"{where}: text_config has the rope_theta {found:g} and {theta:g}; leave one"
@@ -257,15 +259,3 @@ def _encoders(config: Mapping[str, Any], where: Path) -> tuple[list[Encoder], li
         )
     count = 1 if fused is False else len(ids)
     return [prismatic.ENCODERS[i] for i in ids[:count]], sizes[:count]
-
-
-def _number(config: Mapping[str, Any], name: str, default: T, where: Path, most: int = MOST) -> T:
-    """A positive number of the configuration, or what it is where that is silent."""
-    value = config.get(name)
-    if value is None:
-        return default
-    if type(value) not in (int, type(default)) or not 0 < value <= most:
-        raise CheckpointError(
-            f"{where}: {name} must be a positive {type(default).__name__} up to {most}, got {value!r}"
-        )
-    return type(default)(value)

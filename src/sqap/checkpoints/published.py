@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqap.checkpoints import adapters, cogact, openvla, openvla_oft
+from sqap.checkpoints import adapters, cogact, openvla, openvla_oft, smolvla
 from sqap.checkpoints.choices import Choices
 from sqap.checkpoints.opened import CONFIG, Opened
 from sqap.checkpoints.tensors import shorten
@@ -27,8 +27,18 @@ FORMATS = (
     Format("OpenVLA", openvla.recognise, openvla.open),
     Format("OpenVLA-OFT", openvla_oft.recognise, openvla_oft.open),
     Format("CogACT and OpenVLA in Prismatic's own layout", cogact.recognise, cogact.open),
+    Format("SmolVLA", smolvla.recognise, smolvla.open),
 )
-LEROBOT = ("smolvla", "pi0", "pi0fast", "pi0_fast", "pi05")
+# LeRobot's policies that people may well bring, and what they are called.
+NOT_SUPPORTED = {
+    "pi0_fast": "pi0-FAST",
+    "pi0fast": "pi0-FAST",
+    "groot": "GR00T",
+    "xvla": "X-VLA",
+    "pi0": "pi0",
+    "pi05": "pi0.5",
+}
+ORBAX = "params/_METADATA"  # openpi's JAX checkpoints
 
 
 def recognise(directory: Path) -> Format:
@@ -52,14 +62,19 @@ def recognise(directory: Path) -> Format:
 def _found(directory: Path) -> str:
     """What there is instead, as a phrase."""
     path = directory / CONFIG
+    if (directory / ORBAX).is_file():
+        return (
+            f"its {ORBAX} is of openpi's JAX checkpoints, which LeRobot has for PyTorch on the hub "
+            "(lerobot/pi0_base, lerobot/pi05_base), and openpi's convert_jax_model_to_pytorch.py converts"
+        )
     if not path.is_file():
         if adapters.find(directory):
             return "it has a LoRA adapter without the model that it adapts: merge it into that one first"
         there = sorted(entry.name for entry in directory.iterdir())
         return f"it has no {path.name}, but {shorten(there)}" if there else "it is empty"
     config = read_object(path, CheckpointError)
-    if config.get("type") in LEROBOT:
-        return f"LeRobot's {config['type']} is not supported yet"
+    if config.get("type") in NOT_SUPPORTED:
+        return f"LeRobot's {NOT_SUPPORTED[config['type']]} is not supported"
     for key in ("model_type", "type"):
         if key in config:
             return f"its {path.name} has the {key} {config[key]!r}"

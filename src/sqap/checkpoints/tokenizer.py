@@ -15,10 +15,17 @@ FILE = "tokenizer.json"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A language model's tokens: whose they are, for messages, and the id that every prompt begins with."""
+    """A language model's tokens.
+
+    Args:
+        name: whose they are, for messages.
+        first: the id that every prompt begins with; None if nothing is put before a prompt.
+        spare: rows of the embedding table that may be without a token; None for any number.
+    """
 
     name: str
-    first: int
+    first: int | None
+    spare: int | None = None
 
 
 def read_tokenizer(
@@ -71,15 +78,22 @@ def _check(
         raise CheckpointError(
             f"{path} has token {highest}, but the model embeds tokens up to {rows - 1}: it is not {like}'s"
         )
-    lacking = [str(i) for i in (first, *needed) if tokenizer.id_to_token(i) is None]
+    if vocabulary.spare is not None and highest < rows - 1 - vocabulary.spare:
+        raise CheckpointError(
+            f"{path} has tokens up to {highest}, but the model embeds {rows}: it is not {like}'s"
+        )
+    always = needed if first is None else (first, *needed)
+    lacking = [str(i) for i in always if tokenizer.id_to_token(i) is None]
     if lacking:
         raise CheckpointError(f"{path} lacks token {' and '.join(lacking)}, which {like}'s has")
     try:
         with panics_raise():
-            begin = tokenizer.encode("a").ids[:1]
+            bare, ids = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
     except Exception as problem:  # the library raises nothing narrower
         raise CheckpointError(f"{path} cannot encode a prompt: {problem}") from problem
-    if begin != [first]:
+    if first is None and ids != bare:
+        raise CheckpointError(f"{path} puts tokens around a prompt, which {like}'s does not")
+    if first is not None and ids[:1] != [first]:
         raise CheckpointError(
             f"{path} does not begin a prompt with token {first}, behind which the model expects its image"
         )

@@ -34,6 +34,16 @@ def copied(tensor: Tensor) -> Tensor:
     return tensor.clone()
 
 
+def stacked(*tensors: Tensor) -> Tensor:
+    """Tensors one behind the other along their first dimension."""
+    return torch.cat(tensors)
+
+
+def scaled(tensor: Tensor, by: float) -> Tensor:
+    """A tensor times a number, in 32 bits."""
+    return tensor.float() * by
+
+
 @dataclass(frozen=True)
 class Source:
     """Which tensors on disk one of ours is made of, and how.
@@ -55,11 +65,15 @@ def linear_table(ours: str, theirs: str) -> Table:
 
 @dataclass(frozen=True)
 class Part:
-    """One file of a checkpoint; its names lose the prefix ``strip``, if they have it, and get ``prefix``."""
+    """One file of a checkpoint; its names lose the prefix ``strip``, if they have it, and get ``prefix``.
+
+    What else tells its names from those of the table, ``rename`` evens out.
+    """
 
     file: TensorFile
     prefix: str = ""
     strip: str = ""
+    rename: Callable[[str], str] = str
 
 
 class TensorSet:
@@ -79,7 +93,7 @@ class TensorSet:
         self._places: dict[str, tuple[TensorFile, str]] = {}
         for part in parts:
             for inner in part.file.tensors:
-                name = part.prefix + inner.removeprefix(part.strip)
+                name = part.rename(part.prefix + inner.removeprefix(part.strip))
                 if name in self._places:
                     raise CheckpointError(f"{part.file.path} has {inner}, which is there already")
                 self._places[name] = part.file, inner

@@ -71,7 +71,7 @@ def evaluate(
         seed: not negative.
         fingerprints: one a policy, as `sqap.checkpoints.fingerprint` gives it.
         choices: one a policy, by which it is loaded; none for sqap's own.
-        execute: actions of each chunk that are executed; None for all.
+        execute: actions of each chunk that are executed; None for as many as each policy says, or else all.
         ensemble: chunks averaged into each action, as in `run_episode`; None for none.
         log: file of JSON lines that every finished episode is appended to at once. Episodes that are in
             it are not run again; a log of another build, simulator or processor is refused.

@@ -96,7 +96,8 @@ def run_episode(
         env: reset with ``seed`` first; left open.
         seed: not negative.
         units: what the jerk is measured in.
-        execute: actions of each chunk that are executed before the policy looks again; None for all.
+        execute: actions of each chunk that are executed before the policy looks again; None for as many as
+            the policy says, or else all.
         ensemble: if given, the policy looks at every control step, and one action is executed: what this
             many of its latest chunks say for that step, averaged (`sqap.evaluation.ensemble`).
         watch: called with the observation, the policy's latest selection of visual tokens and the number
@@ -107,6 +108,7 @@ def run_episode(
             finite, or both ``execute`` and ``ensemble`` are given.
     """
     averaged = make_ensemble(ensemble, execute)
+    execute = own_execute(policy) if execute is None else execute
     observation = env.reset(seed)
     actions: list[np.ndarray] = []
     latencies: list[float] = []
@@ -135,6 +137,12 @@ def run_episode(
                     latencies_ms=tuple(latencies),
                 )
         observation = env.observe()
+
+
+def own_execute(policy: Actor) -> int | None:
+    """How many actions of a chunk a policy itself wants executed; None if it does not say."""
+    found: int | None = getattr(getattr(policy, "config", None), "n_action_steps", None)
+    return found
 
 
 def make_ensemble(window: int | None, execute: int | None) -> AdaptiveEnsemble | None:

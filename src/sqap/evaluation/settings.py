@@ -24,7 +24,7 @@ class Settings:
 
     Args:
         env: name of the environment.
-        execute: actions of each chunk that are executed; None for all.
+        execute: actions of each chunk that are executed; None for as many as each policy says, or else all.
         workers: policies running at the same time: it decides the latencies.
         threads: torch threads of each.
         ensemble: chunks averaged into each action; None for none, as in logs from before there were any.

@@ -17,7 +17,7 @@ from sqap.errors import InputError
 from sqap.frames.decode import decode_image, observe
 from sqap.frames.paths import inside
 from sqap.frames.selection import spread
-from sqap.observation import Observation
+from sqap.observation import Observation, short_name
 
 METADATA = "metadata.jsonl"
 
@@ -44,7 +44,8 @@ def read_directory(
 
     Args:
         root: the directory.
-        cameras: the policy's; ``file_name`` alone means its only one.
+        cameras: the policy's, whose images are under ``<camera>_file_name``, by its name or its short one;
+            ``file_name`` alone means its only one.
         count: how many frames at most; only these images are opened.
         progress: gets (frames so far, frames in all).
 
@@ -101,7 +102,7 @@ def _frame(root: Path, line: str, where: str, cameras: Sequence[str]) -> _Frame:
 
 def _file(root: Path, record: dict[str, Any], camera: str, where: str, only: bool) -> Path:
     own, name = f"{camera}_file_name", None
-    for key in (own, "file_name") if only else (own,):
+    for key in dict.fromkeys((own, f"{short_name(camera)}_file_name", *(["file_name"] if only else []))):
         name = record.get(key, name)
         if name is not None:
             break

@@ -15,6 +15,7 @@ from typing import Any
 from sqap.errors import InputError
 from sqap.frames.parquet import column_names, read_rows
 from sqap.frames.paths import inside, listed
+from sqap.observation import CAMERA_PREFIXES, short_name
 from sqap.serialization import read_json
 
 INFO = Path("meta", "info.json")
@@ -117,22 +118,23 @@ def read_info(root: Path) -> Info:
 
 
 def camera_keys(info: Info, cameras: Sequence[str], mapping: Mapping[str, str]) -> dict[str, str]:
-    """Camera of the policy -> key of the dataset.
+    """Camera of the policy -> key of the dataset. Both may be given by their short names.
 
     Raises:
         InputError: the dataset has no such camera, or ``mapping`` one that the policy does not read.
     """
     for camera in mapping:
-        if camera not in cameras:
+        if camera not in {*cameras, *map(short_name, cameras)}:
             raise InputError(f"the policy has no camera {camera!r} to map; it reads {', '.join(cameras)}")
     known = info.cameras()
     keys = {}
     for camera in cameras:
-        name = mapping.get(camera, camera)
-        matches = [key for key in (name, f"observation.images.{name}") if key in known]
+        name = mapping.get(camera, mapping.get(short_name(camera), camera))
+        matches = [key for key in (name, *(prefix + name for prefix in CAMERA_PREFIXES)) if key in known]
         if not matches:
             raise InputError(
-                f"{info.root} has no camera {name!r}"
+                f"the policy's cameras are {', '.join(cameras)}, mapped by --camera POLICY_CAMERA="
+                f"DATASET_KEY, and {info.root} has no camera {name!r}"
                 + (f" to use as the policy's {camera!r}" if name != camera else ", which the policy reads")
                 + f"; its cameras are {', '.join(known) or 'none'}"
             )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 
 from sqap import environments
-from sqap.evaluation.rollout import Actor, noise_seed
+from sqap.evaluation.rollout import Actor, noise_seed, own_execute
 from sqap.observation import Observation
 
 CALIBRATION_SEED = 500_000
@@ -48,7 +48,7 @@ def _frames_of_task(policy: Actor, env: environments.Environment, count: int) ->
             frames.append(observation)
             step = policy.step(observation, seed=noise_seed(seed, look), memory=memory)
             memory = step.memory
-            results = [env.step(action) for action in step.chunk]
+            results = [env.step(action) for action in step.chunk[: own_execute(policy)]]
             if results[-1].success or results[-1].truncated:
                 break
             observation = env.observe()

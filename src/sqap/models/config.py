@@ -51,8 +51,9 @@ class VisionConfig:
 class DecoderConfig:
     """A Llama-style decoder.
 
-    ``vocabulary`` counts the rows of the embedding table. Without ``causal`` every token sees every other, as
-    in OpenVLA-OFT's parallel decoding.
+    ``vocabulary`` counts the rows of the embedding table, whose rows are multiplied by ``embed_scale``: the
+    square root of the width in SmolVLA and Gemma. Without ``causal`` every token sees every other, as in
+    OpenVLA-OFT's parallel decoding.
     """
 
     vocabulary: int
@@ -65,6 +66,11 @@ class DecoderConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     causal: bool = True
+    embed_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.embed_scale <= 0:
+            raise InputError(f"embed_scale must be positive, got {self.embed_scale}")
 
 
 class HeadSettings:
@@ -185,12 +191,13 @@ HeadConfig = DiffusionHeadConfig | TokenHeadConfig | RegressionHeadConfig | Flow
 class ModelConfig:
     """A whole policy.
 
-    ``projector`` lists the output widths of its linears; GELU stands between them. ``pixel_shuffle`` r makes
-    one visual token of each r x r square of patches, as in SmolVLM. Every one of ``cameras`` images goes
-    through the same encoders; ``proprio_dim`` numbers of the robot's state become one more token, by
-    ``proprio_layers`` linears. The sequence begins with BOS, images and state; with ``image_first``, as in
-    SmolVLA, with the images, and ends with the state. ``state_in`` says whose token the state is: the
-    decoder's, the action expert's (pi0), or none, since the text tells it (pi0.5).
+    ``projector`` lists the output widths of its linears, which have biases if ``projector_bias``; GELU stands
+    between them. ``pixel_shuffle`` r makes one visual token of each r x r square of patches, as in SmolVLM.
+    Every one of ``cameras`` images goes through the same encoders; ``proprio_dim`` numbers of the robot's
+    state become one more token, by ``proprio_layers`` linears. The sequence begins with BOS, images and
+    state; with ``image_first``, as in SmolVLA, with the images, and ends with the state. ``state_in`` says
+    whose token the state is: the decoder's, the action expert's (pi0), or none, since the text tells it
+    (pi0.5).
     """
 
     vision: tuple[VisionConfig, ...]
@@ -203,6 +210,7 @@ class ModelConfig:
     proprio_layers: int = 2
     image_first: bool = False
     state_in: Literal["decoder", "expert", "text"] = "decoder"
+    projector_bias: bool = True
 
     def __post_init__(self) -> None:
         if not self.vision:

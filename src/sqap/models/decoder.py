@@ -204,7 +204,12 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.width, config.norm_eps)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids ``(batch, tokens)`` to ``(batch, tokens, width)``, in the type that is computed in."""
+        """Token ids ``(batch, tokens)`` to the inputs ``(batch, tokens, width)`` of the first layer."""
+        scale, rows = self.config.embed_scale, self.look_up(ids)
+        return rows if scale == 1 else rows * scale
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """The rows of the embedding table for ``ids``, in the type that is computed in."""
         out: Tensor = self.embed_tokens(ids).to(self.norm.weight.dtype)
         return out
 

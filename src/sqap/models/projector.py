@@ -13,10 +13,10 @@ from sqap.models.transformer import activated
 class Projector(nn.Module):
     """Linears ``fc1, fc2, ...`` with GELU between them, as in Prismatic's VLMs."""
 
-    def __init__(self, width: int, outputs: Sequence[int]) -> None:
+    def __init__(self, width: int, outputs: Sequence[int], bias: bool = True) -> None:
         super().__init__()
         inputs = (width, *outputs[:-1])
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(inputs, outputs, strict=True))
+        self.layers = nn.ModuleList(nn.Linear(i, o, bias) for i, o in zip(inputs, outputs, strict=True))
         self.edges = (Edge(f"layers.{len(outputs) - 1}", writes="residual"),)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class VLA(nn.Module):
         width = config.decoder.width
         self.vision = nn.ModuleList(VisionEncoder(c, width) for c in config.vision)
         features = sum(c.width for c in config.vision) * config.pixel_shuffle**2
-        self.projector = Projector(features, config.projector)
+        self.projector = Projector(features, config.projector, config.projector_bias)
         widths = (width,) * config.proprio_layers
         self.proprio = Projector(config.proprio_dim, widths) if config.proprio_dim else None
         self.decoder = Decoder(config.decoder)
@@ -183,7 +183,7 @@ class VLA(nn.Module):
         """The mean text embedding ``(batch * cameras, decoder width)`` that FiLM goes by, if there is any."""
         if not any(vision.film for vision in self.config.vision):
             return None
-        return self.decoder.embed(token_ids).mean(1).repeat_interleave(self.config.cameras, dim=0)
+        return self.decoder.look_up(token_ids).mean(1).repeat_interleave(self.config.cameras, dim=0)
 
     def sequence(self, visual: Tensor, inputs: ModelInputs) -> Tensor:
         """The decoder's tokens ``(batch, tokens, width)`` in the order of the layout.

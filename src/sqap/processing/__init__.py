@@ -22,7 +22,7 @@ from sqap.processing.images import (
 )
 from sqap.processing.state import Pad, StateStep, normalize_state, state_dim
 from sqap.processing.statistics import Clamp, MeanStd, Range
-from sqap.processing.text import EndWith, Lower, PromptConfig, Template, TextStep, prompt_ids
+from sqap.processing.text import EndWith, Lower, PromptConfig, Spaces, Template, TextStep, prompt_ids
 
 __all__ = [
     "WHOLE",
@@ -43,6 +43,7 @@ __all__ = [
     "Range",
     "ResizeWithPad",
     "Scale",
+    "Spaces",
     "StateStep",
     "Stretch",
     "Take",

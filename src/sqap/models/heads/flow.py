@@ -168,9 +168,9 @@ class FlowHead(nn.Module):
 
     def integrate(self, velocity: Callable[[Tensor, float], Tensor], noise: Tensor) -> Tensor:
         """Actions ``(batch, horizon, action_dim)``: from ``noise`` at time 1, by ``velocity``, to time 0."""
-        x, steps = noise.to(self.norm.weight), self.config.sample_steps
-        for step in range(steps):
-            x = x - velocity(x, 1 - step / steps) / steps
+        x, change = noise.to(self.norm.weight), -1 / self.config.sample_steps
+        for step in range(self.config.sample_steps):
+            x = x + change * velocity(x, 1.0 + step * change)
         return x
 
     def velocity(self, seen: Sequence[KeysValues], x: Tensor, time: float, tokens: int) -> Tensor:
@@ -240,8 +240,12 @@ class ActionReader:
 
 
 def time_embedding(time: float, config: FlowHeadConfig, device: torch.device) -> Tensor:
-    """``(width,)``: sines, then cosines, of periods that grow geometrically."""
+    """``(width,)``: sines, then cosines, of periods that grow geometrically.
+
+    As in LeRobot, angles are computed in 64 bits, from a time that is rounded to 32 bits.
+    """
+    rounded = torch.full((1,), time, dtype=torch.float32, device=device).double()
     fraction = torch.linspace(0, 1, config.width // 2, dtype=torch.float64, device=device)
     period = config.min_period * (config.max_period / config.min_period) ** fraction
-    angles = 2 * math.pi * time / period
+    angles = 2 * math.pi * rounded / period
     return torch.cat([angles.sin(), angles.cos()]).float()
