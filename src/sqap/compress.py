@@ -98,7 +98,7 @@ def _compress(
     if left is None:
         round_to_storage(model)
         check_finite(model, InputError)
-    small = Policy(model, policy.config, policy.tokenizer, recipe, weights=left)
+    small = Policy(model, policy.config, policy.tokenizer, recipe, weights=left, origin=policy.origin)
     calibration = None
     if frames and recipe != Recipe():
         calibration = _calibrate(small, frames, inputs, full)

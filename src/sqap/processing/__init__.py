@@ -3,7 +3,15 @@
 A step is a frozen dataclass. A family, or a robot, is a list of them.
 """
 
-from sqap.processing.actions import ActionStep, ActionUnits, AddState, Binarize, Take, unnormalize
+from sqap.processing.actions import (
+    ActionStep,
+    ActionUnits,
+    AddState,
+    Binarize,
+    Take,
+    action_dim,
+    unnormalize,
+)
 from sqap.processing.images import (
     WHOLE,
     Crop,
@@ -50,6 +58,7 @@ __all__ = [
     "Template",
     "TextStep",
     "Window",
+    "action_dim",
     "cropped",
     "image_problems",
     "normalize_state",
