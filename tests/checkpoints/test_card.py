@@ -104,13 +104,23 @@ def test_what_was_measured_takes_the_place_of_nothing(small):
     assert text.index("## What was measured") < text.index("### Success") < text.index("## How to use it")
 
 
+def test_a_card_in_the_hubs_cache_is_left_alone(small, tmp_path):
+    (small / "README.md").rename(tmp_path / "blob")
+    (small / "README.md").symlink_to(tmp_path / "blob")
+    with pytest.raises(CheckpointError, match=r"README\.md is a link, as in the hub's cache"):
+        add_measurement(small, "Success", "All of it.")
+    assert NOTHING in (tmp_path / "blob").read_text()
+
+
 def test_a_card_without_the_comments_is_left_alone(small):
     (small / "README.md").write_text("mine")
     with pytest.raises(CheckpointError, match="lacks the comments"):
         add_measurement(small, "Success", "All of it.")
     assert (small / "README.md").read_text() == "mine"
     (small / "README.md").unlink()
-    with pytest.raises(CheckpointError, match="cannot read the model card"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot read the model card .*README\.md: No such file or directory$"
+    ):
         measured(small)
 
 

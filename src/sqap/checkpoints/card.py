@@ -18,7 +18,7 @@ from sqap.build import __version__
 from sqap.checkpoints.opened import Opened
 from sqap.config import Calibration, Origin, PolicyConfig
 from sqap.errors import CheckpointError, one_line
-from sqap.files import whole_file
+from sqap.files import reason, whole_file
 from sqap.models import empty_model
 from sqap.models.storage import size, stored_bytes
 from sqap.quantization import LinearReport, list_linears
@@ -37,7 +37,7 @@ _LICENSE = re.compile(r"""^license:[ ]*["']?([A-Za-z0-9.+-]{1,50})["']?[ ]*$""",
 
 
 def write_card(policy: Opened, directory: Path) -> None:
-    """Write the model card of a policy that nothing was measured of so far."""
+    """Write the model card of a policy of which nothing was measured so far."""
     (directory / CARD).write_text(compose(policy), encoding="utf-8")
 
 
@@ -73,7 +73,8 @@ def measured(directory: Path) -> dict[str, str]:
     """What the model card of a policy says was measured: title -> Markdown.
 
     Raises:
-        CheckpointError: there is no card, or the two comments that this stands between are not in it.
+        CheckpointError: there is no card, it is a link, or the two comments that this stands between are not
+            in it.
     """
     section = _section(directory)[1]
     entries = (entry.partition("\n") for entry in f"\n{section}".split(f"\n{_TITLE}")[1:])
@@ -115,10 +116,14 @@ def code(text: str) -> str:
 def _section(directory: Path) -> tuple[str, str, str]:
     """The card before, between and behind the two comments."""
     path = directory / CARD
+    if path.is_symlink():  # to write it would change what the hub's client believes to have downloaded
+        raise CheckpointError(
+            f"{path} is a link, as in the hub's cache: save the policy to a directory first"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as problem:
-        raise CheckpointError(f"cannot read the model card {path}: {problem}") from problem
+        raise CheckpointError(f"cannot read the model card {path}: {reason(problem)}") from problem
     before, begin, rest = text.partition(BEGIN)
     section, end, behind = rest.partition(END)
     if not begin or not end:
