@@ -41,12 +41,13 @@ def test_compress_inspect_and_eval(saved, tmp_path):
         assert part["parameters"] == original["parts"][name]["parameters"]
 
     arguments = ["eval", small, "--against", saved, "--tasks", "drawer-open", "--episodes", 1, "--seed", 5]
-    run(*arguments, "--log", log, "--json", tmp_path / "e.json")
+    run(*arguments, "--card", "--log", log, "--json", tmp_path / "e.json")
     report = json.loads((tmp_path / "e.json").read_text())
     assert report["tasks"] == {"drawer-open": {"successes": 0, "episodes": 1}}
     assert report["against"]["mcnemar_p"] == 1.0
     assert report["step_latency_ms"]["p50"] > 0
     assert report["peak_rss_bytes"] > 1e7
+    assert "McNemar's exact p = 1.000" in (small / "README.md").read_text()
     lines = log.read_text()
     run(*arguments, "--log", log)
     assert log.read_text() == lines, "a finished evaluation is not run again"
@@ -118,6 +119,7 @@ def test_inspect_says_which_kernels_run(tmp_path, monkeypatch):
         (["eval", "POLICY", "--tasks", "make-coffee"], "unknown metaworld task 'make-coffee'"),
         (["eval", "POLICY", "--ensemble", 0], "an ensemble must be of at least 1 chunk, got 0"),
         (["eval", "POLICY", "--ensemble", 2, "--video", "OUT"], "leave out --video or --ensemble"),
+        (["eval", "POLICY", "--card"], "--card writes down a comparison; give --against, too"),
         (["eval", "POLICY", "--env", "mars"], "unknown environment 'mars'"),
     ],
 )

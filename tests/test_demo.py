@@ -34,6 +34,7 @@ def test_the_demo_prints_a_table_and_leaves_a_report_and_a_video(tmp_path, monke
     assert report["visual_tokens"] == 102
     assert report["weight_bytes"] < report["against"]["weight_bytes"]
     assert report["against"]["visual_tokens"] == 256
+    assert "beside `reference`" in (tmp_path / "demo" / "policy" / "README.md").read_text()
     assert {p.name for p in (tmp_path / "demo").iterdir()} == {
         "comparison.mp4", "comparison.png", "episodes.jsonl", "policy", "report.json",
     }  # fmt: skip

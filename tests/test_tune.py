@@ -130,6 +130,9 @@ def test_the_command_writes_what_it_has_found_and_goes_on(
     assert small.recipe.pruning == Pruning(**_read(numbers["confirmed"]["pruning"]))
     assert small.calibration is not None
     assert "bears that out" in " ".join(first.output.split())
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "on 3 pairs of other seeds +0.0 points" in card
+    assert "The original itself was not run." in card
 
     before, ran[:] = list(ran), []
     again = CliRunner().invoke(app, [str(a) for a in arguments])

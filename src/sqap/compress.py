@@ -99,7 +99,7 @@ def _compress(
         round_to_storage(model)
         check_finite(model, InputError)
     config = dataclasses.replace(policy.config, model=model.config)
-    small = Policy(model, config, policy.tokenizer, recipe, weights=left)
+    small = Policy(model, config, policy.tokenizer, recipe, weights=left, origin=policy.origin)
     calibration = None
     if frames and recipe != Recipe():
         calibration = _calibrate(small, frames, inputs, full)

@@ -1,11 +1,19 @@
-"""What a policy is and what calibration found, as plain data: all of `policy.json` but the recipe."""
+"""What a policy is, what calibration found and where it came from, as plain data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from sqap.models import ModelConfig
-from sqap.processing import ActionStep, ActionUnits, ImageSteps, PromptConfig, StateStep, state_dim
+from sqap.processing import (
+    ActionStep,
+    ActionUnits,
+    ImageSteps,
+    PromptConfig,
+    StateStep,
+    action_dim,
+    state_dim,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,26 @@ class PolicyConfig:
     def state_dim(self) -> int:
         """Numbers of the robot's state; 0 if the policy does not read it."""
         return 0 if self.state is None else state_dim(self.state, self.model.proprio_dim or 0)
+
+    @property
+    def action_dim(self) -> int:
+        """Numbers of an action that the robot takes."""
+        return action_dim(self.actions, self.model.head.action_dim)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a policy was loaded from, as far as that can be told to others: a path on this machine cannot.
+
+    Args:
+        name: ``org/name`` on the Hugging Face hub, or a bundled policy's name.
+        commit: of the hub's repository; None for what is not from there.
+        license: identifier that its model card states; None if it states none.
+    """
+
+    name: str | None = None
+    commit: str | None = None
+    license: str | None = None
 
 
 @dataclass(frozen=True)

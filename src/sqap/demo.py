@@ -11,6 +11,7 @@ from rich.console import Console
 
 import sqap
 from sqap.checkpoints import fingerprint, locate
+from sqap.checkpoints.card import add_measurement
 from sqap.checkpoints.place import check_place
 from sqap.evaluation.executors import evaluate
 from sqap.evaluation.settings import current_settings
@@ -22,6 +23,7 @@ from sqap.policy import Policy
 from sqap.recipe import Recipe
 from sqap.report import tables
 from sqap.report.comparison import label, record_comparison
+from sqap.report.evidence import paired_success
 from sqap.report.video import compose, write_picture, write_video
 
 SOURCE = "reference"
@@ -67,6 +69,7 @@ def run_demo(out: Path, episodes: int, console: Console, progress: ProgressBar) 
             progress=lambda _, done, total: advance(done, total),
         )
     report = summarize(*runs)
+    add_measurement(small_dir, *paired_success(report))
     report["recipe"] = recipe.to_json()
     for summary, policy in ((report, small), (report["against"], original)):
         summary["weight_bytes"] = stored_bytes(policy.model)

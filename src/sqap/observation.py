@@ -91,6 +91,11 @@ def short_name(camera: str) -> str:
     return camera.removeprefix(prefix)
 
 
+def feature_name(camera: str) -> str:
+    """What LeRobot calls a camera's images: ``observation.images.top`` for ``top``."""
+    return camera if camera.startswith(CAMERA_PREFIXES) else f"{CAMERA_PREFIXES[0]}{camera}"
+
+
 def find_camera(camera: str, names: Collection[str]) -> str | None:
     """The one of ``names`` that a policy's ``camera`` is: it itself, or else its short name; None if none."""
     return next((name for name in (camera, short_name(camera)) if name in names), None)

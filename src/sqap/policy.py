@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from sqap.config import Calibration, PolicyConfig
+from sqap.config import Calibration, Origin, PolicyConfig
 from sqap.defaults import defaults
 from sqap.errors import InputError, NonFiniteActionError
 from sqap.models import VLA, ModelConfig, ModelInputs
@@ -71,6 +71,8 @@ class Policy:
         weights: where to read what the model has on the meta device. `load_weights` reads all of it, once,
             and acting calls it. Compressing reads it stage by stage, whether it is in memory or not: a change
             made to ``model`` counts only where ``weights`` is None.
+        origin: where it was loaded from, or what it was compressed from.
+        card: the model card that was beside it. `save` keeps it if nothing else changed.
 
     Attributes:
         selector: chooses visual tokens, as the recipe says; None if nothing is pruned.
@@ -86,6 +88,8 @@ class Policy:
     source: str | None = None
     fingerprint: str | None = None
     weights: Weights | None = field(default=None, repr=False)
+    origin: Origin = Origin()  # noqa: RUF009 - it is frozen
+    card: bytes | None = field(default=None, repr=False)
     _loaded: bool = field(default=False, init=False, repr=False, compare=False)
     _device: torch.device = field(init=False, repr=False, compare=False)
 
@@ -285,7 +289,12 @@ class Policy:
             self._loaded = True
 
     def save(self, directory: str | Path) -> None:
-        """Write the policy, whole or not at all; see `sqap.checkpoints.native`."""
+        """Write the policy, whole or not at all; see `sqap.checkpoints.native`.
+
+        Raises:
+            CheckpointError: the place cannot be written or holds something else, or a linear that the recipe
+                wants quantized is not.
+        """
         from sqap.checkpoints.native import save  # its package makes policies
         from sqap.checkpoints.opened import Opened
 
@@ -298,8 +307,29 @@ class Policy:
             self.source,
             self.fingerprint,
             self.weights,
+            self.origin,
+            self.card,
         )
         save(record, Path(directory))
+
+    def push_to_hub(self, repository: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Save the policy to a temporary directory, and upload that to the Hugging Face hub.
+
+        Args:
+            repository: ``org/name``; it is made if it is not there. Of one that is there, files of the same
+                names are replaced, and others stay.
+            private: whether a repository that is made is private; None is the organisation's default.
+            token: for the hub; None takes what `hf auth login` has stored.
+
+        Returns:
+            The repository's address.
+
+        Raises:
+            CheckpointError: the name is none, the token may not write there, or the hub cannot be reached.
+        """
+        from sqap.checkpoints import hub
+
+        return hub.upload(self.save, repository, private=private, token=token)
 
     def _pruner(
         self,

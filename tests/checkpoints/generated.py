@@ -21,7 +21,7 @@ from sqap import Observation, Policy, Recipe
 from sqap.config import PolicyConfig
 from sqap.processing import Binarize, Clamp, Lower, PromptConfig, Range, Template, cropped, stretched
 from sqap.recipe import Pruning
-from tests.checkpoints.mutations import Mutation, Need, file_mutations, weighted
+from tests.checkpoints.mutations import BESIDE, MANIFEST, Mutation, Need, file_mutations, weighted
 from tests.checkpoints.mutations_json import Decisive, Telling, json_mutations
 from tests.checkpoints.mutations_tensors import flatten, pickle_mutations, read, tensor_mutations
 from tests.families import family_config, random_model
@@ -237,6 +237,8 @@ def _files(directory: Path) -> list[str]:
 def _mutations(layout: Layout, directory: Path, file: str, payload: object) -> st.SearchStrategy[Mutation]:
     """What can happen to one file; its content is twice as likely to be at fault as the file as such."""
     path = directory / file
+    if (directory / MANIFEST).is_file() and file in BESIDE:
+        return file_mutations(file, "is not read")
     whole = file_mutations(file, NEEDS.get(path.name, "must be there"))
     if path.suffix == ".json":
         known = path.name != "tokenizer.json"

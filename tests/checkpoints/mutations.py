@@ -15,6 +15,8 @@ from typing import Literal
 from hypothesis import strategies as st
 
 MANIFEST = "policy.json"
+# What is beside it for LeRobot and for people, and is not read.
+BESIDE = ("config.json", "policy_preprocessor.json", "policy_postprocessor.json", "README.md")
 
 
 class Effect(Enum):
@@ -69,7 +71,8 @@ def apply_all(directory: Path, mutations: list[Mutation], *, seal: bool) -> Effe
         if seal:
             _seal(directory)
         else:
-            effects = [Effect.REFUSED if mutation.file != MANIFEST else mutation.effect for mutation in done]
+            believed = MANIFEST, *BESIDE
+            effects = [m.effect if m.file in believed else Effect.REFUSED for m in done]
     # A second fault of the same file may undo the first.
     alone = len({mutation.file for mutation in done}) == len(done)
     if Effect.REFUSED in effects and alone:

@@ -119,7 +119,7 @@ def test_what_is_needed_arrives_and_is_pinned_to_its_commit(runs, name):
     assert commit == COMMIT
     files = {str(path.relative_to(directory)) for path in Path(directory).rglob("*") if path.is_file()}
     weights = {"model.safetensors", "checkpoints/latest.pt"}
-    assert files == {"config.json", "modeling_prismatic.py"} | weights
+    assert files == {"config.json", "modeling_prismatic.py", "README.md"} | weights
     assert (Path(directory) / "model.safetensors").read_bytes() == b"weights"
 
 

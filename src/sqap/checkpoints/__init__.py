@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sqap.checkpoints import hub, native, published
+from sqap.checkpoints.card import read_license
 from sqap.checkpoints.choices import Bounds, Choices
 from sqap.checkpoints.weights import Progress
+from sqap.config import Origin
 from sqap.errors import CheckpointError
 from sqap.policy import Policy
 
@@ -21,6 +23,7 @@ BUNDLED = {
     # Too large for the package: it is found where sqap runs from a checkout of its repository.
     "reference-smollm": _PACKAGE.parent.parent / "policies" / "reference-smollm",
 }
+LICENSE = "apache-2.0"  # of the bundled policies, as of sqap
 
 
 def locate(source: str | Path) -> Path:
@@ -121,7 +124,19 @@ def load(
             opened = native.open(directory)
         else:
             opened = published.recognise(directory).open(directory, choices)
-    return Policy(**vars(opened))
+    return Policy(**vars(dataclasses.replace(opened, origin=_origin(source, directory))))
+
+
+def _origin(source: str | Path, directory: Path) -> Origin:
+    """What can be told of where a policy is from: `locate` has found ``directory`` for ``source``."""
+    stated = read_license(directory)
+    if isinstance(source, Path) or Path(source).expanduser() == directory:
+        return Origin(license=stated)
+    if source in BUNDLED:
+        return Origin(source, license=LICENSE)
+    name = hub.parse(source)
+    assert name is not None, "it was downloaded"
+    return Origin(name[0], directory.name, stated)
 
 
 def is_own(directory: Path) -> bool:

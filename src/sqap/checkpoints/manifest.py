@@ -18,7 +18,6 @@ from sqap.serialization import parse_json, read_bytes
 
 FORMAT_VERSION = 4
 MANIFEST, WEIGHTS, TOKENIZER = "policy.json", "model.safetensors", "tokenizer.json"
-FILES = (MANIFEST, WEIGHTS, TOKENIZER)
 KEYS = {"format", "version", "policy", "recipe", "calibration", "source", "linears", "sha256"}
 MAY_BE_ZERO = {"registers", "last_token"}  # of a model's whole numbers
 

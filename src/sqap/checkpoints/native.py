@@ -1,9 +1,10 @@
-"""sqap's own directory: ``policy.json``, ``model.safetensors``, ``tokenizer.json``.
+"""sqap's own directory: ``policy.json``, ``model.safetensors``, ``tokenizer.json``, and files for others.
 
 ``policy.json`` says what the policy is, how it was compressed, how each linear is stored, and the SHA-256 of
 the other two, so that a truncated or altered directory is noticed before anything is believed. Its fields are
-documented in ``docs/artefact.md``. Writing goes to a temporary directory beside the target, which then takes
-its place: the old artefact stays until the new is whole and on disk.
+documented in ``docs/artefact.md``. Beside them are LeRobot's three JSON files (`lerobot.export`) and the
+model card (`card`), on which nothing here depends. Writing goes to a temporary directory beside the target,
+which then takes its place: the old artefact stays until the new is whole and on disk.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from sqap.checkpoints.card import CARD, read_card, write_card
+from sqap.checkpoints.lerobot.export import export
 from sqap.checkpoints.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -69,6 +72,11 @@ def save(policy: Opened, directory: Path) -> None:
             "sha256": {name: _sha256(temporary / name) for name in (WEIGHTS, TOKENIZER)},
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        export(policy.config, temporary)
+        if policy.card is not None and policy.fingerprint == _sha256(temporary / MANIFEST):
+            (temporary / CARD).write_bytes(policy.card)  # of this very policy, and perhaps edited
+        else:
+            write_card(policy, temporary)
 
 
 def open(directory: Path) -> Opened:
@@ -141,6 +149,7 @@ def _read(directory: Path, manifest: Mapping[str, Any], known_by: str) -> Opened
         calibration=calibration,
         source=manifest["source"],
         fingerprint=known_by,
+        card=read_card(directory),
     )
 
 

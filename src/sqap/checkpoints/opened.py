@@ -12,7 +12,7 @@ from sqap.checkpoints import adapters
 from sqap.checkpoints.choices import Choices
 from sqap.checkpoints.tokenizer import Vocabulary, read_tokenizer
 from sqap.checkpoints.weights import Table, TensorSet, Weights
-from sqap.config import Calibration, PolicyConfig
+from sqap.config import Calibration, Origin, PolicyConfig
 from sqap.models import VLA, empty_model, storage
 from sqap.processing import cropped
 from sqap.recipe import Recipe
@@ -33,6 +33,8 @@ class Opened:
         source: fingerprint of the policy this one was compressed from.
         fingerprint: SHA-256 of ``policy.json``; None for what is not sqap's own.
         weights: where to read what the model has on the meta device; None if that is nothing.
+        origin: where it was loaded from, or what it was compressed from.
+        card: the model card beside sqap's own policies, as it is on disk.
     """
 
     model: VLA = field(repr=False)
@@ -43,6 +45,8 @@ class Opened:
     source: str | None = None
     fingerprint: str | None = None
     weights: storage.Weights | None = field(default=None, repr=False)
+    origin: Origin = Origin()  # noqa: RUF009 - it is frozen
+    card: bytes | None = field(default=None, repr=False)
 
 
 def open_published(

@@ -11,11 +11,14 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from sqap.checkpoints.manifest import FILES, MANIFEST
+from sqap.checkpoints.card import CARD
+from sqap.checkpoints.lerobot.export import EXPORTED
+from sqap.checkpoints.manifest import MANIFEST, TOKENIZER, WEIGHTS
 from sqap.errors import CheckpointError
 from sqap.files import exchange, reason, resolve, sync
 from sqap.serialization import read_json
 
+FILES = (MANIFEST, WEIGHTS, TOKENIZER, *EXPORTED, CARD)  # all that a policy's directory may hold
 SAVING = ".saving"  # ends the name of a directory that is being written
 
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from sqap import environments
-from sqap.checkpoints import fingerprint, locate
+from sqap.checkpoints import fingerprint, is_own, locate
+from sqap.checkpoints.card import add_measurement, measured
 from sqap.checkpoints.choices import Choices
 from sqap.cli.options import (
     NONE,
@@ -21,6 +22,7 @@ from sqap.cli.options import (
 )
 from sqap.errors import InputError
 from sqap.report import tables
+from sqap.report.evidence import paired_success
 from sqap.terminal import console, messages, progress_bar, user_errors
 
 RUNS = Path("runs")
@@ -35,6 +37,9 @@ def evaluate_command(
     seed: Annotated[int, typer.Option(help="Seed of each task's first episode.", min=0)] = 1_000_000,
     against: Annotated[str | None, typer.Option(help="Policy to compare with, in pairs.")] = None,
     ensemble: Annotated[int | None, typer.Option(help="Look every step, average so many chunks.")] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Write the comparison into POLICY's model card, README.md.")
+    ] = False,
     video: Annotated[Path | None, typer.Option(help="Directory for one video per task.")] = None,
     log: Annotated[
         Path | None,
@@ -64,6 +69,8 @@ def evaluate_command(
         chosen = tuple(tasks.split(",")) if tasks else environments.default_tasks(env)
         policies = [policy] if against is None else [policy, against]
         directories = [locate(p) for p in policies]
+        if card:
+            _check_card(directories)
         each = choices_of_each(directories, choices)
         with progress_bar("reading weights", percent=True) as advance:
             fingerprints = [fingerprint(d, c, advance) for d, c in zip(directories, each, strict=True)]
@@ -97,6 +104,8 @@ def evaluate_command(
         if (reused := from_log_line(*runs)) is not None:
             console.print(reused, soft_wrap=True)
         console.print(f"Episodes are in {log}", soft_wrap=True)
+        if card:
+            add_measurement(directories[0], *paired_success(summary))
         if video is not None:
             from sqap.report.comparison import record_comparison
             from sqap.report.video import write_video
@@ -108,3 +117,14 @@ def evaluate_command(
                 write_video(video / f"{task}.mp4", [[clips[i]] for clips in columns])
             console.print(f"Videos are in {video}", soft_wrap=True)
         write_numbers(json_path, summary)
+
+
+def _check_card(directories: list[Path]) -> None:
+    """Refuse --card before any episode is run, where nothing could be written into a card."""
+    if len(directories) < 2:
+        raise InputError("--card writes down a comparison; give --against, too")
+    if not is_own(directories[0]):
+        raise InputError(
+            f"--card writes into the model card of sqap's own policies, which {directories[0]} is not"
+        )
+    measured(directories[0])

@@ -13,6 +13,7 @@ import sqap
 from sqap import environments
 from sqap.build import build_id
 from sqap.checkpoints import fingerprint
+from sqap.checkpoints.card import add_measurement
 from sqap.checkpoints.choices import Choices
 from sqap.checkpoints.place import check_place
 from sqap.cli.options import (
@@ -35,6 +36,7 @@ from sqap.errors import InputError
 from sqap.quantization import Partial
 from sqap.recipe import Pruning
 from sqap.report import tables
+from sqap.report.evidence import tuned
 from sqap.terminal import console, progress_bar, user_errors
 
 DEVELOPMENT, CONFIRMATION = 500_000, 600_000  # first seeds, which no published number uses
@@ -106,6 +108,7 @@ def tune(
                 play(None, confirm, CONFIRMATION),
             )
             pruned(best.pruning).save(out)
+            add_measurement(out, *tuned(confirmed, max_drop, env, chosen, CONFIRMATION))
             partial.remove()
         console.print(tables.confirmed_line(confirmed, max_drop), soft_wrap=True)
         console.print(f"The policy is in {out}, episodes are in {saved.place}", soft_wrap=True)

@@ -175,6 +175,11 @@ def stored_bytes(module: nn.Module) -> int:
     )
 
 
+def size(count: float) -> str:
+    """Bytes in units of 10^6, or 10^9 from the first one on."""
+    return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
+
+
 def round_to_storage(module: nn.Module) -> None:
     """Give parameters the values they will have on disk, so that saving and loading change nothing.
 

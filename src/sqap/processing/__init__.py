@@ -10,6 +10,7 @@ from sqap.processing.actions import (
     Binarize,
     Take,
     action_bounds,
+    action_dim,
     unnormalize,
 )
 from sqap.processing.images import (
@@ -59,6 +60,7 @@ __all__ = [
     "TextStep",
     "Window",
     "action_bounds",
+    "action_dim",
     "cropped",
     "image_problems",
     "normalize_state",

@@ -130,6 +130,17 @@ class AddState:
 ActionStep = Range | MeanStd | Clamp | Take | Binarize | AddState
 
 
+def action_dim(steps: Sequence[ActionStep], width: int) -> int:
+    """Dimensions of what the robot is told, where the model gives ``width``.
+
+    Raises:
+        InputError: the steps do not fit each other.
+    """
+    for step in steps:
+        width = step.after(width)
+    return width
+
+
 def unnormalize(
     actions: np.ndarray, steps: Sequence[ActionStep], state: np.ndarray | None = None
 ) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from sqap.kernels import cpu
+from sqap.models.storage import size as size
 from sqap.quantization import LinearReport
 from sqap.sensitivity import Option
 
@@ -20,11 +21,6 @@ Column = tuple[str, Mapping[str, Any]]  # label, and a summary as `sqap.evaluati
 def percent(share: float) -> str:
     """0.123 as 12.3 %."""
     return f"{100 * share:.1f} %"
-
-
-def size(count: float) -> str:
-    """Bytes in units of 10^6, or 10^9 from the first one on."""
-    return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
 
 
 def duration(ms: float) -> str:
@@ -43,7 +39,7 @@ def success_table(columns: Sequence[Column]) -> Table:
         table.add_row(task, *(f"{c['successes']}/{c['episodes']}" for c in counts))
     table.add_section()
     table.add_row("success", *(percent(s["success"]) for _, s in columns), style="bold")
-    table.add_row("95 % interval", *(_interval(s["success_ci95"]) for _, s in columns))
+    table.add_row("95 % interval", *(interval(s["success_ci95"]) for _, s in columns))
     return table
 
 
@@ -163,7 +159,8 @@ def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def _interval(bounds: Sequence[float]) -> str:
+def interval(bounds: Sequence[float]) -> str:
+    """The ends of a share's interval, in percent."""
     return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f}"
 
 
