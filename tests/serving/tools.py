@@ -66,7 +66,7 @@ def serving(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    killer = threading.Timer(120, process.kill)
+    killer = threading.Timer(300, process.kill)
     killer.start()
     try:
         assert process.stdout is not None
