@@ -37,12 +37,17 @@ class GpuBackend:
         """As `Backend.linear`.
 
         Raises:
-            InputError: the device or the grids have no kernel.
+            InputError: the device or the grids have no kernel, or Triton is not installed.
         """
         check_device(packed.weight.device)
         check_grids(packed)
-        from sqap.kernels.gpu.linear import Linear  # imports Triton
-
+        try:
+            from sqap.kernels.gpu.linear import Linear  # imports Triton
+        except ImportError as problem:
+            raise InputError(
+                f"the kernels for GPUs need Triton, which comes with PyTorch for CUDA on Linux ({problem}): "
+                f"install it, or set {VARIABLE}={REFERENCE} for PyTorch's slow arithmetic"
+            ) from problem
         return Linear(packed)
 
     def layer(self, spec: LayerSpec) -> Layer | None:
@@ -84,9 +89,7 @@ def check_device(device: torch.device) -> None:
         raise InputError(f"there is no device {str(device)!r}: this PyTorch {built}; use 'cpu'")
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
-        raise InputError(
-            f"there is no device {str(device)!r}: this machine has {count} GPUs, from 'cuda:0' on"
-        )
+        raise InputError(f"there is no device {str(device)!r}: the last GPU here is 'cuda:{count - 1}'")
     found = torch.cuda.get_device_capability(device)
     if found < OLDEST and not reference():
         raise InputError(
