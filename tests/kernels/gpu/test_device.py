@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from sqap.benchmark.candidates import Subject, check
+from sqap.cli import app
 from sqap.errors import InputError
-from sqap.kernels import Grids, find
-from sqap.kernels.gpu.backend import check_device
+from sqap.kernels import Grids, Packed, find
+from sqap.kernels.gpu.backend import GpuBackend, check_device
+from sqap.kernels.gpu.describe import describe
+from sqap.recipe import Recipe
 
 CUDA = torch.device("cuda")
 
@@ -41,7 +47,7 @@ def test_no_gpu_is_one_sentence(policy: Any, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_an_old_gpu_is_one_sentence(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     card((7, 5))
-    with pytest.raises(InputError, match=r"^Card has compute capability 7\.5, and the kernels need 8\.0: use"):
+    with pytest.raises(InputError, match=r"^Card has compute capability 7\.5, and the kernels need 8\.0"):
         check_device(CUDA)
     monkeypatch.setenv("SQAP_KERNELS", "reference")
     check_device(CUDA)
@@ -67,3 +73,39 @@ def test_importing_sqap_imports_no_triton() -> None:
     done = "import sys, sqap, sqap.policy, sqap.cli; print('triton' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", done], capture_output=True, text=True)
     assert found.stdout == "False\n", found.stderr
+
+
+def test_inspect_says_what_runs_and_why(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = CliRunner().invoke(app, ["inspect", "--gpu"])
+    assert found.exit_code == 0, found.output
+    assert "there is no device 'cuda'" in " ".join(found.output.split())
+    for capability, words in (((9, 0), "tiles are estimated"), ((7, 5), "kernels need 8.0")):
+        card(capability)
+        properties = SimpleNamespace(
+            name="Card", major=capability[0], minor=capability[1], total_memory=1 << 30
+        )
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, found=properties: found)
+        (gpu,) = describe()["gpus"]
+        assert gpu["backend"] == ("triton" if capability == (9, 0) else None)
+        assert words in gpu["reason"]
+        result = CliRunner().invoke(app, ["inspect", "--gpu"])
+        assert result.exit_code == 0, result.output
+        assert "Card" in result.output
+
+
+def test_bench_says_that_there_is_no_gpu() -> None:
+    found = CliRunner().invoke(app, ["bench", "--shape", "smolvla", "--device", "cuda:7", "--vs", ""])
+    assert found.exit_code == 1
+    assert "there is no device 'cuda:7'" in " ".join(found.output.split())
+    with pytest.raises(InputError, match="a device is 'cpu', 'cuda' or 'cuda:NUMBER', got 'gpu'"):
+        check(Subject("smolvla", Recipe.w4a8(), random=True, device="gpu"), [])
+    with pytest.raises(InputError, match="torch-bf16-graph can be timed on cuda alone, not on 'cpu'"):
+        check(Subject("smolvla", Recipe.w4a8(), random=True), ["torch-bf16-graph"])
+
+
+def test_without_triton_a_linear_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = Packed(torch.zeros(4, 8, dtype=torch.uint8), torch.ones(4, 1), None, Grids(4, 8, True, 16))
+    monkeypatch.setitem(sys.modules, "sqap.kernels.gpu.linear", None)
+    with pytest.raises(InputError, match="the kernels for GPUs need Triton, which comes with PyTorch"):
+        GpuBackend().linear(packed)
