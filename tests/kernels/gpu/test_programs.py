@@ -24,6 +24,7 @@ from sqap.kernels.levels import quantize_activation  # noqa: E402
 from sqap.kernels.reference import ACTIVATIONS, ReferenceLinear  # noqa: E402
 
 SCHEMES = {"w4a8": (4, 8), "w8a8": (8, 8), "w4a4": (4, 4)}
+EPS = 0.1  # large enough to be seen
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -157,10 +158,10 @@ def test_a_norm_quantized(scheme: str, k: int, rms: bool, affine: bool) -> None:
     given_, x = packed(k, 16, scheme), torch.randn(5, k) * 3 + 1
     weight, bias = (torch.randn(k), torch.randn(k)) if affine else (None, None)
     if rms:
-        expected = torch.nn.functional.rms_norm(x, (k,), weight, 1e-6)
-        norm = Norm(weight, None, 1e-6, rms=True)
+        expected = torch.nn.functional.rms_norm(x, (k,), weight, EPS)
+        norm = Norm(weight, None, EPS, rms=True)
     else:
-        expected, norm = torch.nn.functional.layer_norm(x, (k,), weight, bias, 1e-6), Norm(weight, bias, 1e-6)
+        expected, norm = torch.nn.functional.layer_norm(x, (k,), weight, bias, EPS), Norm(weight, bias, EPS)
     assert_levels(Linear(given_).normed(x, norm), given_, expected)
 
 
