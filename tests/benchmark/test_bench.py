@@ -221,7 +221,7 @@ def test_eight_bit_products_are_of_the_same_weights() -> None:
     """What stands for torch's dynamic quantization on GPUs; cuBLAS multiplies no odd sizes."""
     torch.manual_seed(0)
     linear, odd = torch.nn.Linear(64, 24), torch.nn.Linear(24, 7)
-    model = torch.nn.Sequential(linear, odd)
+    model = torch.nn.Sequential(linear, odd).requires_grad_(False)
     x = torch.randn(2, 3, 64)
     expected = linear(x)
     eight(model)

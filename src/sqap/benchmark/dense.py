@@ -62,8 +62,10 @@ class Int8Linear(nn.Module):
         if tokens < self.LEAST:
             q = torch.cat([q, q.new_zeros(self.LEAST - tokens, q.shape[1])])
         sums: Tensor = torch._int_mm(q, self.weight.T)[:tokens]
-        out = (sums.float() * scale * self.scale).to(x.dtype).view(*x.shape[:-1], -1)
-        return out if self.bias is None else out + self.bias
+        out = sums.float() * scale * self.scale
+        if self.bias is not None:
+            out = out + self.bias
+        return out.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def eight(module: nn.Module) -> None:

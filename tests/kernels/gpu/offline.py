@@ -117,6 +117,7 @@ if __name__ == "__main__":
         activation(capability, 11008, 1, True, 256),
         activation(capability, 4304, 2, False, 1),
         activation(capability, 2560, 1, True, 512),
+        activation(capability, 28672, 0, False, 1),  # the widest: OpenVLA-OFT's head
         build("rotate", ROTATE, {"HEAD": 128, "BLOCK": 64}, capability, 1),
     ]
     print(json.dumps(found))

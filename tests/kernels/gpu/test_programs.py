@@ -88,7 +88,7 @@ def test_a_linear_is_the_references(
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_sums_are_exact(scheme: str) -> None:
     """All levels at their ends, over as many channels as there may be: no sum is rounded or wraps around."""
-    k, n = 16384, 3
+    k, n = 32768, 3
     given_ = packed(k, n, scheme, bias=False)
     ends = torch.tensor([0, 255]) if given_.grids.weight_bits == 4 else torch.tensor([-127, 127])
     given_.weight.copy_(ends[torch.randint(0, 2, given_.weight.shape)])
@@ -214,8 +214,8 @@ def test_grids_without_a_kernel_are_refused() -> None:
         with pytest.raises(InputError, match=f"on GPUs, {words}") as caught:
             backend.linear(given_)
         assert "SQAP_KERNELS=reference" in str(caught.value)
-    wide = packed(16386, 2, "w4a8")
-    with pytest.raises(InputError, match="more than 16384 input channels, here 16386,"):
+    wide = packed(32770, 2, "w4a8")
+    with pytest.raises(InputError, match="more than 32768 input channels, here 32770,"):
         backend.linear(wide)
 
 

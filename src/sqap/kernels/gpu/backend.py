@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sqap.kernels.gpu.linear import Linear
 
 OLDEST = 8, 0  # compute capability: the first with the int8 matrix instructions that Triton emits
-LARGEST = 16384  # values of a token that one program holds in registers
+LARGEST = 32768  # values of a token that one program holds in registers
 logger = logging.getLogger("sqap")
 
 

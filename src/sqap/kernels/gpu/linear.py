@@ -123,4 +123,5 @@ def empty_levels(x: Tensor) -> Levels:
 
 def warps(channels: int) -> int:
     """How many warps quantize a token."""
-    return 16 if channels > 8192 else 8 if channels > 2048 else 4
+    bounds = (16384, 32), (8192, 16), (2048, 8)
+    return next((count for least, count in bounds if channels > least), 4)
