@@ -81,6 +81,6 @@ def vla_cpp(policy: Policy, precision: str) -> Policy:
 
 
 bf16, q8_0, q5_1, q5_0, q4_1, q4_0 = (
-    Candidate(f"vla.cpp, {precision}", partial(vla_cpp, precision=precision), False, "vla.cpp")
+    Candidate(f"vla.cpp, {precision}", partial(vla_cpp, precision=precision), False, "vla.cpp", ("cpu",))
     for precision in PRECISIONS
 )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,12 @@ from tokenizers import Tokenizer
 from sqap.config import Calibration, Origin, PolicyConfig
 from sqap.defaults import defaults
 from sqap.errors import InputError, NonFiniteActionError
+from sqap.given import Given, Outcome
+from sqap.graph import Feed, Graphs, fetch, running
+from sqap.kernels.gpu.backend import check_device
 from sqap.models import VLA, ModelConfig, ModelInputs
 from sqap.models.stages import stages
-from sqap.models.storage import Rounded, Weights, fill, unify, widen
+from sqap.models.storage import Rounded, Weights, fill, narrow, unify, widen
 from sqap.models.through import Through, direct
 from sqap.observation import Observation, find_camera
 from sqap.processing import normalize_state, pixel_values, prompt_ids, unnormalize, window
@@ -28,6 +31,7 @@ from sqap.pruning.attention import score_queries
 from sqap.pruning.geometry import project
 from sqap.pruning.lookahead import layers_to_look_at
 from sqap.pruning.memory import Memory
+from sqap.pruning.step import draw
 from sqap.recipe import Pruning, Recipe
 
 # Weights read, and weights in all.
@@ -92,6 +96,7 @@ class Policy:
     card: bytes | None = field(default=None, repr=False)
     _loaded: bool = field(default=False, init=False, repr=False, compare=False)
     _device: torch.device = field(init=False, repr=False, compare=False)
+    _graphs: Graphs | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
@@ -105,7 +110,7 @@ class Policy:
             check_pruning(pruning, self.config.model)
             found = self.calibration or Calibration(0, "")
             layers = layers_to_look_at(pruning, self.config.model.decoder, found.layers)
-            pruning = dataclasses.replace(pruning, score_queries=score_queries(pruning, self.config.model))
+            pruning = replace(pruning, score_queries=score_queries(pruning, self.config.model))
             self.selector = Selector(pruning, self.config.model.grid, found.top_k, layers)
 
     def act(self, observation: Observation, *, seed: int | None = None) -> np.ndarray:
@@ -167,30 +172,80 @@ class Policy:
         memories = none if memories is None else memories
         triples = list(zip(observations, seeds, memories, strict=True))
         prepared = [self._prepare(*triple) for triple in triples]
-        inputs, pruners = [given for given, _ in prepared], [pruner for _, pruner in prepared]
-        found = self.model.run([given.to(self.device) for given in inputs], self.through, pruners)
-        each = zip(found, pruners, observations, strict=True)
-        return [self._step(actions, pruner, seen.state) for actions, pruner, seen in each]
+        with self._acting():
+            found = self._run(prepared)
+            each = zip(found, observations, strict=True)
+            return [self._step(actions, pruner, seen.state) for (actions, pruner), seen in each]
 
-    def _prepare(
-        self, observation: Observation, seed: int | None, memory: Memory | None
-    ) -> tuple[ModelInputs, StepPruner | None]:
+    @contextmanager
+    def _acting(self) -> Iterator[None]:
+        """On the policy's GPU; one step at a time where steps are captured."""
+        with ExitStack() as stack:
+            if self.device.type == "cuda":
+                stack.enter_context(torch.cuda.device(self.device))
+            if self._graphs is not None:
+                stack.enter_context(running)
+            yield
+
+    def _run(self, prepared: Sequence[Given]) -> list[Outcome]:
+        """Actions and pruners of a step: replayed by a CUDA graph, where there may be one."""
+        if self._graphs is None or not self._captures:
+            return self._direct([given.to(self._place) for given in prepared])
+
+        def place(feed: Feed) -> Callable[[], list[Outcome]]:
+            placed = [given.to(feed) for given in prepared]
+            return lambda: self._direct(placed)
+
+        found: list[Outcome] = self._graphs.run(tuple(given.key for given in prepared), place)
+        for (_, pruner), given in zip(found, prepared, strict=True):
+            if pruner is not None:  # the one of the captured step
+                pairs = zip(pruner.selections, given.targets, strict=False)
+                pruner.selections = tuple(replace(selection, target=target) for selection, target in pairs)
+        return found
+
+    def _direct(self, placed: Sequence[Given]) -> list[Outcome]:
+        pruners = [self._pruner(given) for given in placed]
+        found = self.model.run([given.inputs for given in placed], self.through, pruners)
+        return list(zip(found, pruners, strict=True))
+
+    @property
+    def _captures(self) -> bool:
+        """Whether nothing looks into a step, and no selection is computed on the CPU."""
+        plain = self.through is direct and self.pruner is StepPruner
+        return plain and (self.selector is None or self.selector.captures)
+
+    def _place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the device, which is not waited for unless it is the CPU."""
+        return tensor.to(self.device, non_blocking=self.device.type != "cpu")
+
+    def _prepare(self, observation: Observation, seed: int | None, memory: Memory | None) -> Given:
         generator = torch.Generator(device="cpu")
         if seed is None:
             generator.seed()
         else:
             generator.manual_seed(seed)
         inputs = self.inputs(observation, generator)
-        return inputs, self._pruner(observation, inputs.token_ids.shape[1], generator, memory)
+        if self.selector is None:
+            return Given(inputs, (), (), None, generator)
+        targets = tuple(self._target(observation, camera) for camera in self.config.cameras)
+        draws = draw(self.selector, targets, generator, memory)
+        return Given(inputs, targets, draws, memory, generator)
 
     def _step(self, actions: torch.Tensor, pruner: StepPruner | None, state: np.ndarray | None) -> Step:
-        normalised = actions[0].float().cpu().numpy()
+        selections = () if pruner is None else pruner.selections
+        actions, *parts = fetch([actions[0].float(), *(x for s in selections for x in s.tensors)])
+        normalised = actions.numpy()
         chunk = unnormalize(normalised, self.config.actions, state)
         for found in (normalised, chunk):  # what is clipped or turned into 0 and 1 hides what it was
             _check_actions(found)
         if pruner is None:
             return Step(chunk)
-        return Step(chunk, tuple(selection.cpu() for selection in pruner.selections), pruner.memory)
+        memory = pruner.memory
+        if memory is not None and self._graphs is not None:  # the next step overwrites it
+            memory = Memory(memory.visual.clone())
+        copies = iter(parts)
+        kept = tuple(s.with_tensors([next(copies) for _ in s.tensors]) for s in selections)
+        return Step(chunk, kept, memory)
 
     def inputs(self, observation: Observation, generator: torch.Generator) -> ModelInputs:
         """What the model is given for an observation, with noise where it starts from noise; on the CPU.
@@ -239,20 +294,42 @@ class Policy:
         return self._device
 
     @defaults()
-    def to(self, device: torch.device | str) -> Policy:
+    def to(self, device: torch.device | str, *, graph: bool = True) -> Policy:
         """Move the policy in place, as `torch.nn.Module.to` does, and return it.
 
         It then acts there: what it is given is copied there, and chunks and selections come back. Noise and
         chance are drawn on the CPU whatever the device, so that a seed stands for the same. Weights that are
         still on disk go there part by part as they are loaded. Compressing needs a policy on the CPU.
 
+        On a GPU a compressed policy computes in bfloat16, a head that starts from noise in float32. A step is
+        captured as a CUDA graph the first time that its inputs have their shapes (`sqap.graph`): change the
+        model afterwards, and move it again.
+
         Args:
             device: ``"cpu"``, ``"cuda"`` or another of PyTorch's.
+            graph: whether steps on a GPU are captured; without it Python launches their kernels one by one.
+
+        Raises:
+            InputError: there is no such GPU, or it is too old.
         """
-        self._device = torch.device(device)
+        there = torch.device(device)
+        check_device(there)
+        self._device = there
+        self._graphs = Graphs(self._device) if graph and self._device.type == "cuda" else None
         if self.weights is None or self._loaded:
+            if self.recipe.quantization is not None:
+                self._settle()
             self.model.to(self._device)
         return self
+
+    def _settle(self) -> None:
+        """Give a compressed model the types that it computes in on the policy's device."""
+        if self._device.type == "cuda":
+            narrow(self.model)
+            if self.config.model.head.noisy:
+                widen(self.model.head)
+        else:
+            widen(self.model)
 
     @defaults()
     def load_weights(self, progress: Progress | None = None) -> None:
@@ -281,7 +358,7 @@ class Policy:
             fill(self.model, self.weights, device=self.device)
             self.model.to(self.device)  # buffers, and what never was on disk
             if isinstance(self.weights, Rounded):
-                widen(self.model)
+                self._settle()
             else:
                 unify(self.model, self.model.head)
             if progress is not None:
@@ -331,19 +408,13 @@ class Policy:
 
         return hub.upload(self.save, repository, private=private, token=token)
 
-    def _pruner(
-        self,
-        observation: Observation,
-        text_tokens: int,
-        generator: torch.Generator,
-        memory: Memory | None,
-    ) -> StepPruner | None:
+    def _pruner(self, given: Given) -> StepPruner | None:
         if self.selector is None:
             return None
-        targets = [self._target(observation, camera) for camera in self.config.cameras]
-        layout = self.config.model.layout(text_tokens)
-        length, visual = layout.blocks[0].stop, layout.span("visual")
-        return self.pruner(self.selector, length, visual, targets, generator, memory, self.device)
+        layout = self.config.model.layout(given.inputs.token_ids.shape[1])
+        sequence = layout.blocks[0].stop, layout.span("visual")
+        chance = given.targets, given.generator, given.memory
+        return self.pruner(self.selector, *sequence, *chance, self.device, given.draws)
 
     def _target(self, observation: Observation, camera: str) -> tuple[float, float] | None:
         """Where the end effector is in what is looked at of a camera's image, if the observation tells."""

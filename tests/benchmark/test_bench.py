@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import sqap
 from sqap.benchmark import SHAPES, Subject, bench
 from sqap.benchmark.candidates import CANDIDATES, candidate, example, weight_bytes
-from sqap.benchmark.dense import dense, unpack
+from sqap.benchmark.dense import Int8Linear, dense, eight, unpack
 from sqap.benchmark.exported import Arrays, Exported, Network, export
 from sqap.benchmark.shapes import random_policy
 from sqap.benchmark.timing import Bench, Loaded, Timed
@@ -222,3 +222,19 @@ def test_every_candidate_says_what_it_is() -> None:
     assert all(candidate.about for candidate in CANDIDATES.values())
     with pytest.raises(InputError, match="steps must be at least 1, got 0"):
         bench(Subject("reference", Recipe()), [], steps=0)
+
+
+def test_eight_bit_products_are_of_the_same_weights() -> None:
+    """What stands for torch's dynamic quantization on GPUs; cuBLAS multiplies no odd sizes."""
+    torch.manual_seed(0)
+    linear, odd = torch.nn.Linear(64, 24), torch.nn.Linear(24, 7)
+    model = torch.nn.Sequential(linear, odd).requires_grad_(False)
+    x = torch.randn(2, 3, 64)
+    expected = linear(x)
+    eight(model)
+    assert isinstance(model[0], Int8Linear)
+    assert model[1] is odd
+    assert float((model[0](x) - expected).norm() / expected.norm()) < 0.02
+    assert model[0](x.bfloat16()).dtype == torch.bfloat16
+    large = x.repeat(20, 1, 1).reshape(-1, 64)
+    torch.testing.assert_close(model[0](large)[:1], model[0](x).reshape(-1, 24)[:1])

@@ -175,3 +175,20 @@ def test_uniform_grid_leaves_no_large_hole(count: int) -> None:
     hole = max(min(math.dist(divmod(i, 16), divmod(j, 16)) for j in kept) for i in range(256))
     # A perfect lattice leaves 0.71 of the spacing sqrt(256 / count), random tokens more than 1.4.
     assert hole < 1.3 * math.sqrt(256 / count)
+
+
+@given(grids, st.data())
+def test_farthest_points_as_tensor_operations_are_the_same(grid: int, data: st.DataObject) -> None:
+    tokens, seed = grid * grid, data.draw(st.integers(0, 2**31))
+    torch.manual_seed(seed)
+    left = torch.rand(tokens) < data.draw(st.sampled_from([0.5, 1.1]))
+    kept = left & (torch.rand(tokens) < data.draw(st.sampled_from([0, 0.1, 0.6])))
+    free = int((left & ~kept).sum())
+    count = data.draw(st.integers(0, free))
+    most = data.draw(st.integers(count, tokens))
+    rank = criteria.permutation(tokens)
+    picked = criteria.farthest_points(grid, kept, count, left=left, rank=rank)
+    expected = torch.zeros(tokens, dtype=torch.bool)
+    expected[picked] = True
+    found = criteria.farthest_mask(grid, kept, torch.tensor(count), most, rank, left)
+    assert torch.equal(found, expected)

@@ -26,13 +26,13 @@ SETTINGS = {
     "a ring": Pruning(0.5, 1, ring_share=0.2),
     "changed": Pruning(0.5, 1, rest="changed"),
     "sqap": Pruning(0.5, 2, "sqap", score_layers=(0, 1), rest="random"),
+    "farthest": Pruning(0.5, 1, "sqap"),
     "attention": Pruning(0.5, 1, "attention", score_queries="last"),
     "random": Pruning(0.5, 1, "random"),
     "uniform": Pruning(0.5, 1, "uniform"),
 }
 # These choose one token after the other, on the CPU: as tensor operations, so many small steps take longer.
 ON_THE_CPU = {
-    "farthest": Pruning(0.5, 1, "sqap"),
     "divprune": Pruning(0.5, 1, "divprune"),
     "dart": Pruning(0.5, 1, "dart"),
     "cdpruner": Pruning(0.5, 1, "cdpruner"),

@@ -16,12 +16,13 @@ from torch import nn
 
 import sqap
 from sqap.benchmark import tools
-from sqap.benchmark.dense import dense, unpack
+from sqap.benchmark.dense import dense, eight, unpack
 from sqap.benchmark.exported import Elsewhere, export
 from sqap.benchmark.shapes import SHAPES, random_policy
 from sqap.checkpoints.choices import Choices
 from sqap.compress import compress
 from sqap.errors import InputError
+from sqap.kernels.gpu.backend import check_device
 from sqap.models import ModelConfig
 from sqap.observation import Camera, Observation
 from sqap.policy import Policy, check_pruning
@@ -42,6 +43,7 @@ class Subject:
         random: ``source`` is one of `sqap.benchmark.SHAPES`, to be given random weights.
         layers: of the decoder of such a shape; all of them if None.
         choices: by which a published policy is loaded.
+        device: where it is timed, one of PyTorch's.
     """
 
     source: str
@@ -49,15 +51,24 @@ class Subject:
     random: bool = False
     layers: int | None = None
     choices: Choices = field(default_factory=Choices)
+    device: str = "cpu"
+
+    @property
+    def kind(self) -> str:
+        """The device without its number: "cpu" or "cuda"."""
+        return self.device.partition(":")[0]
 
     def load(self) -> Policy:
-        """The compressed policy. Nothing is calibrated, since that changes no time.
+        """The compressed policy, on the device. Nothing is calibrated, since that changes no time.
 
         Raises:
             SqapError: it cannot be loaded or compressed.
         """
         if self.random:
-            return random_policy(self.shape(), self.recipe)
+            return random_policy(self.shape(), self.recipe, torch.device(self.device))
+        return self._compressed().to(self.device)
+
+    def _compressed(self) -> Policy:
         policy = sqap.load(self.source, **vars(self.choices))
         if policy.recipe != Recipe():
             return policy
@@ -84,12 +95,16 @@ class Candidate:
         make: of the compressed policy, which it may use up.
         staged: whether its parts can be timed; what is compiled as a whole has none.
         environment: the name of the virtual environment that a tool of its own may be installed in.
+        kinds: the kinds of devices it can be timed on.
+        graph: whether its steps are CUDA graphs on a GPU; otherwise Python launches their kernels.
     """
 
     about: str
     make: Callable[[Policy], Policy]
     staged: bool = True
     environment: str | None = None
+    kinds: tuple[str, ...] = ("cpu", "cuda")
+    graph: bool = True
 
 
 def unpruned(policy: Policy) -> Policy:
@@ -109,6 +124,10 @@ def keeping(keep_ratio: float) -> Candidate:
 
 
 def _dynamic_int8(policy: Policy) -> Policy:
+    if policy.device.type == "cuda":  # PyTorch's own runs on CPUs alone
+        policy = dense(policy, torch.bfloat16)
+        eight(policy.model)
+        return policy
     policy = dense(policy, torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is deprecated
@@ -118,7 +137,7 @@ def _dynamic_int8(policy: Policy) -> Policy:
 
 
 def _compiled(policy: Policy) -> Policy:
-    policy = dense(policy, torch.float32)
+    policy = dense(policy, torch.bfloat16 if policy.device.type == "cuda" else torch.float32)
     policy.model.compile()
     return policy
 
@@ -131,21 +150,27 @@ def _exported(tool: Callable[..., Any], bits: int) -> Callable[[Policy], Policy]
     return make
 
 
+def _elsewhere(about: str, tool: Callable[..., Any], bits: int) -> Candidate:
+    """One that runs in a tool of `tools`, whose environment has its name, on CPUs."""
+    return Candidate(about, _exported(tool, bits), environment=tool.__name__, kinds=("cpu",))
+
+
 CANDIDATES = {
     "sqap": Candidate("the compressed policy", lambda policy: policy),
     "sqap-unpruned": Candidate("the compressed policy with all its visual tokens", unpruned),
     "torch-fp32": Candidate("PyTorch, float32", lambda policy: dense(policy, torch.float32)),
-    "torch-bf16": Candidate("PyTorch, bfloat16", lambda policy: dense(policy, torch.bfloat16)),
-    "torch-compile": Candidate("PyTorch, float32, torch.compile", _compiled, staged=False),
-    "torch-int8": Candidate("PyTorch's dynamic quantization to 8 bits", _dynamic_int8),
-    "openvino-int8": Candidate("OpenVINO, 8-bit weights", _exported(tools.openvino, 8), True, "openvino"),
-    "openvino-int4": Candidate("OpenVINO, 4-bit weights", _exported(tools.openvino, 4), True, "openvino"),
-    "onnxruntime-int8": Candidate(
-        "ONNX Runtime, dynamic quantization to 8 bits", _exported(tools.onnxruntime, 8), True, "onnxruntime"
+    "torch-bf16": Candidate("PyTorch, bfloat16", lambda policy: dense(policy, torch.bfloat16), graph=False),
+    "torch-bf16-graph": Candidate(
+        "the same as one CUDA graph", lambda policy: dense(policy, torch.bfloat16), kinds=("cuda",)
     ),
-    "onnxruntime-int4": Candidate(
-        "ONNX Runtime, 4-bit weights", _exported(tools.onnxruntime, 4), True, "onnxruntime"
+    "torch-compile": Candidate(
+        "PyTorch, torch.compile, float32 on CPUs and bfloat16 on GPUs", _compiled, staged=False, graph=False
     ),
+    "torch-int8": Candidate("PyTorch's products of 8-bit integers, quantized as it runs", _dynamic_int8),
+    "openvino-int8": _elsewhere("OpenVINO, 8-bit weights", tools.openvino, 8),
+    "openvino-int4": _elsewhere("OpenVINO, 4-bit weights", tools.openvino, 4),
+    "onnxruntime-int8": _elsewhere("ONNX Runtime, dynamic quantization to 8 bits", tools.onnxruntime, 8),
+    "onnxruntime-int4": _elsewhere("ONNX Runtime, 4-bit weights", tools.onnxruntime, 4),
 }
 
 
@@ -204,7 +229,7 @@ def weight_bytes(policy: Policy) -> int:
 
 
 def check(subject: Subject, names: Sequence[str]) -> None:
-    """Make sure that the shape and every candidate are known.
+    """Make sure that the shape, the device and every candidate are known.
 
     Raises:
         InputError: one is not.
@@ -213,5 +238,10 @@ def check(subject: Subject, names: Sequence[str]) -> None:
         raise InputError(f"no shape is called {subject.source!r}; there are {', '.join(SHAPES)}")
     if subject.layers is not None and not subject.random:
         raise InputError("--layers shortens a --shape; a policy has the layers that it has")
+    if re.fullmatch(r"cpu|cuda(:\d+)?", subject.device) is None:
+        raise InputError(f"a device is 'cpu', 'cuda' or 'cuda:NUMBER', got {subject.device!r}")
+    check_device(torch.device(subject.device))
     for name in names:
-        candidate(name)
+        kinds = candidate(name).kinds
+        if subject.kind not in kinds:
+            raise InputError(f"{name} can be timed on {' or '.join(kinds)} alone, not on {subject.device!r}")

@@ -18,7 +18,7 @@ import sqap
 from sqap.benchmark.candidates import Subject, check
 from sqap.benchmark.timing import Bench, Loaded, Timed
 from sqap.errors import InputError, SqapError
-from sqap.kernels import cpu
+from sqap.kernels import cpu, gpu
 from sqap.process import Worker, available_cores
 
 OURS = "sqap"
@@ -97,8 +97,9 @@ def bench(
         "warmups": warmups,
         "interleaved": "in thirds" if one_at_a_time else "step by step",
         "threads": threads,
-        "machine": _machine(),
-        "candidates": {name: _describe(row, rows) for name, row in rows.items()},
+        "device": subject.device,
+        "machine": _machine(subject),
+        "candidates": {name: _describe(row, rows, subject.kind) for name, row in rows.items()},
         "speedup_over": {
             name: _speedup(rows[OURS], row) for name, row in rows.items() if name != OURS and row.steps
         },
@@ -142,7 +143,7 @@ def _take_turns(
             rows[name].peak = max(rows[name].peak, ask(name, "peak") or 0)
 
 
-def _describe(row: _Row, rows: dict[str, _Row]) -> dict[str, Any]:
+def _describe(row: _Row, rows: dict[str, _Row], kind: str) -> dict[str, Any]:
     if row.reason is not None or row.loaded is None or not row.steps:
         return {"reason": row.reason or "interrupted before it was timed"}
     ms = [step.ms for step in row.steps]
@@ -153,7 +154,7 @@ def _describe(row: _Row, rows: dict[str, _Row]) -> dict[str, Any]:
     exact = rows["torch-fp32"].loaded if "torch-fp32" in rows else None
     return found | {
         "min_ms": min(ms),
-        "peak_rss_bytes": row.peak,
+        "peak_device_bytes" if kind == "cuda" else "peak_rss_bytes": row.peak,
         "weight_bytes": row.loaded.weight_bytes,
         "load_s": row.loaded.load_s,
         "stages_ms": {
@@ -174,12 +175,12 @@ def _speedup(ours: _Row, rival: _Row) -> dict[str, float]:
     return {"median": float(np.median(ratios)), "min": min(ratios), "max": max(ratios)}
 
 
-def _machine() -> dict[str, Any]:
-    found = cpu.describe()
+def _machine(subject: Subject) -> dict[str, Any]:
+    cuda = subject.kind == "cuda"
     return {
-        "processor": found["processor"],
+        "processor": torch.cuda.get_device_name(subject.device) if cuda else cpu.describe()["processor"],
         "cores": available_cores(),
-        "kernels": cpu.chosen(),
+        "kernels": gpu.GpuBackend.name if cuda else cpu.chosen(),
         "system": platform.platform(),
         "versions": {
             "sqap": sqap.__version__,

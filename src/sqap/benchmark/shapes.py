@@ -122,17 +122,19 @@ SHAPES = {
 }
 
 
-def random_policy(model: ModelConfig, recipe: Recipe) -> Policy:
+def random_policy(model: ModelConfig, recipe: Recipe, device: torch.device | None = None) -> Policy:
     """A policy of this shape, quantized as the recipe says, whose weights were never anything but random.
 
-    Drawn as integers where they are integers, so that it takes no more memory than it will have.
+    Drawn as integers where they are integers, so that it takes no more memory than it will have, and on the
+    ``device`` that it will be on, by default the CPU.
     """
     if recipe.quantization is not None:
         model = model.compressed
+    device = device or torch.device("cpu")
     small = empty_model(model)
     if recipe.quantization is not None:
         prepare_quantized(small, recipe.quantization)
-    generator = torch.Generator(device="cpu").manual_seed(0)
+    generator = torch.Generator(device=device).manual_seed(0)
     for module in small.modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             drawn = _draw(module, name, tensor, generator)
@@ -152,22 +154,27 @@ def random_policy(model: ModelConfig, recipe: Recipe) -> Policy:
         prompt=prompt(1),
         state=None if model.proprio_dim is None else (_unit(model.proprio_dim), Clamp()),
     )
-    return Policy(small, config, _tokenizer(), recipe)
+    return Policy(small, config, _tokenizer(), recipe).to(device)
 
 
 def _draw(module: torch.nn.Module, name: str, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     if isinstance(module, QuantizedLinear) and name == "weight":
         low = 0 if like.dtype == torch.uint8 else -127
         high = 256 if like.dtype == torch.uint8 else 128
-        return torch.randint(low, high, like.shape, dtype=like.dtype, device="cpu", generator=generator)
+        return torch.randint(
+            low, high, like.shape, dtype=like.dtype, device=generator.device, generator=generator
+        )
     if isinstance(module, QuantizedLinear) and name == "scale":
         spread = 4.6 if module.weight_bits == 4 else 73.3  # of levels drawn evenly
-        return torch.full(like.shape, module.in_features**-0.5 / spread, dtype=torch.float32, device="cpu")
+        return torch.full(
+            like.shape, module.in_features**-0.5 / spread, dtype=torch.float32, device=generator.device
+        )
     if like.dim() < 2:
         value = float(name in ("weight", "scale_factor"))
-        return torch.full(like.shape, value, dtype=torch.float32, device="cpu")
+        return torch.full(like.shape, value, dtype=torch.float32, device=generator.device)
     table = isinstance(module, torch.nn.Embedding)
-    drawn = torch.empty(like.shape, dtype=torch.bfloat16 if table else torch.float32, device="cpu")
+    dtype = torch.bfloat16 if table else torch.float32
+    drawn = torch.empty(like.shape, dtype=dtype, device=generator.device)
     return drawn.normal_(0, 1 if table else like[0].numel() ** -0.5, generator=generator)
 
 

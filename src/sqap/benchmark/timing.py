@@ -55,23 +55,37 @@ class Bench:
     def __call__(self, request: str) -> Loaded | Timed | int:
         if request == "load":
             return self._load()
-        return self._step() if request == "step" else peak_rss_bytes()
+        return self._step() if request == "step" else self._peak()
+
+    def _peak(self) -> int:
+        """Bytes: of the device's memory on a GPU, else of the process."""
+        if self._subject.kind == "cuda":
+            return torch.cuda.max_memory_allocated(self._subject.device)
+        return peak_rss_bytes()
+
+    def _forget_peak(self) -> None:
+        if self._subject.kind == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._subject.device)
+        forget_peak()
 
     def _load(self) -> Loaded:
         chosen = candidate(self._name)
         start = time.perf_counter()
         try:
-            self._policy = chosen.make(self._subject.load())
+            policy = chosen.make(self._subject.load())
+            self._policy = policy.to(self._subject.device, graph=chosen.graph)
         except ImportError as problem:
             raise SqapError(f"{problem}: docs/bench.md says what to install") from problem
         seconds = time.perf_counter() - start
         self.observation = example(self._policy)
-        forget_peak()  # what it took to make a rival out of the compressed policy is not the rival's
+        self._forget_peak()  # what it took to make a rival out of the compressed policy is not the rival's
         first = self._policy.step(self.observation, seed=0)
         chunk, self._memory = first.chunk, first.memory
         if not np.isfinite(chunk).all():
             raise SqapError("its actions are not finite")
-        self._stages = Stages(self._policy) if chosen.staged else None
+        staged = chosen.staged and self._subject.kind == "cpu"  # a graph has no stages
+        self._stages = Stages(self._policy) if staged else None
         return Loaded(seconds, weight_bytes(self._policy), chunk)
 
     def _step(self) -> Timed:

@@ -33,7 +33,9 @@ def bench(
     recipe: RecipeOption = "w4a8",
     keep: KeepOption = None,
     vs: Annotated[str, typer.Option(help="Rivals, comma-separated.")] = "torch-fp32,torch-bf16",
-    steps: Annotated[int, typer.Option(help="Timed steps of each.", min=1)] = 30,
+    steps: Annotated[
+        int | None, typer.Option(help="Timed steps of each: 30, or 200 on a GPU.", min=1)
+    ] = None,
     warmups: Annotated[int, typer.Option(help="Steps of each that come before.", min=0)] = 5,
     threads: Annotated[int | None, typer.Option(help="Threads of each; all cores if not given.")] = None,
     one_at_a_time: Annotated[
@@ -42,6 +44,7 @@ def bench(
     environments: Annotated[
         Path | None, typer.Option(help="Folder of virtual environments of the rivals, see docs/bench.md.")
     ] = None,
+    device: Annotated[str, typer.Option(help="Where to time them: cpu or cuda.")] = "cpu",
     choices: Choices = NONE,
     json_path: JsonOption = None,
 ) -> None:
@@ -54,13 +57,14 @@ def bench(
             raise InputError("name a policy to time, or a --shape; one of the two")
         if shape is not None and choices != NONE:
             raise InputError("a --shape has random weights: how published ones are read is no choice there")
-        subject = Subject(shape or str(source), read_recipe(recipe, keep), shape is not None, layers, choices)
+        settings = read_recipe(recipe, keep)
+        subject = Subject(shape or str(source), settings, shape is not None, layers, choices, device)
         rivals = [name for name in vs.split(",") if name]
         with progress_bar("steps") as advance:
             report = run(
                 subject,
                 rivals,
-                steps=steps,
+                steps=steps or (30 if device == "cpu" else 200),
                 warmups=warmups,
                 threads=threads,
                 one_at_a_time=one_at_a_time,

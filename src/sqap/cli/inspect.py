@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,7 @@ from sqap.cli.options import (
 )
 from sqap.errors import InputError
 from sqap.kernels.cpu import describe
+from sqap.kernels.gpu.describe import describe as describe_gpus
 from sqap.models.storage import stored_bytes
 from sqap.quantization import count_parameters, list_linears
 from sqap.report import tables
@@ -29,19 +30,24 @@ def inspect(
     source: Annotated[str | None, SOURCE] = None,
     linears: Annotated[bool, typer.Option(help="List every linear.")] = False,
     cpu: Annotated[bool, typer.Option(help="Show and check which kernels run on this processor.")] = False,
+    gpu: Annotated[bool, typer.Option(help="Show what runs on the GPUs of this machine, and why.")] = False,
     choices: Choices = NONE,
     json_path: JsonOption = None,
 ) -> None:
     """Show a policy's parts, bytes and bit-widths, and what is quantized and what is not."""
     with user_errors():
+        found: dict[str, Any] = {}
         if cpu:
-            found = describe()
+            found |= describe()
             console.print(tables.kernels_table(found))
-            if source is None:
-                write_numbers(json_path, found)
-                return
+        if gpu:
+            found |= describe_gpus()
+            console.print(tables.gpus_table(found))
         if source is None:
-            raise InputError("there is nothing to inspect; name a policy, or give --cpu")
+            if not found:
+                raise InputError("there is nothing to inspect; name a policy, or give --cpu or --gpu")
+            write_numbers(json_path, found)
+            return
         loaded = load_policy(source, choices)
         reports = list_linears(loaded.model)
         parts = {

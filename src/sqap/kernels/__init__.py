@@ -16,10 +16,11 @@ from sqap.kernels.backend import (
     Packed,
 )
 from sqap.kernels.cpu.backend import CpuBackend
+from sqap.kernels.gpu import GpuBackend
 from sqap.kernels.reference import ReferenceBackend
 
 # The first that fits multiplies. The last fits everything: it is what the others are checked against.
-BACKENDS: list[Backend] = [CpuBackend(), ReferenceBackend()]
+BACKENDS: list[Backend] = [CpuBackend(), GpuBackend(), ReferenceBackend()]
 
 
 def find(device: torch.device, grids: Grids) -> Backend:

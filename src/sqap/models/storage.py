@@ -107,6 +107,11 @@ def widen(module: nn.Module, skip: Collection[int] = ()) -> None:
     _cast([p for p in _without_tables(module) if id(p) not in skip], torch.float32)
 
 
+def narrow(module: nn.Module) -> None:
+    """Compute in `STORAGE_DTYPE`, which changes no value that was stored; packed integers stay packed."""
+    _cast(module.parameters(), STORAGE_DTYPE)
+
+
 def unify(model: nn.Module, head: nn.Module) -> None:
     """One type for all that was filled with the types of a file: the one that most values are stored in.
 

@@ -1,6 +1,6 @@
 """Which visual tokens go on: look-ahead, the paper's criteria, their rivals, and calibration."""
 
-from sqap.pruning.selector import Selection, Selector
+from sqap.pruning.selector import Draws, Selection, Selector
 from sqap.pruning.step import StepPruner
 
-__all__ = ["Selection", "Selector", "StepPruner"]
+__all__ = ["Draws", "Selection", "Selector", "StepPruner"]

@@ -41,10 +41,12 @@ def score_queries(settings: Pruning, config: ModelConfig) -> ScoreQueries:
     return settings.score_queries
 
 
-def query_rows(queries: ScoreQueries, visual: slice, length: int) -> Tensor:
+def query_rows(
+    queries: ScoreQueries, visual: slice, length: int, device: torch.device | None = None
+) -> Tensor:
     """Positions ``(rows,)`` of the last token or of all text, in ``length`` of which some are ``visual``."""
     first = length - 1 if queries == "last" else visual.stop
-    return torch.arange(first, length, dtype=torch.int64, device="cpu")
+    return torch.arange(first, length, dtype=torch.int64, device=device or "cpu")
 
 
 def per_camera(received: Tensor, cameras: int) -> Tensor:

@@ -63,14 +63,14 @@ def farthest_points(
     count: int,
     generator: torch.Generator | None = None,
     left: Tensor | None = None,
+    rank: Tensor | None = None,
 ) -> Tensor:
     """Farthest-point sampling (Gonzalez 1985): each next patch is the one farthest from all before it.
 
     A grid is full of ties, and a policy that looks again and again at the same sample never sees what it
     leaves out. With a generator, ties are broken at random, and with nothing kept the first pick is too.
 
-    It is computed on the CPU wherever the masks are: on a GPU, a step waits for it. Each pick depends on the
-    one before, and a hundred picks as tensor operations would take several times as long.
+    It is computed on the CPU wherever the masks are; `farthest_mask` waits for no device.
 
     Args:
         kept: mask ``(N,)`` of the patches to start from; with none and without a generator, the first pick
@@ -78,6 +78,8 @@ def farthest_points(
         count: patches to add, at most those not kept.
         generator: breaks ties; without it they go to the lower index.
         left: mask ``(N,)`` of the patches to choose from; all if not given.
+        rank: what ``generator`` would draw, ``(N,)``: of two patches as far away the one with the higher rank
+            is picked.
 
     Returns:
         ``(count,)`` indices in the order they were picked; none of them was kept before.
@@ -85,21 +87,50 @@ def farthest_points(
     between = _squared_distances(grid)
     tokens = len(between)
     seeds = kept.cpu().nonzero().flatten().tolist()
-    if generator is None:
-        rank, first = np.arange(tokens)[::-1], (grid - 1) // 2 * (grid + 1)
+    if generator is None and rank is None:
+        ranks, first = np.arange(tokens)[::-1], (grid - 1) // 2 * (grid + 1)
     else:
-        rank = permutation(tokens, generator).numpy()
-        first = int(rank.argmax())
+        ranks = (permutation(tokens, generator) if rank is None else rank).numpy()
+        first = int(ranks.argmax())
     gone = np.zeros(tokens, dtype=bool) if left is None else ~left.cpu().numpy()
     if gone[first]:
-        first = int(np.where(gone, -1, rank).argmax())
+        first = int(np.where(gone, -1, ranks).argmax())
     picked = [] if seeds else [first]
     nearest = between[seeds + picked].min(axis=0)
     nearest[gone] = -1
     while len(picked) < count:
-        picked.append(int((nearest * tokens + rank).argmax()))
+        picked.append(int((nearest * tokens + ranks).argmax()))
         np.minimum(nearest, between[picked[-1]], out=nearest)
     return torch.tensor(picked[:count], dtype=torch.int64, device="cpu")
+
+
+def farthest_mask(
+    grid: int, kept: Tensor, count: Tensor, most: int, rank: Tensor, left: Tensor | None = None
+) -> Tensor:
+    """The patches that `farthest_points` picks, as tensor operations: no device is waited for.
+
+    Args:
+        kept: mask ``(N,)`` of the patches to start from.
+        count: patches to add, a tensor of one value.
+        most: the largest that ``count`` may be: so many picks are made, four small operations each.
+        rank: ``(N,)`` breaks ties.
+        left: mask ``(N,)`` of the patches to choose from; all if not given.
+
+    Returns:
+        Mask ``(N,)``.
+    """
+    between, tokens = _distances_on(grid, kept.device), grid * grid
+    nearest = torch.where(kept[:, None], between, 2 * tokens).amin(0)  # farther than any two patches are
+    if left is not None:
+        nearest = nearest.masked_fill(~left, -1)
+    picks = []
+    for _ in range(most):
+        picks.append(torch.add(rank, nearest, alpha=tokens).argmax(0, keepdim=True))
+        nearest = torch.minimum(nearest, between.index_select(0, picks[-1])[0])
+    if not picks:
+        return torch.zeros_like(kept)
+    turn, place = (torch.arange(n, dtype=torch.int64, device=kept.device) for n in (most, tokens))
+    return ((torch.cat(picks)[:, None] == place) & (turn < count)[:, None]).any(0)
 
 
 def permutation(tokens: int, generator: torch.Generator | None = None) -> Tensor:
@@ -138,3 +169,10 @@ def _squared_distances(grid: int) -> np.ndarray:
     rows, columns = np.divmod(np.arange(grid * grid, dtype=np.int32), np.int32(grid))
     squared: np.ndarray = (rows[:, None] - rows) ** 2 + (columns[:, None] - columns) ** 2
     return squared
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # a tensor made inside inference mode could never be used outside it
+def _distances_on(grid: int, device: torch.device) -> Tensor:
+    """`_squared_distances` as int64 ``(N, N)`` on a device."""
+    return torch.from_numpy(_squared_distances(grid)).long().to(device)

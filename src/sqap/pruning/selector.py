@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,6 +15,8 @@ from sqap.pruning.criteria import first, ranked
 from sqap.recipe import Pruning
 
 logger = logging.getLogger("sqap")
+
+SHARING = "sqap", "lookahead"  # methods that share the budget among a ranking, the ring and the rest
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,12 +48,36 @@ class Selection:
         """``(budget,)`` indices, ascending."""
         return self.mask.nonzero().flatten()
 
-    def cpu(self) -> Selection:
-        """The same with its tensors on the CPU."""
-        scores = None if self.scores is None else self.scores.cpu()
-        return replace(
-            self, top=self.top.cpu(), ring=self.ring.cpu(), sampled=self.sampled.cpu(), scores=scores
-        )
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The masks, and the scores if there are any."""
+        return [x for x in (self.top, self.ring, self.sampled, self.scores) if x is not None]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Selection:
+        """The same with copies of its `tensors` in their place."""
+        top, ring, sampled, *scores = tensors
+        return replace(self, top=top, ring=ring, sampled=sampled, scores=scores[0] if scores else None)
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """What a selection takes from the CPU: chance, and where the end effector is.
+
+    Args:
+        order: a random order ``(N,)`` of the tokens, or the rank that breaks ties of farthest points; None
+            where nothing is left to chance.
+        nearest: ``(N,)`` indices, the nearest to the end effector first; None without a ring.
+        inside: mask ``(N,)`` of the ring.
+    """
+
+    order: Tensor | None = None
+    nearest: Tensor | None = None
+    inside: Tensor | None = None
+
+    def to(self, place: Callable[[Tensor], Tensor]) -> Draws:
+        """The same with its tensors where ``place`` puts them."""
+        moved = (None if x is None else place(x) for x in (self.order, self.nearest, self.inside))
+        return Draws(*moved)
 
 
 @dataclass
@@ -81,6 +108,36 @@ class Selector:
         """Visual tokens behind the last cut."""
         return self.settings.budget(self.tokens)
 
+    @property
+    def captures(self) -> bool:
+        """Whether all that it does between `draw` and its result is on the device, as a CUDA graph needs."""
+        return self.settings.method not in (*rivals.BY_FEATURES, "uniform")
+
+    def draw(
+        self,
+        target: tuple[float, float] | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        changed: bool = False,
+    ) -> Draws:
+        """What `select` takes from the CPU, for one cut and camera; the arguments are those of `select`.
+
+        Args:
+            target: the end effector.
+            generator: of chance.
+            changed: whether it will be known how much the tokens have changed.
+        """
+        settings, order = self.settings, None
+        shares = settings.method in SHARING
+        by_chance = settings.rest == "random" or (settings.rest == "changed" and not changed)
+        by_chance |= settings.rest == "farthest" and generator is not None  # ties are
+        if settings.method == "random" or (shares and by_chance):
+            order = criteria.permutation(self.tokens, generator)
+        if not shares or not settings.ring_share or target is None:
+            return Draws(order)
+        nearest = criteria.distances(self.grid, target).sort(stable=True).indices
+        return Draws(order, nearest, criteria.ring(self.grid, target, *settings.ring))
+
     def select(
         self,
         scores: Tensor | None,
@@ -91,11 +148,12 @@ class Selector:
         left: Tensor | None = None,
         cut: int = -1,
         change: Tensor | None = None,
+        draws: Draws | None = None,
     ) -> Selection:
         """Choose exactly as many tokens as the budget of a cut.
 
-        Tensors are on one device, which need not be waited for, but for "farthest" points and the methods
-        `rivals.BY_FEATURES`: these are computed on the CPU.
+        Tensors are on one device, which is not waited for, but for the methods `rivals.BY_FEATURES`, and
+        "farthest" points without a generator: these are computed on the CPU.
 
         Args:
             scores: ``(N,)`` what the method ranks by.
@@ -106,6 +164,7 @@ class Selector:
             left: mask ``(N,)`` of the tokens that earlier cuts have left; all if not given.
             cut: the cut's number; the last by default.
             change: ``(N,)`` how much the tokens have changed since the step before, where that is known.
+            draws: what `draw` returned, on the device of the tensors; drawn now by default.
 
         Raises:
             InputError: the method needs scores or features, and there are none.
@@ -113,9 +172,10 @@ class Selector:
         if left is None:
             left = torch.ones(self.tokens, dtype=torch.bool, device="cpu")
         method, budget = self.settings.method, self.settings.budget(self.tokens, cut)
+        draws = draws or self.draw(target, generator, changed=change is not None)
         none = torch.zeros_like(left)
         if method == "random":
-            return Selection(none, none, first(self._drawn(generator, left), left, budget), target)
+            return Selection(none, none, first(_order(draws, left), left, budget), target)
         if method == "uniform":
             return Selection(none, none, self._mask(criteria.uniform_grid(self.grid, budget), left), target)
         if method in rivals.BY_FEATURES:
@@ -126,7 +186,7 @@ class Selector:
         scores = scores.masked_fill(~left, -torch.inf)
         if method == "attention":
             return Selection(first(ranked(scores), left, budget), none, none, target, scores)
-        return self._share(scores, target, generator, left, budget, change)
+        return self._share(scores, target, generator, left, budget, change, draws)
 
     def _share(
         self,
@@ -136,6 +196,7 @@ class Selector:
         left: Tensor,
         budget: int,
         change: Tensor | None,
+        draws: Draws,
     ) -> Selection:
         """The best by score, the ring, and the rest."""
         share = round(self.settings.top_share * budget)
@@ -143,29 +204,29 @@ class Selector:
             share = min(share, round(self.top_k * budget / self.budget))
         top = first(ranked(scores), left, share)
         # The two shares are rounded separately and could together exceed the budget by one.
-        ring = self._ring(target, left & ~top, min(round(self.settings.ring_share * budget), budget - share))
+        ring = self._ring(draws, left & ~top, min(round(self.settings.ring_share * budget), budget - share))
         kept = top | ring
         free, count = left & ~kept, budget - kept.sum()
         if self.settings.rest == "farthest":
-            rest = criteria.farthest_points(self.grid, kept, int(count), generator, left)
-            return Selection(top, ring, self._mask(rest, left), target, scores)
-        if self.settings.rest != "changed" or change is None:
-            order = self._drawn(generator, left)
-        else:
-            order = ranked(change)
+            return Selection(
+                top, ring, self._farthest(kept, count, budget - share, draws, left), target, scores
+            )
+        order = ranked(change) if draws.order is None and change is not None else _order(draws, left)
         return Selection(top, ring, first(order, free, count), target, scores)
 
-    def _ring(self, target: tuple[float, float] | None, free: Tensor, share: int) -> Tensor:
+    def _farthest(self, kept: Tensor, count: Tensor, most: int, draws: Draws, left: Tensor) -> Tensor:
+        """The ``count`` patches, at most ``most``, that are farthest from those kept."""
+        if kept.is_cpu or draws.order is None:
+            rest = criteria.farthest_points(self.grid, kept, int(count), left=left, rank=draws.order)
+            return self._mask(rest, left)
+        return criteria.farthest_mask(self.grid, kept, count, most, _there(draws.order, kept), left)
+
+    def _ring(self, draws: Draws, free: Tensor, share: int) -> Tensor:
         """At most ``share`` ring tokens, nearest to the end effector first: contact is at its fingers."""
-        if target is None or not self.settings.ring_share:
+        if draws.nearest is None or draws.inside is None:
             self._warn_once()
             return torch.zeros_like(free)
-        order = criteria.distances(self.grid, target).sort(stable=True).indices
-        inside = criteria.ring(self.grid, target, *self.settings.ring)
-        return first(_there(order, free), free & _there(inside, free), share)
-
-    def _drawn(self, generator: torch.Generator | None, like: Tensor) -> Tensor:
-        return _there(criteria.permutation(self.tokens, generator), like)
+        return first(_there(draws.nearest, free), free & _there(draws.inside, free), share)
 
     def _warn_once(self) -> None:
         if self.settings.ring_share and not self._warned:
@@ -179,6 +240,11 @@ class Selector:
         mask = torch.zeros(self.tokens, dtype=torch.bool, device="cpu")
         mask[indices] = True
         return _there(mask, like)
+
+
+def _order(draws: Draws, like: Tensor) -> Tensor:
+    assert draws.order is not None, "what is left to chance has been drawn"
+    return _there(draws.order, like)
 
 
 def _there(tensor: Tensor, like: Tensor) -> Tensor:

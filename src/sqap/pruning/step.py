@@ -13,7 +13,7 @@ from sqap.pruning import criteria
 from sqap.pruning.attention import per_camera, query_rows, score_layers
 from sqap.pruning.memory import Memory
 from sqap.pruning.rivals import BY_FEATURES, relevance
-from sqap.pruning.selector import Selection, Selector
+from sqap.pruning.selector import Draws, Selection, Selector
 
 
 class StepPruner:
@@ -30,6 +30,7 @@ class StepPruner:
         generator: of what is left to chance.
         memory: of the step before, if there was one.
         device: of the model.
+        draws: what `draw` returned, on that device; drawn now by default.
 
     Attributes:
         selections: what is left, per camera; empty before the first cut, and if nothing is pruned.
@@ -45,6 +46,7 @@ class StepPruner:
         generator: torch.Generator | None = None,
         memory: Memory | None = None,
         device: torch.device | None = None,
+        draws: Sequence[Sequence[Draws]] | None = None,
     ) -> None:
         settings, device = selector.settings, device or torch.device("cpu")
         self.selections: tuple[Selection, ...] = ()
@@ -52,11 +54,10 @@ class StepPruner:
         self._before = memory
         self._selector, self._length, self._visual = selector, length, visual
         self._targets, self._generator = targets, generator
+        self._draws = draw(selector, targets, generator, memory) if draws is None else draws
         self._cuts = {cut.after_layer - 1: i for i, cut in enumerate(settings.cuts)}
         self._watched = score_layers(settings)
-        self._rows = query_rows(settings.score_queries or "text", visual, length).to(
-            device, non_blocking=True
-        )
+        self._rows = query_rows(settings.score_queries or "text", visual, length, device)
         # Where in the whole sequence the tokens are that are left.
         self._positions = torch.arange(length, dtype=torch.int64, device=device)
         self._left = torch.ones(len(targets), selector.tokens, dtype=torch.bool, device=device)
@@ -95,6 +96,7 @@ class StepPruner:
                 left=self._left[i],
                 cut=cut,
                 change=None if change is None else change[i],
+                draws=self._draws[cut][i],
             )
             for i, target in enumerate(self._targets)
         )
@@ -144,3 +146,19 @@ class StepPruner:
 
     def _by_camera(self, values: Tensor) -> Tensor:
         return values.view(len(self._targets), -1, *values.shape[1:])
+
+
+def draw(
+    selector: Selector,
+    targets: Sequence[tuple[float, float] | None],
+    generator: torch.Generator | None,
+    memory: Memory | None,
+) -> list[list[Draws]]:
+    """What a step's selections take from the CPU, for each cut and camera."""
+    settings, found = selector.settings, []
+    for cut in range(len(settings.cuts)):
+        if settings.budget(selector.tokens, cut) == selector.tokens:  # nothing is chosen there
+            found.append([Draws()] * len(targets))
+        else:
+            found.append([selector.draw(t, generator, changed=memory is not None) for t in targets])
+    return found

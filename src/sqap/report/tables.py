@@ -184,6 +184,19 @@ def kernels_table(found: Mapping[str, Any]) -> Table:
     return table
 
 
+def gpus_table(found: Mapping[str, Any]) -> Table:
+    """`sqap.kernels.gpu.describe.describe` as a table: each GPU, what multiplies there, and why."""
+    title = f"PyTorch for CUDA: {found['torch_cuda'] or 'no'}, Triton: {found['triton'] or 'no'}"
+    table = Table(title=title, title_justify="left")
+    for column in ("GPU", "compute capability", "memory", "backend", ""):
+        table.add_column(column)
+    for gpu in found["gpus"]:
+        memory, backend = size(gpu["memory_bytes"]), gpu["backend"] or "none"
+        table.add_row(gpu["name"], gpu["capability"], memory, backend, gpu["reason"])
+    table.caption = found["reason"]
+    return table
+
+
 def bench_tables(report: Mapping[str, Any]) -> list[Table]:
     """`sqap.benchmark.bench` as tables: times, memory, and where each candidate spends its step."""
     machine = report["machine"]
@@ -201,7 +214,8 @@ def bench_tables(report: Mapping[str, Any]) -> list[Table]:
             continue
         faster = _speedup(report["speedup_over"].get(name))
         steps.add_row(name, *(duration(row[f"p{q}_ms"]) for q in (50, 90, 99)), faster)
-        sizes = [size(row[key]) for key in ("weight_bytes", "peak_rss_bytes")]
+        peak = row.get("peak_device_bytes", row.get("peak_rss_bytes", 0))
+        sizes = [size(row["weight_bytes"]), size(peak)]
         memory.add_row(name, *sizes, duration(1e3 * row["load_s"]))
         if row["stages_ms"]:
             spent[name] = row["stages_ms"]

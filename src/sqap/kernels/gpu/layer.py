@@ -1,0 +1,155 @@
+"""A whole transformer layer on a GPU: the Triton programs, and PyTorch's attention between them."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from sqap.kernels.backend import LayerSpec, Norm
+from sqap.kernels.gpu import programs
+from sqap.kernels.gpu.linear import FLOATS, Levels, Linear
+
+Rope = tuple[Tensor, Tensor]
+
+
+class Layer:
+    """A `sqap.kernels.backend.FusedLayer`.
+
+    Norms are computed as their tokens are quantized, which queries, keys and values share, as gate and up do.
+    The activation function, the gate's factor and the Hadamard matrix are applied as the MLP's inner values
+    are quantized, and gains and residuals as a product is written.
+    """
+
+    def __init__(self, spec: LayerSpec) -> None:
+        self.spec = spec
+        self._inputs, self._up = (
+            [cast(Linear, linear) for linear in linears] for linears in (spec.inputs, spec.up)
+        )
+        self._out, self._down = cast(Linear, spec.out), cast(Linear, spec.down)
+
+    def takes(self, x: Tensor, first: int = 0) -> bool:
+        """Floats; behind a ``first`` token, of one observation."""
+        return x.dtype in FLOATS and (not first or len(x) == 1)
+
+    def __call__(
+        self,
+        x: Tensor,
+        rope: Rope | None = None,
+        rows: Tensor | None = None,
+        kept: tuple[Tensor, Tensor] | None = None,
+        first: int = 0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `FusedLayer.__call__`."""
+        spec, (batch, tokens, width), (heads, _, head_dim) = self.spec, x.shape, self.spec.heads
+        q, k, v = self._project(x, rope, first)
+        if kept is not None:
+            kept[0].copy_(k)
+            kept[1].copy_(v)
+        received = None if rows is None else attention_received(q[:, :, rows], k, rows, spec.causal)
+        mixed = attend(q, k, v, spec.causal, first).transpose(1, 2).reshape(-1, heads * head_dim)
+        flat = x[:, first:].reshape(-1, width)
+        gain, inner_gain = spec.gains
+        flat = self._out.multiply(self._out.quantize(mixed), x.dtype, gain=gain, residual=flat)
+        levels = normed(self._up[0], flat, spec.norms[1])
+        inner = [linear.multiply(levels, x.dtype) for linear in self._up]
+        levels = self._down.quantize(inner[0], spec.function, inner[1] if len(inner) > 1 else None)
+        flat = self._down.multiply(levels, x.dtype, gain=inner_gain, residual=flat)
+        return flat.view(batch, tokens - first, width), received
+
+    def look(self, x: Tensor, rope: Rope, rows: Tensor) -> Tensor:
+        """What ``rows`` would attend to ``(batch, tokens)``, were ``x`` this layer's input."""
+        batch, tokens, _ = x.shape
+        levels = normed(self._inputs[0], x.reshape(-1, x.shape[-1]), self.spec.norms[0])
+        every = torch.arange(batch * tokens, dtype=torch.int64, device=x.device).view(batch, tokens)
+        wanted = levels.rows(every[:, rows].flatten())
+        angles = cast(Rope, tuple(part.expand(batch, -1, -1)[:, rows] for part in rope))
+        q = rotated(self._inputs[0].multiply(wanted, x.dtype), self._head_dim, angles, batch)
+        k = rotated(self._inputs[1].multiply(levels, x.dtype), self._head_dim, rope, batch)
+        return attention_received(q, k, rows, self.spec.causal)
+
+    @property
+    def _head_dim(self) -> int:
+        return self.spec.heads[2]
+
+    def _project(self, x: Tensor, rope: Rope | None, first: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries behind ``first``, keys and values, rotated: ``(batch, heads, tokens, head_dim)`` each."""
+        batch, tokens, width = x.shape
+        levels = normed(self._inputs[0], x.reshape(-1, width), self.spec.norms[0])
+        if len(self._inputs) == 1:
+            made = self._inputs[0].multiply(levels, x.dtype).view(batch, tokens, 3, -1, self._head_dim)
+            q, k, v = made.permute(2, 0, 3, 1, 4)
+            return q[:, :, first:], k, v
+        behind = levels.rows(slice(first, None)) if first else levels
+        q, k, v = (
+            linear.multiply(given, x.dtype)
+            for linear, given in zip(self._inputs, (behind, levels, levels), strict=True)
+        )
+        turn = None if rope is None else cast(Rope, tuple(part[:, first:] for part in rope))
+        return (
+            rotated(q, self._head_dim, turn, batch),
+            rotated(k, self._head_dim, rope, batch),
+            v.view(batch, tokens, -1, self._head_dim).transpose(1, 2),
+        )
+
+
+def normed(linear: Linear, x: Tensor, norm: Norm) -> Levels:
+    """A norm of ``x`` ``(tokens, width)`` as the levels that ``linear`` multiplies."""
+    if linear.grids.hadamard_block == 1:
+        return linear.normed(x, norm)
+    width, wide = x.shape[-1:], x.float()
+    if norm.rms:
+        return linear.quantize(F.rms_norm(wide, width, norm.weight, norm.eps))
+    return linear.quantize(F.layer_norm(wide, width, norm.weight, norm.bias, norm.eps))
+
+
+def rotated(x: Tensor, head_dim: int, rope: Rope | None, batch: int) -> Tensor:
+    """``x`` ``(batch * tokens, heads * head_dim)`` as ``(batch, heads, tokens, head_dim)``, rotated in place.
+
+    Args:
+        x: a product's result.
+        head_dim: channels of a head.
+        rope: cosines and sines ``(batch or 1, tokens, head_dim)``.
+        batch: observations.
+    """
+    m, heads = len(x), x.shape[1] // head_dim
+    if rope is not None and m:
+        cos, sin = (part.contiguous() for part in rope)
+        block = triton.next_power_of_2(max(1, head_dim // 2))
+        programs.rotate[(m, heads)](
+            x, cos, sin, cos.shape[0] * cos.shape[1], HEAD=head_dim, BLOCK=block, num_warps=1
+        )
+    return x.view(batch, m // batch, heads, head_dim).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, first: int) -> Tensor:
+    """Softmax attention of queries behind ``first`` over all keys: ``(batch, heads, queries, head_dim)``."""
+    queries, keys = q.shape[2], k.shape[2]
+    mask = None
+    if causal and first and queries > 1:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(first)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal and not first, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def attention_received(q: Tensor, k: Tensor, rows: Tensor, causal: bool) -> Tensor:
+    """Attention ``(batch, keys)`` that each key gets from a few rows, averaged over rows and heads.
+
+    Args:
+        q: ``(batch, heads, rows, head_dim)``.
+        k: ``(batch, kv_heads, keys, head_dim)``.
+        rows: ``(rows,)``, which of the keys are the queries' own.
+        causal: whether a query sees only the keys up to its own.
+    """
+    (batch, heads, count, width), (_, kv_heads, keys, _) = q.shape, k.shape
+    grouped = q.reshape(batch, kv_heads, -1, width).float() * width**-0.5
+    scores = (grouped @ k.float().transpose(-1, -2)).view(batch, heads, count, keys)
+    if causal:
+        future = torch.arange(keys, dtype=torch.int64, device=k.device) > rows[:, None]
+        scores = scores.masked_fill(future, -torch.inf)
+    received: Tensor = scores.softmax(-1).mean((1, 2))
+    return received

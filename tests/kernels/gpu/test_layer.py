@@ -1,0 +1,139 @@
+"""A layer by the Triton programs is what its modules make of the same tokens, by the reference arithmetic."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sqap import kernels
+from sqap.kernels.reference import ReferenceBackend
+from sqap.models.config import DecoderConfig
+from sqap.models.decoder import Decoder, DecoderLayer, rope_angles
+from sqap.models.heads.diffusion import DiTBlock
+from sqap.models.stream import Stream
+from sqap.models.vision import Block
+from sqap.quantization.fused import fuse, run_fused
+from sqap.recipe import Scheme
+from tests.kernels.gpu.conftest import Interpreted
+from tests.kernels.test_layer import VISION, assert_near, decoder_layer, quantize
+
+
+@pytest.fixture(autouse=True)
+def seed(interpreted: Interpreted) -> None:
+    torch.manual_seed(0)
+
+
+def by_modules(monkeypatch: pytest.MonkeyPatch, layer: nn.Module, *given: Any, **more: Any) -> Any:
+    """What the layer's modules return, with the reference's products."""
+    with monkeypatch.context() as context:
+        context.setattr(kernels, "BACKENDS", [ReferenceBackend()])
+        return layer(*given, **more)
+
+
+def rope_of(config: DecoderConfig, batch: int, tokens: int) -> tuple[Tensor, Tensor]:
+    return rope_angles(torch.randint(0, 500, (batch, tokens)).sort()[0], config, torch.float32)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("batch", "heads"), [(1, (4, 2)), (2, (3, 1)), (1, (2, 2))])
+def test_a_decoder_layer(
+    monkeypatch: pytest.MonkeyPatch, causal: bool, batch: int, heads: tuple[int, int]
+) -> None:
+    layer, config = decoder_layer(*heads, causal=causal)
+    x, rope, rows = torch.randn(batch, 13, 64), rope_of(config, batch, 13), torch.tensor([2, 11, 12])
+    expected, scores = by_modules(monkeypatch, layer, x, rope, 0, None, rows)
+    kept, before = layer.self_attn.empty_kv(x), x.clone()
+    done = run_fused(layer, x, rope, rows, kept)
+    assert done is not None
+    assert done[1] is not None
+    assert_near(done[0], expected)
+    torch.testing.assert_close(done[1], scores, atol=2e-3, rtol=0)
+    assert torch.equal(x, before)
+    for part, name in zip(kept, ("k_proj", "v_proj"), strict=True):
+        made = by_modules(monkeypatch, getattr(layer.self_attn, name), layer.input_layernorm(x))
+        wanted = made.view(batch, 13, heads[1], -1).transpose(1, 2)
+        if name == "k_proj":
+            wanted = by_modules(monkeypatch, layer.keys, x, rope)
+        assert_near(part, wanted)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("first", [1, 9, 12, 13])
+def test_the_last_tokens_alone(monkeypatch: pytest.MonkeyPatch, causal: bool, first: int) -> None:
+    layer, config = decoder_layer(causal=causal)
+    x, rope = torch.randn(1, 13, 64), rope_of(config, 1, 13)
+    expected, _ = by_modules(monkeypatch, layer, x, rope, first=first)
+    whole, part = layer.self_attn.empty_kv(x), layer.self_attn.empty_kv(x)
+    run_fused(layer, x, rope, None, whole)
+    done = run_fused(layer, x, rope, None, part, first)
+    assert done is not None
+    assert done[0].shape == (1, 13 - first, 64)
+    if first < 13:
+        assert_near(done[0], expected)
+    assert all(torch.equal(a, b) for a, b in zip(whole, part, strict=True))
+    assert run_fused(layer, x.expand(2, -1, -1), rope, first=first) is None
+
+
+@pytest.mark.parametrize("layer", [Block(VISION, 0), DiTBlock(48, 2)], ids=["vit", "dit"])
+@pytest.mark.parametrize("scheme", [Scheme(8, 8), Scheme(4, 8)], ids=["w8a8", "w4a8"])
+def test_an_encoder_block(monkeypatch: pytest.MonkeyPatch, layer: nn.Module, scheme: Scheme) -> None:
+    layer, x = quantize(copy.deepcopy(layer), scheme), torch.randn(2, 21, 48)
+    expected = by_modules(monkeypatch, layer, x)
+    fuse(layer)
+    assert_near(layer(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_between_the_products(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    layer, config = decoder_layer()
+    x, rope = torch.randn(1, 13, 64), rope_of(config, 1, 13)
+    expected, _ = by_modules(monkeypatch, layer, x, rope)
+    done = run_fused(layer.to(dtype), x.to(dtype), rope)
+    assert done is not None
+    assert done[0].dtype == dtype
+    assert float((done[0].float() - expected).norm() / expected.norm()) < 3e-2
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_look_ahead(monkeypatch: pytest.MonkeyPatch, causal: bool, batch: int) -> None:
+    config = DecoderConfig(8, 64, 2, 4, 2, 24, 112, causal=causal)
+    decoder = Decoder(config)
+    for layer in decoder.layers:
+        assert isinstance(layer, DecoderLayer)
+        quantize(layer)
+    x, rope, rows = torch.randn(batch, 13, 64), rope_of(config, 1, 13), torch.tensor([10, 12])
+    stream = Stream((x,), (rope,), x)
+    expected = by_modules(monkeypatch, decoder.look_ahead, stream, [0, 1], rows)
+    fuse(decoder)
+    assert decoder.fused_look is not None
+    found = decoder.fused_look([decoder.layers[i] for i in (0, 1)], x, rope, rows)  # type: ignore[misc]
+    assert found is not None
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+    assert decoder.fused_look([decoder.layers[0]], x.double(), rope, rows) is None  # type: ignore[list-item]
+
+
+def test_a_norm_before_a_rotated_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No recipe makes one; it takes PyTorch's norm."""
+    layer, config = decoder_layer()
+    layer.self_attn.q_proj.grids = kernels.Grids(8, 8, True, 64, hadamard_block=16)
+    x, rope = torch.randn(1, 5, 64), rope_of(config, 1, 5)
+    for linear in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+        linear.grids = layer.self_attn.q_proj.grids
+    expected, _ = by_modules(monkeypatch, layer, x, rope)
+    done = run_fused(layer, x, rope)
+    assert done is not None
+    assert_near(done[0], expected)
+
+
+def test_linears_of_the_same_tokens_on_other_grids_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, config = decoder_layer()
+    layer.self_attn.k_proj = quantize(nn.Sequential(nn.Linear(64, 48, bias=False)), Scheme(4, 8))[0]  # type: ignore[index]
+    x, rope = torch.randn(1, 5, 64), rope_of(config, 1, 5)
+    assert run_fused(layer, x, rope) is None
+    found, _ = layer(x, rope)
+    assert_near(found, by_modules(monkeypatch, layer, x, rope)[0])
