@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, which then needs no GPU
+
+with suppress(ImportError):  # it crashes where OSMesa has been loaded before: both bring an LLVM
+    import triton  # noqa: F401
 
 import numpy as np
 import pytest
