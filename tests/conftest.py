@@ -5,15 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, which then needs no GPU
 with contextlib.suppress(ImportError):
     import triton  # noqa: F401 - behind OSMesa, whose LLVM is another one, importing Triton crashes
-
-with suppress(ImportError):  # it crashes where OSMesa has been loaded before: both bring an LLVM
-    import triton  # noqa: F401
 
 import numpy as np
 import pytest
