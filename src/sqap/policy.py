@@ -19,7 +19,7 @@ from sqap.defaults import defaults
 from sqap.errors import InputError, NonFiniteActionError
 from sqap.given import Given, Outcome
 from sqap.graph import Feed, Graphs, fetch, running
-from sqap.kernels.gpu.backend import check_device
+from sqap.kernels.gpu.backend import check_device, load, reference
 from sqap.models import VLA, ModelConfig, ModelInputs
 from sqap.models.stages import stages
 from sqap.models.storage import Rounded, Weights, fill, narrow, unify, widen
@@ -314,6 +314,8 @@ class Policy:
         """
         there = torch.device(device)
         check_device(there)
+        if there.type == "cuda" and self.recipe.quantization is not None and not reference():
+            load()  # before anything draws
         self._device = there
         self._graphs = Graphs(self._device) if graph and self._device.type == "cuda" else None
         if self.weights is None or self._loaded:

@@ -41,13 +41,9 @@ class GpuBackend:
         """
         check_device(packed.weight.device)
         check_grids(packed)
-        try:
-            from sqap.kernels.gpu.linear import Linear  # imports Triton
-        except ImportError as problem:
-            raise InputError(
-                f"the kernels for GPUs need Triton, which comes with PyTorch for CUDA on Linux ({problem}): "
-                f"install it, or set {VARIABLE}={REFERENCE} for PyTorch's slow arithmetic"
-            ) from problem
+        load()
+        from sqap.kernels.gpu.linear import Linear
+
         return Linear(packed)
 
     def layer(self, spec: LayerSpec) -> Layer | None:
@@ -74,6 +70,21 @@ class GpuBackend:
 def reference() -> bool:
     """Whether SQAP_KERNELS asks for PyTorch's arithmetic."""
     return os.environ.get(VARIABLE) == REFERENCE
+
+
+def load() -> None:
+    """Import the kernels, and Triton with them: it crashes behind OSMesa, since both bring an LLVM.
+
+    Raises:
+        InputError: Triton is not installed.
+    """
+    try:
+        import sqap.kernels.gpu.linear  # noqa: F401
+    except ImportError as problem:
+        raise InputError(
+            f"the kernels for GPUs need Triton, which comes with PyTorch for CUDA on Linux ({problem}): "
+            f"install it, or set {VARIABLE}={REFERENCE} for PyTorch's slow arithmetic"
+        ) from problem
 
 
 def check_device(device: torch.device) -> None:
