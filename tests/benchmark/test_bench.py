@@ -134,6 +134,23 @@ def torch_alone(network: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> 
     return run, 1000
 
 
+def test_the_compiled_rival_runs_what_was_compiled(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Module.compile` compiles a method that a policy does not call."""
+    ran = []
+
+    def compiled(function):
+        def run(*arguments):
+            ran.append(function)
+            return function(*arguments)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    rival = CANDIDATES["torch-compile"].make(sqap.load(saved))
+    rival.act(example(rival))
+    assert len(ran) == 1
+
+
 def test_an_exported_policy_computes_the_same(saved: Path) -> None:
     subject = Subject(str(saved), Recipe.w4a8())
     wide = dense(subject.load(), torch.float32)
