@@ -9,6 +9,7 @@ evaluation.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -171,15 +172,21 @@ def torment(command: Command, kills: int, moments: random.Random, console: Conso
     command.clear()
     process, begun = start(command), time.monotonic()
     finish(process)
-    outcome.seconds, wanted = time.monotonic() - begun, command.result()
+    outcome.seconds = seconds = time.monotonic() - begun
+    wanted = command.result()
     while outcome.kills < kills:
         command.clear()
         done = 0
         for _ in range(min(IN_A_ROW, kills - outcome.kills)):
             process = start(command)
             # At a random moment of what is left to do.
-            time.sleep(moments.uniform(0, outcome.seconds * (1 - done / command.whole)))
+            left = seconds * (1 - done / command.whole)
+            begun = time.monotonic()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(moments.uniform(0, left))
             if process.poll() is not None:
+                if done == 0:  # the machine had been busy: no moment is to be so late again
+                    seconds = time.monotonic() - begun
                 outcome.too_late += 1
                 process.communicate()
                 break
