@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from sqap.checkpoints.card import CARD
+from sqap.checkpoints.card import BEGIN, CARD
 from sqap.checkpoints.lerobot.export import EXPORTED
 from sqap.checkpoints.manifest import MANIFEST, TOKENIZER, WEIGHTS
 from sqap.errors import CheckpointError
@@ -54,7 +54,7 @@ def _check_replaceable(place: Path, directory: Path) -> None:
     if not place.is_dir():
         raise CheckpointError(f"{directory} is a file, and a policy is a directory; choose another place")
     names = set(os.listdir(place))
-    others = sorted(names.difference(FILES))
+    others = sorted(name for name in names if name not in FILES or _is_note(place / name))
     if names and (others == sorted(names) or MANIFEST not in names or not _is_manifest(place / MANIFEST)):
         raise CheckpointError(f"{directory} exists and is not an sqap policy; choose another place")
     if others:
@@ -62,6 +62,11 @@ def _check_replaceable(place: Path, directory: Path) -> None:
             f"{directory} holds {others[0]} beside an sqap policy, and would be replaced as a whole; move it "
             "away, or choose another place"
         )
+
+
+def _is_note(path: Path) -> bool:
+    """Whether this is a README that is no model card of ours: somebody's own."""
+    return path.name == CARD and BEGIN.encode() not in path.read_bytes()
 
 
 def _is_manifest(path: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import ClassVar, cast
 
 import torch
@@ -64,6 +64,7 @@ class FlowHead(nn.Module):
             ExpertLayer(config, decoder, cross=bool(i % config.self_attention_every))
             for i in range(decoder.depth)
         )
+        self._suffixes: dict[Hashable, Suffix] = {}
         self.norm = make_norm(config, decoder)
         self.action_out_proj = nn.Linear(width, config.action_dim)
 
@@ -134,14 +135,19 @@ class FlowHead(nn.Module):
         return [layer.self_attn.cache(kv, room) for layer, kv in zip(self.experts, prefix, strict=True)]
 
     def suffix(self, layout: Layout, tokens: slice = slice(None)) -> Suffix:
-        """All of the expert's tokens, or some of them."""
-        mask = layout.expert.mask()[tokens, tokens]
-        places = torch.arange(layout.expert.length, dtype=torch.int64, device=self.like.device)[None, tokens]
-        ropes = [
-            rope_angles(first + places, self.decoder_config, self.like.dtype)
-            for first in (layout.decoder.length, 0)
-        ]
-        return Suffix(None if mask.all() else mask.to(places.device), (ropes[0], ropes[1]))
+        """All of the expert's tokens, or some of them; made once, and kept for CUDA graphs that read it."""
+        like = self.like
+        key = layout, tokens.start, tokens.stop, like.dtype, like.device
+        if key not in self._suffixes:
+            mask = layout.expert.mask()[tokens, tokens]
+            places = torch.arange(layout.expert.length, dtype=torch.int64, device=like.device)[None, tokens]
+            ropes = [
+                rope_angles(first + places, self.decoder_config, like.dtype)
+                for first in (layout.decoder.length, 0)
+            ]
+            seen = None if mask.all() else mask.to(like.device)
+            self._suffixes[key] = Suffix(seen, (ropes[0], ropes[1]))
+        return self._suffixes[key]
 
     def act(self, decoder: Decoder, inputs: FlowInputs) -> Tensor:
         caches, states = self.caches(inputs.prefix, inputs.layout), 0
