@@ -272,6 +272,19 @@ def test_tokens_of_a_step_overwrite_those_of_the_step_before() -> None:
     assert cache.read(2)[1][0, 0, 4:].flatten().tolist() == [1] * 4
 
 
+@pytest.mark.parametrize("family", EXPERTS)
+def test_a_head_that_has_acted_can_be_trained(family: str) -> None:
+    config = family_config(family)
+    model, inputs = random_model(config), random_inputs(config, 1)
+    given = head_inputs(model, inputs)
+    with torch.inference_mode():
+        model.head.velocity(given, given.noise, 0.5)
+    weight = model.head.action_in_proj.weight.requires_grad_()
+    model.head.velocity(given, given.noise, 0.5).square().sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.abs().sum() > 0
+
+
 @torch.inference_mode()
 def test_observations_of_a_batch_do_not_meet(model: VLA) -> None:
     inputs = random_inputs(CONFIG, 3)

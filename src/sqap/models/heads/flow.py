@@ -139,15 +139,18 @@ class FlowHead(nn.Module):
         like = self.like
         key = layout, tokens.start, tokens.stop, like.dtype, like.device
         if key not in self._suffixes:
-            mask = layout.expert.mask()[tokens, tokens]
-            places = torch.arange(layout.expert.length, dtype=torch.int64, device=like.device)[None, tokens]
-            ropes = [
-                rope_angles(first + places, self.decoder_config, like.dtype)
-                for first in (layout.decoder.length, 0)
-            ]
-            seen = None if mask.all() else mask.to(like.device)
-            self._suffixes[key] = Suffix(seen, (ropes[0], ropes[1]))
+            self._suffixes[key] = self._make_suffix(layout, tokens)
         return self._suffixes[key]
+
+    @torch.inference_mode(False)  # a tensor made inside inference mode could never be used outside it
+    def _make_suffix(self, layout: Layout, tokens: slice) -> Suffix:
+        like, mask = self.like, layout.expert.mask()[tokens, tokens]
+        places = torch.arange(layout.expert.length, dtype=torch.int64, device=like.device)[None, tokens]
+        ropes = [
+            rope_angles(first + places, self.decoder_config, like.dtype)
+            for first in (layout.decoder.length, 0)
+        ]
+        return Suffix(None if mask.all() else mask.to(like.device), (ropes[0], ropes[1]))
 
     def act(self, decoder: Decoder, inputs: FlowInputs) -> Tensor:
         caches, states = self.caches(inputs.prefix, inputs.layout), 0
