@@ -27,7 +27,7 @@ TELLING = (*range(0xC0, 0xE0), 0x80, 0x81, 0x8F, 0x90, 0x91, 0x9F, 0xA0, 0xBF, 0
 
 
 def frames() -> list[bytes]:
-    """What robots send."""
+    """Frames of observations, as robots send them."""
     image = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     cameras = {"front": Camera(np.eye(3), np.eye(4))}
     full = Observation({"front": image, "wrist": image}, "open it", np.ones(3), cameras, np.zeros(3))

@@ -239,7 +239,7 @@ def forms(config: ModelConfig) -> dict[str, Any]:
 
 
 def attempt(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a part returns, or why it failed: others go on."""
+    """The result of a part, or the reason of its failure, which does not end the others."""
     try:
         return part()
     except Exception as problem:
@@ -263,7 +263,7 @@ def products() -> dict[str, Any]:
                     continue
                 row[str(tile)] = _us(partial(_multiply, bound, levels, tile), copies)
             best = min((us for us in row.values() if isinstance(us, float)), default=0.0)
-            row["cuBLAS bf16"] = _us(lambda x=x, dense=dense: [F.linear(x, w) for w in dense], len(dense))  # type: ignore[misc]
+            row["cuBLAS bf16"] = _us(partial(_dense, x, dense), len(dense))
             table[f"{name}, {m} tokens"] = row
             say(name, m, f"{best:.1f} us,", "cuBLAS", row["cuBLAS bf16"])
     return table
@@ -272,6 +272,10 @@ def products() -> dict[str, Any]:
 def _multiply(bound: list[Any], levels: Any, tile: Tile) -> list[Tensor]:
     linear.choose = lambda *_: tile
     return [one.multiply(levels, torch.bfloat16) for one in bound]
+
+
+def _dense(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    return [F.linear(x, weight) for weight in weights]
 
 
 def _us(function: Callable[[], Any], count: int) -> float | str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from published_names import Shapes
+from published_names import Shapes, llama
 from published_weights import Spec, random_tensor, write_safetensors
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
@@ -44,8 +44,8 @@ WORDS = (
 
 
 @dataclass(frozen=True)
-class SmolSizes:
-    """What of SmolVLA's architecture may be smaller than published; heads have 64 channels."""
+class Sizes:
+    """Sizes that may be smaller than published: of the vision encoder and the language model."""
 
     image: int
     vision_width: int
@@ -54,6 +54,12 @@ class SmolSizes:
     width: int
     depth: int
     mlp: int
+
+
+@dataclass(frozen=True)
+class SmolSizes(Sizes):
+    """Sizes of SmolVLA, whose heads have 64 channels."""
+
     kv_width: int
     rows: int
     horizon: int = 50
@@ -72,16 +78,9 @@ class SmolSizes:
 
 
 @dataclass(frozen=True)
-class PiSizes:
-    """What of pi0's and pi0.5's architecture may be smaller than published; keys have one head."""
+class PiSizes(Sizes):
+    """Sizes of pi0 and pi0.5, whose keys have one head."""
 
-    image: int
-    vision_width: int
-    vision_depth: int
-    vision_mlp: int
-    width: int
-    depth: int
-    mlp: int
     expert: int
     expert_mlp: int
     head_dim: int
@@ -208,7 +207,7 @@ def smolvla_specs(sizes: SmolSizes) -> dict[str, Spec]:
     return specs | _typed(around, wide)
 
 
-def siglip(prefix: str, sizes: Any) -> Shapes:
+def siglip(prefix: str, sizes: SmolSizes | PiSizes) -> Shapes:
     """The vision encoder in transformers' names."""
     width, hidden = sizes.vision_width, sizes.vision_mlp
     shapes: Shapes = {
@@ -223,22 +222,6 @@ def siglip(prefix: str, sizes: Any) -> Shapes:
         shapes |= linear(f"{layer}mlp.fc1", width, hidden) | linear(f"{layer}mlp.fc2", hidden, width)
         shapes |= norm(f"{layer}layer_norm1", width) | norm(f"{layer}layer_norm2", width)
     return shapes | norm(f"{prefix}post_layernorm", width)
-
-
-def llama(prefix: str, width: int, depth: int, hidden: int, queries: int, keys: int) -> Shapes:
-    """The layers of a language model, or of an expert, and the norm behind them."""
-    shapes: Shapes = {}
-    for i in range(depth):
-        layer = f"{prefix}layers.{i}."
-        for kind, rows in (("q", queries), ("k", keys), ("v", keys)):
-            shapes[f"{layer}self_attn.{kind}_proj.weight"] = (rows, width)
-        shapes[f"{layer}self_attn.o_proj.weight"] = (width, queries)
-        shapes[f"{layer}mlp.gate_proj.weight"] = (hidden, width)
-        shapes[f"{layer}mlp.up_proj.weight"] = (hidden, width)
-        shapes[f"{layer}mlp.down_proj.weight"] = (width, hidden)
-        shapes[f"{layer}input_layernorm.weight"] = (width,)
-        shapes[f"{layer}post_attention_layernorm.weight"] = (width,)
-    return shapes | {f"{prefix}norm.weight": (width,)}
 
 
 def linear(name: str, inputs: int, outputs: int) -> Shapes:

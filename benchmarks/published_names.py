@@ -198,20 +198,26 @@ def _projector(names: list[str], sizes: Sizes) -> Shapes:
 
 
 def _llama(prefix: str, sizes: Sizes) -> Shapes:
-    width, hidden = sizes.decoder_width, sizes.decoder_mlp
-    shapes: Shapes = {f"{prefix}model.embed_tokens.weight": (VOCABULARY, width)}
-    for i in range(sizes.decoder_depth):
-        layer = f"{prefix}model.layers.{i}."
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            shapes[f"{layer}self_attn.{name}.weight"] = (width, width)
+    width = sizes.decoder_width
+    layers = llama(f"{prefix}model.", width, sizes.decoder_depth, sizes.decoder_mlp, width, width)
+    table = {f"{prefix}model.embed_tokens.weight": (VOCABULARY, width)}
+    return table | layers | {f"{prefix}lm_head.weight": (VOCABULARY, width)}
+
+
+def llama(prefix: str, width: int, depth: int, hidden: int, queries: int, keys: int) -> Shapes:
+    """The layers of a language model, or of an expert, and the norm behind them."""
+    shapes: Shapes = {}
+    for i in range(depth):
+        layer = f"{prefix}layers.{i}."
+        for kind, rows in (("q", queries), ("k", keys), ("v", keys)):
+            shapes[f"{layer}self_attn.{kind}_proj.weight"] = (rows, width)
+        shapes[f"{layer}self_attn.o_proj.weight"] = (width, queries)
         shapes[f"{layer}mlp.gate_proj.weight"] = (hidden, width)
         shapes[f"{layer}mlp.up_proj.weight"] = (hidden, width)
         shapes[f"{layer}mlp.down_proj.weight"] = (width, hidden)
         shapes[f"{layer}input_layernorm.weight"] = (width,)
         shapes[f"{layer}post_attention_layernorm.weight"] = (width,)
-    shapes[f"{prefix}model.norm.weight"] = (width,)
-    shapes[f"{prefix}lm_head.weight"] = (VOCABULARY, width)
-    return shapes
+    return shapes | {f"{prefix}norm.weight": (width,)}
 
 
 def _attention_and_mlp(prefix: str, width: int, hidden: int) -> Shapes:

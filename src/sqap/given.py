@@ -36,14 +36,11 @@ class Given:
 
     def to(self, place: Callable[[Tensor], Tensor]) -> Given:
         """The same with its tensors where ``place`` puts them."""
-        inputs, memory = self.inputs, self.memory
-        pixels, ids = [place(x) for x in inputs.pixels], place(inputs.token_ids)
-        noise, proprio = (None if x is None else place(x) for x in (inputs.noise, inputs.proprio))
         return replace(
             self,
-            inputs=ModelInputs(pixels, ids, noise, proprio),
+            inputs=self.inputs.to(place),
             draws=[[draws.to(place) for draws in row] for row in self.draws],
-            memory=None if memory is None else Memory(place(memory.visual)),
+            memory=None if self.memory is None else Memory(place(self.memory.visual)),
         )
 
     @property

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-import sqap
-from sqap import Observation
 from sqap.checkpoints import pi0
 from sqap.checkpoints.choices import Choices
 from sqap.errors import CheckpointError
@@ -29,6 +26,8 @@ from sqap.processing import (
     Spaces,
     Template,
 )
+from tests.checkpoints import lerobot_directories
+from tests.checkpoints.lerobot_directories import edit, rewrite
 
 BOTH = "model.paligemma_with_expert."
 PALIGEMMA, EXPERT = f"{BOTH}paligemma.model.", f"{BOTH}gemma_expert.model."
@@ -42,21 +41,8 @@ def kind(request: pytest.FixtureRequest) -> str:
     return found
 
 
-def edit(directory: Path, **changes: Any) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def rewrite(directory: Path, change: Any) -> None:
-    """Tensors by name, changed by a function."""
-    path = directory / "model.safetensors"
-    save_file(change(load_file(path)), path)
-
-
 def act(directory: Path) -> np.ndarray:
-    rng = np.random.default_rng(0)
-    images = {name: rng.integers(0, 256, (60, 80, 3), dtype=np.uint8) for name in ("top", "wrist")}
-    return sqap.load(directory).act(Observation(images, "Open the Drawer", rng.standard_normal(6)), seed=3)
+    return lerobot_directories.act(directory, 60, 80)
 
 
 def test_the_model_is_read_off_the_tensors(written, kind):

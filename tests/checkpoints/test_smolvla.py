@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from published_lerobot import TINY_SMOLVLA, write_smolvla
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-import sqap
-from sqap import Observation
 from sqap.checkpoints import smolvla
 from sqap.checkpoints.choices import Choices
 from sqap.errors import CheckpointError
 from sqap.models import DecoderConfig, FlowHeadConfig, VisionConfig
 from sqap.processing import Normalize, ResizeWithPad, Scale
+from tests.checkpoints import lerobot_directories
+from tests.checkpoints.lerobot_directories import edit, rewrite
 
 BOTH = "model.vlm_with_expert."
 TEXT, EXPERT = f"{BOTH}vlm.model.text_model.", f"{BOTH}lm_expert."
@@ -32,22 +30,8 @@ def directory(publish) -> Path:
     return found
 
 
-def edit(directory: Path, **changes: Any) -> None:
-    path = directory / "config.json"
-    data = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
-
-
-def rewrite(directory: Path, change: Any) -> None:
-    """Tensors by name, changed by a function."""
-    path = directory / "model.safetensors"
-    save_file(change(load_file(path)), path)
-
-
 def act(directory: Path) -> np.ndarray:
-    rng = np.random.default_rng(0)
-    images = {name: rng.integers(0, 256, (96, 128, 3), dtype=np.uint8) for name in ("top", "wrist")}
-    return sqap.load(directory).act(Observation(images, "Open the Drawer", rng.standard_normal(6)), seed=3)
+    return lerobot_directories.act(directory, 96, 128)
 
 
 def test_the_model_is_read_off_the_tensors(written):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,29 +14,17 @@ import torch
 from sqap.kernels import Grids, Packed, cpu
 
 PATHS = [path for path in cpu.paths() if path != cpu.REFERENCE]
+ROOT = Path(__file__).parents[2]
 every_path = pytest.mark.parametrize("path", PATHS)
 
 
 GUARDED = """
-import ctypes, mmap, sys
+import sys
 import torch
 from sqap.kernels import cpu
 from sqap.kernels.backend import Grids, LayerSpec, Norm, Packed
 from sqap.kernels.cpu.layer import Layer, look
-
-libc = ctypes.CDLL(None, use_errno=True)
-page, kept = mmap.PAGESIZE, []
-
-def guarded(tensor):
-    # The tensor's bytes end where a page begins that cannot be read.
-    size = tensor.numel() * tensor.element_size()
-    whole = (size + page - 1) // page * page
-    area = mmap.mmap(-1, whole + page)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
-    assert libc.mprotect(ctypes.c_void_p(start + whole), page, 0) == 0
-    kept.append(area)
-    copy = torch.frombuffer(area, dtype=tensor.dtype, count=tensor.numel(), offset=whole - size)
-    return copy.view(tensor.shape).copy_(tensor)
+from tests.kernels.guarded import guarded
 
 path = sys.argv[1]
 
@@ -87,7 +76,7 @@ print("done")
 
 @every_path
 def test_nothing_is_read_beyond_an_array(path: str) -> None:
-    found = subprocess.run([sys.executable, "-c", GUARDED, path], capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-c", GUARDED, path], capture_output=True, text=True, cwd=ROOT)
     assert found.stdout == "done\n", found.stderr
 
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
+from sqap.kernels.received import attention_received
 from sqap.models import DecoderConfig
-from sqap.models.decoder import Decoder, attention_received
+from sqap.models.decoder import Decoder
 from sqap.models.kv import KVCache
 from sqap.models.stream import LayerOutput
 

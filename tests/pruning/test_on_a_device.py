@@ -59,7 +59,7 @@ def run(family: str, quantized: bool, settings: Pruning) -> tuple[Tensor, StepPr
         Memory(visual),
         META,
     )
-    return model(family, quantized)(random_inputs(config, 1).to(META), pruner), pruner
+    return model(family, quantized)(random_inputs(config, 1).to(lambda x: x.to(META)), pruner), pruner
 
 
 def check(family: str, quantized: bool, settings: Pruning) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -11,14 +11,13 @@ from sqap.checkpoints import lerobot
 from sqap.checkpoints.choices import Choices
 from sqap.checkpoints.known_keys import PI
 from sqap.checkpoints.lerobot import Defaults, LeRobotConfig
-from sqap.checkpoints.opened import Opened, open_published
+from sqap.checkpoints.opened import Opened
 from sqap.checkpoints.prismatic import LAYER
-from sqap.checkpoints.settings import positive
 from sqap.checkpoints.tokenizer import Vocabulary
 from sqap.checkpoints.weights import Source, Table, TensorSet, linear_table
 from sqap.config import PolicyConfig
 from sqap.errors import CheckpointError
-from sqap.models import DecoderConfig, FlowHeadConfig, ModelConfig, VisionConfig
+from sqap.models import DecoderConfig, ModelConfig, VisionConfig
 from sqap.processing import EndWith, Normalize, ResizeWithPad, Scale, TextStep
 
 # PaliGemma's tokens fill the table.
@@ -101,11 +100,8 @@ def open(directory: Path, choices: Choices) -> Opened:
         state=around.state if kind is PI05 else lerobot.padded(around.state, config.padded_state),
         n_action_steps=config.n_action_steps,
     )
-    tokenizer = lerobot.find_tokenizer(directory, choices.tokenizer, around.tokenizer, VOCABULARY.name)
-    choices = replace(choices, tokenizer=tokenizer)
-    table, unread = lerobot.read_by(model, _table(model, tensors, kind))
-    unused = (*lerobot.UNUSED, *unread)
-    return open_published(directory, choices, policy, VOCABULARY, tensors, table, unused)
+    table = _table(model, tensors, kind)
+    return lerobot.open_policy(directory, choices, policy, around, VOCABULARY, tensors, table)
 
 
 def one_more(weight: Tensor) -> Tensor:
@@ -141,7 +137,16 @@ def _model(
         vision=(vision,),
         projector=(decoder.width,),
         decoder=decoder,
-        head=_head(config, tensors, decoder, kind),
+        head=lerobot.read_head(
+            config,
+            tensors,
+            EXPERT,
+            decoder,
+            "num_inference_steps",
+            self_attention_every=1,
+            causal_actions=False,
+            adaptive_norms=in_text,
+        ),
         cameras=cameras,
         proprio_dim=None if in_text else config.padded_state,
         proprio_layers=1,
@@ -173,25 +178,6 @@ def _decoder(tensors: TensorSet) -> DecoderConfig:
         activation="gelu_tanh",
         last_layer="keys_values",
     )
-
-
-def _head(config: LeRobotConfig, tensors: TensorSet, decoder: DecoderConfig, kind: Kind) -> FlowHeadConfig:
-    lerobot.check_depth(tensors, f"{EXPERT}layers.", decoder)
-    head = FlowHeadConfig(
-        action_dim=config.padded_action,
-        horizon=config.horizon,
-        width=tensors.shape("model.action_in_proj.weight", 2)[0],
-        mlp_width=tensors.shape(f"{EXPERT}layers.0.mlp.gate_proj.weight", 2)[0],
-        self_attention_every=1,
-        sample_steps=config.number("num_inference_steps", 10),
-        min_period=positive(config.data, "min_period", 4e-3, config.path),
-        max_period=positive(config.data, "max_period", 4.0, config.path),
-        causal_actions=False,
-        adaptive_norms=kind is PI05,
-    )
-    for fault in head.faults():
-        raise CheckpointError(f"{config.path}{fault}")
-    return head
 
 
 def _table(model: ModelConfig, tensors: TensorSet, kind: Kind) -> Table:

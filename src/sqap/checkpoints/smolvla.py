@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,13 +10,12 @@ from sqap.checkpoints import lerobot
 from sqap.checkpoints.choices import Choices
 from sqap.checkpoints.known_keys import SMOLVLA
 from sqap.checkpoints.lerobot import Defaults, LeRobotConfig
-from sqap.checkpoints.opened import Opened, open_published
-from sqap.checkpoints.settings import positive
+from sqap.checkpoints.opened import Opened
 from sqap.checkpoints.tokenizer import Vocabulary
 from sqap.checkpoints.weights import Source, Table, TensorSet, linear_table, scaled
 from sqap.config import PolicyConfig
 from sqap.errors import CheckpointError
-from sqap.models import DecoderConfig, FlowHeadConfig, ModelConfig, VisionConfig
+from sqap.models import DecoderConfig, ModelConfig, VisionConfig
 from sqap.processing import Normalize, ResizeWithPad, Scale
 
 FAMILY, TYPES = "SmolVLA", ("smolvla",)
@@ -69,11 +67,8 @@ def open(directory: Path, choices: Choices) -> Opened:
         state=lerobot.padded(around.state, config.padded_state),
         n_action_steps=config.n_action_steps,
     )
-    tokenizer = lerobot.find_tokenizer(directory, choices.tokenizer, around.tokenizer, VOCABULARY.name)
-    choices = replace(choices, tokenizer=tokenizer)
-    table, unread = lerobot.read_by(model, _table(model, tensors))
-    unused = (*lerobot.UNUSED, *unread)
-    return open_published(directory, choices, policy, VOCABULARY, tensors, table, unused)
+    table = _table(model, tensors)
+    return lerobot.open_policy(directory, choices, policy, around, VOCABULARY, tensors, table)
 
 
 def _model(config: LeRobotConfig, tensors: TensorSet, vision: VisionConfig, cameras: int) -> ModelConfig:
@@ -89,7 +84,14 @@ def _model(config: LeRobotConfig, tensors: TensorSet, vision: VisionConfig, came
         vision=(vision,),
         projector=(decoder.width,),
         decoder=decoder,
-        head=_head(config, tensors, decoder),
+        head=lerobot.read_head(
+            config,
+            tensors,
+            EXPERT,
+            decoder,
+            "num_steps",
+            self_attention_every=_self_attention_every(config),
+        ),
         pixel_shuffle=side,
         cameras=cameras,
         proprio_dim=config.padded_state,
@@ -130,23 +132,6 @@ def _decoder(config: LeRobotConfig, tensors: TensorSet) -> DecoderConfig:
         embed_scale=width**0.5,
         last_layer="keys_values",
     )
-
-
-def _head(config: LeRobotConfig, tensors: TensorSet, decoder: DecoderConfig) -> FlowHeadConfig:
-    lerobot.check_depth(tensors, f"{EXPERT}layers.", decoder)
-    head = FlowHeadConfig(
-        action_dim=config.padded_action,
-        horizon=config.horizon,
-        width=tensors.shape("model.action_in_proj.weight", 2)[0],
-        mlp_width=tensors.shape(f"{EXPERT}layers.0.mlp.gate_proj.weight", 2)[0],
-        self_attention_every=_self_attention_every(config),
-        sample_steps=config.number("num_steps", 10),
-        min_period=positive(config.data, "min_period", 4e-3, config.path),
-        max_period=positive(config.data, "max_period", 4.0, config.path),
-    )
-    for fault in head.faults():
-        raise CheckpointError(f"{config.path}{fault}")
-    return head
 
 
 def _self_attention_every(config: LeRobotConfig) -> int:

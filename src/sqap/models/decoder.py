@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sqap.kernels import Function
+from sqap.kernels.received import attention_received
 from sqap.models.config import DecoderConfig
 from sqap.models.edges import Edge
 from sqap.models.kv import FloatKV, KVCache, KVFormat
@@ -113,26 +114,6 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
-def attention_received(q: Tensor, k: Tensor, rows: Tensor, *, causal: bool = True) -> Tensor:
-    """Attention that each key gets from a few query rows: one row block, not a second full attention.
-
-    Args:
-        q: ``(batch, heads, rows, head_dim)``, those rows' rotated queries.
-        k: ``(batch, kv_heads, keys, head_dim)`` rotated keys.
-        rows: ``(rows,)``, which of the keys are the queries' own.
-        causal: whether a query sees only the keys up to its own.
-
-    Returns:
-        ``(batch, keys)`` probabilities averaged over heads and rows; each batch entry sums to one.
-    """
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    scores: Tensor = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
-    if causal:
-        future = torch.arange(k.shape[2], dtype=torch.int64, device=k.device) > rows.to(k.device)[:, None]
-        scores = scores.masked_fill(future, -torch.inf)
-    return scores.softmax(-1).mean((1, 2))
-
-
 class GatedMLP(nn.Module):
     """``down(activation(gate(x)) * up(x))``: SwiGLU or GeGLU (Shazeer 2020)."""
 
@@ -194,10 +175,6 @@ class DecoderLayer(nn.Module):
         """What ``rows`` would attend to in this layer, were ``x`` its input: ``(batch, tokens)``."""
         return self.self_attn.look(self.input_layernorm(x), rope, rows)
 
-    def keys(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """The keys ``(batch, kv_heads, tokens, head_dim)`` of this layer, were ``x`` its input."""
-        return self.self_attn.keys(self.input_layernorm(x), rope)
-
 
 class KeysValuesLayer(nn.Module):
     """A last layer whose keys and values are read, and nothing else."""
@@ -233,16 +210,11 @@ class KeysValuesLayer(nn.Module):
             cache.extend(layer, found)
         return x[:, :0], None
 
-    def keys(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """As `DecoderLayer.keys`."""
-        return self.self_attn.keys(self.input_layernorm(x), rope)
-
 
 def keys(layer: DecoderLayer | KeysValuesLayer, stream: Stream) -> Tensor:
     """The keys ``(batch, kv_heads, tokens, head_dim)`` of all blocks in ``layer``, were they its input."""
-    return torch.cat(
-        [layer.keys(x, rope) for x, rope in zip(stream.blocks, stream.ropes, strict=True)], dim=2
-    )
+    pairs = zip(stream.blocks, stream.ropes, strict=True)
+    return torch.cat([layer.self_attn.keys(layer.input_layernorm(x), rope) for x, rope in pairs], dim=2)
 
 
 class FusedLook(Protocol):

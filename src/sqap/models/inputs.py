@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -27,11 +26,7 @@ class ModelInputs:
     noise: Tensor | None = None
     proprio: Tensor | None = None
 
-    def to(self, device: torch.device) -> ModelInputs:
-        """The same on another device, which is not waited for unless it is the CPU."""
-
-        def move(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=device.type != "cpu")
-
-        noise, proprio = (None if x is None else move(x) for x in (self.noise, self.proprio))
-        return ModelInputs([move(x) for x in self.pixels], move(self.token_ids), noise, proprio)
+    def to(self, place: Callable[[Tensor], Tensor]) -> ModelInputs:
+        """The same with its tensors where ``place`` puts them."""
+        noise, proprio = (None if x is None else place(x) for x in (self.noise, self.proprio))
+        return ModelInputs([place(x) for x in self.pixels], place(self.token_ids), noise, proprio)

@@ -57,7 +57,7 @@ def test_a_decoder_layer(
         made = by_modules(monkeypatch, getattr(layer.self_attn, name), layer.input_layernorm(x))
         wanted = made.view(batch, 13, heads[1], -1).transpose(1, 2)
         if name == "k_proj":
-            wanted = by_modules(monkeypatch, layer.keys, x, rope)
+            wanted = by_modules(monkeypatch, layer.self_attn.keys, layer.input_layernorm(x), rope)
         assert_near(part, wanted)
 
 

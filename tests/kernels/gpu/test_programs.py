@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -219,27 +220,14 @@ def test_grids_without_a_kernel_are_refused() -> None:
         backend.linear(wide)
 
 
+ROOT = Path(__file__).parents[3]
 GUARDED = """
-import ctypes, mmap
 import torch
 from sqap.kernels import Grids, Norm, Packed
 from sqap.kernels.gpu import linear as module
 from sqap.kernels.gpu.layer import rotated
 from sqap.kernels.gpu.linear import Linear
-
-libc = ctypes.CDLL(None, use_errno=True)
-page, kept = mmap.PAGESIZE, []
-
-def guarded(tensor):
-    # The tensor's bytes end where a page begins that can be neither read nor written.
-    size = tensor.numel() * tensor.element_size()
-    whole = (size + page - 1) // page * page
-    area = mmap.mmap(-1, whole + page)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
-    assert libc.mprotect(ctypes.c_void_p(start + whole), page, 0) == 0
-    kept.append(area)
-    copy = torch.frombuffer(area, dtype=tensor.dtype, count=tensor.numel(), offset=whole - size)
-    return copy.view(tensor.shape).copy_(tensor)
+from tests.kernels.guarded import guarded
 
 class Empty:
     # What the programs write to is guarded, too.
@@ -265,5 +253,5 @@ print("done")
 
 
 def test_nothing_is_read_or_written_beyond_an_array() -> None:
-    found = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True, cwd=ROOT)
     assert found.stdout == "done\n", found.stderr

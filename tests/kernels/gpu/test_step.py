@@ -99,7 +99,7 @@ def run(family: str) -> int:
     order = torch.empty(16, dtype=torch.int64, device=META)
     draws = [[Draws(order, order, order.bool())] * config.cameras] * 2
     length = config.layout(5).blocks[0].stop
-    moved, inputs = model(family), random_inputs(config, 1).to(META)
+    moved, inputs = model(family), random_inputs(config, 1).to(lambda x: x.to(META))
 
     def step() -> StepPruner:
         pruner = StepPruner(selector, length, config.visual, targets, None, None, META, draws)

@@ -12,6 +12,7 @@ from torch import Tensor
 from sqap.kernels.backend import LayerSpec, Norm
 from sqap.kernels.gpu import programs
 from sqap.kernels.gpu.linear import FLOATS, Levels, Linear
+from sqap.kernels.received import attention_received
 
 Rope = tuple[Tensor, Tensor]
 
@@ -49,7 +50,7 @@ class Layer:
         if kept is not None:
             kept[0].copy_(k)
             kept[1].copy_(v)
-        received = None if rows is None else attention_received(q[:, :, rows], k, rows, spec.causal)
+        received = None if rows is None else attention_received(q[:, :, rows], k, rows, causal=spec.causal)
         mixed = attend(q, k, v, spec.causal, first).transpose(1, 2).reshape(-1, heads * head_dim)
         flat = x[:, first:].reshape(-1, width)
         gain, inner_gain = spec.gains
@@ -69,7 +70,7 @@ class Layer:
         angles = cast(Rope, tuple(part.expand(batch, -1, -1)[:, rows] for part in rope))
         q = rotated(self._inputs[0].multiply(wanted, x.dtype), self._head_dim, angles, batch)
         k = rotated(self._inputs[1].multiply(levels, x.dtype), self._head_dim, rope, batch)
-        return attention_received(q, k, rows, self.spec.causal)
+        return attention_received(q, k, rows, causal=self.spec.causal)
 
     @property
     def _head_dim(self) -> int:
@@ -134,22 +135,3 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, first: int) -> Tensor:
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal and not first, enable_gqa=q.shape[1] != k.shape[1]
     )
-
-
-def attention_received(q: Tensor, k: Tensor, rows: Tensor, causal: bool) -> Tensor:
-    """Attention ``(batch, keys)`` that each key gets from a few rows, averaged over rows and heads.
-
-    Args:
-        q: ``(batch, heads, rows, head_dim)``.
-        k: ``(batch, kv_heads, keys, head_dim)``.
-        rows: ``(rows,)``, which of the keys are the queries' own.
-        causal: whether a query sees only the keys up to its own.
-    """
-    (batch, heads, count, width), (_, kv_heads, keys, _) = q.shape, k.shape
-    grouped = q.reshape(batch, kv_heads, -1, width).float() * width**-0.5
-    scores = (grouped @ k.float().transpose(-1, -2)).view(batch, heads, count, keys)
-    if causal:
-        future = torch.arange(keys, dtype=torch.int64, device=k.device) > rows[:, None]
-        scores = scores.masked_fill(future, -torch.inf)
-    received: Tensor = scores.softmax(-1).mean((1, 2))
-    return received

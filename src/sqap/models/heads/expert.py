@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sqap.kernels.received import attention_received
 from sqap.models.config import DecoderConfig, FlowHeadConfig
-from sqap.models.decoder import GatedMLP, RMSNorm, attention_received, rotate, split_heads
+from sqap.models.decoder import GatedMLP, RMSNorm, rotate, split_heads
 from sqap.models.edges import Edge
 from sqap.models.transformer import attend
 
