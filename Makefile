@@ -38,9 +38,10 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/sqap/
 demo: setup
 	$(BIN)/sqap demo
 
-# One process for each core, up to four, with a thread of its own.
+# One process for each core, up to four, with a thread of its own. Tests of a module stay in one process, which then
+# makes their fixtures once, until a process has none left and takes half of another's.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .

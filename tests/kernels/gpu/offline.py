@@ -1,6 +1,6 @@
 """Compiles the programs for a GPU that is not there, and prints as JSON what their machine code has.
 
-    TRITON_INTERPRET=0 python offline.py CAPABILITY
+    TRITON_INTERPRET=0 python offline.py CAPABILITY [CAPABILITY ...]
 
 A process of its own: Triton interprets programs or compiles them, whichever it was told when it was imported.
 """
@@ -105,10 +105,10 @@ def activation(capability: int, k: int, function: int, factor: bool, block: int)
     return build("activation_quantize", ACTIVATION, constants, capability, warps(k))
 
 
-if __name__ == "__main__":
-    capability = int(sys.argv[1])
+def compile_all(capability: int) -> list[dict[str, Any]]:
+    """What is found in the programs for sm_``capability``."""
     tiles = TABLE[capability // 10]
-    found = [
+    return [
         *(product(capability, tile) for tile in tiles),
         product(capability, tiles[2], bits=8),
         product(capability, tiles[2], k=4304),
@@ -120,4 +120,7 @@ if __name__ == "__main__":
         activation(capability, 28672, 0, False, 1),  # the widest: OpenVLA-OFT's head
         build("rotate", ROTATE, {"HEAD": 128, "BLOCK": 64}, capability, 1),
     ]
-    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    print(json.dumps({capability: compile_all(int(capability)) for capability in sys.argv[1:]}))
