@@ -20,10 +20,11 @@ from sqap.errors import InputError
 from sqap.models import VLA, ModelInputs, empty_model
 from sqap.models.stages import fill_around, stages, widen_around
 from sqap.models.storage import Rounded, Weights, check_finite, hash_tensors, round_to_storage
-from sqap.observation import Observation
-from sqap.policy import Policy, check_pruning, hash_frames
+from sqap.observation import Observation, hash_frames
+from sqap.policy import Policy
 from sqap.pruning.attention import score_layers, score_queries
 from sqap.pruning.calibration import attention_scores, choose_k, overlap_curve
+from sqap.pruning.check import check_pruning
 from sqap.pruning.lookahead import affordable, choose_layers, later_attention, recall
 from sqap.quantization import Partial, quantize_model, share
 from sqap.recipe import Pruning, Recipe

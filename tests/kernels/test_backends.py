@@ -118,7 +118,7 @@ def test_the_first_that_fits_multiplies(seat: Seat) -> None:
 def test_the_cpu_can_be_left_to_pytorch(path: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "chosen", lambda: path)
     assert linear().backend.name == name
-    assert isinstance(linear().bound(), cpu.Linear) == (path == "portable")
+    assert isinstance(linear().bound(), cpu.CpuLinear) == (path == "portable")
 
 
 def test_a_layer_runs_where_its_linears_are(seat: Seat) -> None:

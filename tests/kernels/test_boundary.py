@@ -50,7 +50,7 @@ GUARDED = """
 import torch
 from sqap.kernels import cpu
 from sqap.kernels.backend import Grids, LayerSpec, Norm, Packed
-from sqap.kernels.cpu.layer import Layer, look
+from sqap.kernels.cpu.layer import CpuLayer, look
 from tests.kernels.guarded import guarded
 
 
@@ -59,7 +59,7 @@ def check_layer(rms):
     def linear(inputs, outputs):
         weight = guarded(torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8))
         scale, bias = guarded(torch.ones(outputs, 1)), guarded(torch.ones(outputs))
-        return cpu.Linear(Packed(weight, scale, bias, Grids(8, 8, True, inputs)), path)
+        return cpu.CpuLinear(Packed(weight, scale, bias, Grids(8, 8, True, inputs)), path)
 
     batch, tokens, width, hidden, heads, kv_heads, dim = 2, 13, 24, 40, 3, 1, 8
     keys = heads if not rms else kv_heads
@@ -70,7 +70,7 @@ def check_layer(rms):
                      up=[linear(width, hidden)] * (1 + rms), down=linear(hidden, width), norms=(norm, norm),
                      gains=(None, None) if rms else (one, one), function="silu", heads=(heads, keys, dim),
                      causal=rms)
-    layer = Layer(spec)
+    layer = CpuLayer(spec)
     rope = [guarded(torch.ones(batch, tokens, dim)) for _ in range(2)]
     kept = [guarded(torch.ones(batch, keys, tokens, dim)) for _ in range(2)]
     layer(guarded(torch.randn(batch, tokens, width)), rope, torch.tensor([0, tokens - 1]), kept)
@@ -92,7 +92,7 @@ for bits in (4, 8):
         for symmetric in (True, False):
             for size in (inputs, 2, 0):
                 grids = Grids(bits, 8, symmetric, size, hadamard_block=2)
-                linear = cpu.Linear(Packed(weight, scale, bias, grids), path)
+                linear = cpu.CpuLinear(Packed(weight, scale, bias, grids), path)
                 linear(x)
                 linear(x, "silu", x)
 print("done")
@@ -250,7 +250,7 @@ weight = torch.zeros(1, channels, dtype=torch.int8)
 
 def bound(weight):
     grids = Grids(8, 8, True, weight.shape[1])
-    return cpu.Linear(Packed(weight, torch.ones(1, 1), None, grids), path)
+    return cpu.CpuLinear(Packed(weight, torch.ones(1, 1), None, grids), path)
 
 linear, few = bound(weight), bound(weight[:, :8].contiguous())
 few(torch.ones(100, 8), "silu")  # the threads are there, and their stacks
@@ -289,9 +289,9 @@ def test_a_new_thread_uses_as_many_threads_as_pytorch_was_told() -> None:
 
 def bound(
     weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None, *last: int
-) -> cpu.Linear:
+) -> cpu.CpuLinear:
     """Of 4-bit weights; ``last`` is the group size and the Hadamard block."""
-    return cpu.Linear(Packed(weight, scale, bias, Grids(4, 8, True, *(last or (64,)))))
+    return cpu.CpuLinear(Packed(weight, scale, bias, Grids(4, 8, True, *(last or (64,)))))
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

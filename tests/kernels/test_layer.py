@@ -13,7 +13,7 @@ from torch import nn
 
 from sqap.kernels import cpu
 from sqap.kernels.backend import LayerSpec, Norm
-from sqap.kernels.cpu.layer import Layer
+from sqap.kernels.cpu.layer import CpuLayer
 from sqap.kernels.hadamard import Hadamard
 from sqap.models.config import DecoderConfig, VisionConfig
 from sqap.models.decoder import Decoder, DecoderLayer, rope_angles
@@ -241,7 +241,7 @@ def test_tensors_that_do_not_fit_the_layer_are_refused(path: str) -> None:
 
 
 def test_a_layer_of_parts_that_do_not_fit_is_refused(path: str) -> None:
-    def linear(inputs: int, outputs: int) -> cpu.Linear:
+    def linear(inputs: int, outputs: int) -> cpu.CpuLinear:
         return QuantizedLinear(inputs, outputs, W8A8).bound()
 
     norms = (Norm(None, None, 1e-6),) * 2
@@ -250,7 +250,7 @@ def test_a_layer_of_parts_that_do_not_fit_is_refused(path: str) -> None:
         "up": [linear(16, 24), linear(16, 24)], "down": linear(24, 16), "norms": norms,
         "gains": (None, None), "function": "silu", "heads": (4, 2, 8), "causal": True,
     }  # fmt: skip
-    Layer(LayerSpec(**good))
+    CpuLayer(LayerSpec(**good))
     for name, value, sentence in (
         ("inputs", [linear(16, 32), linear(16, 16), linear(16, 24)], "do not fit the heads"),
         ("inputs", [linear(16, 56)], "do not fit the heads"),
@@ -265,7 +265,7 @@ def test_a_layer_of_parts_that_do_not_fit_is_refused(path: str) -> None:
         ("gains", (torch.ones(16, dtype=torch.float64), None), "contiguous float32"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            Layer(LayerSpec(**{**good, name: value}))
+            CpuLayer(LayerSpec(**{**good, name: value}))
 
 
 def test_keys_and_values_are_kept_for_later_tokens() -> None:

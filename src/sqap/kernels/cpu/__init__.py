@@ -110,7 +110,7 @@ def _difference(path: str) -> str | None:
     return difference(path)
 
 
-class Linear:
+class CpuLinear:
     """A packed weight, checked once and multiplied often.
 
     Args:

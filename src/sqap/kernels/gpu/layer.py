@@ -11,13 +11,13 @@ from torch import Tensor
 
 from sqap.kernels.backend import LayerSpec, Norm
 from sqap.kernels.gpu import programs
-from sqap.kernels.gpu.linear import FLOATS, Levels, Linear
+from sqap.kernels.gpu.linear import FLOATS, GpuLinear, Levels
 from sqap.kernels.received import attention_received
 
 Rope = tuple[Tensor, Tensor]
 
 
-class Layer:
+class GpuLayer:
     """A `sqap.kernels.backend.FusedLayer`.
 
     Norms are computed as their tokens are quantized, which queries, keys and values share, as gate and up do.
@@ -28,9 +28,9 @@ class Layer:
     def __init__(self, spec: LayerSpec) -> None:
         self.spec = spec
         self._inputs, self._up = (
-            [cast(Linear, linear) for linear in linears] for linears in (spec.inputs, spec.up)
+            [cast(GpuLinear, linear) for linear in linears] for linears in (spec.inputs, spec.up)
         )
-        self._out, self._down = cast(Linear, spec.out), cast(Linear, spec.down)
+        self._out, self._down = cast(GpuLinear, spec.out), cast(GpuLinear, spec.down)
 
     def takes(self, x: Tensor, first: int = 0) -> bool:
         """Floats; behind a ``first`` token, of one observation."""
@@ -97,7 +97,7 @@ class Layer:
         )
 
 
-def normed(linear: Linear, x: Tensor, norm: Norm) -> Levels:
+def normed(linear: GpuLinear, x: Tensor, norm: Norm) -> Levels:
     """A norm of ``x`` ``(tokens, width)`` as the levels that ``linear`` multiplies."""
     if linear.grids.hadamard_block == 1:
         return linear.normed(x, norm)

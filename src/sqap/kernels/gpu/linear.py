@@ -35,7 +35,7 @@ class Levels:
         return Levels(self.q[rows], self.scale[rows])
 
 
-class Linear:
+class GpuLinear:
     """A `sqap.kernels.backend.Linear` of grids that `backend.check_grids` lets pass.
 
     Args:
