@@ -109,6 +109,6 @@ class Gate:
 
     def wait_for_line(self, running: Any, waiting: int) -> None:
         until = time.monotonic() + 10
-        while len(running.server._line) < waiting:
+        while len(running.server.service.line) < waiting:
             assert time.monotonic() < until
             time.sleep(0.002)
