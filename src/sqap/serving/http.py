@@ -21,7 +21,7 @@ from sqap.serving.live import Live
 from sqap.serving.logs import event
 from sqap.serving.metrics import CONTENT_TYPE_LATEST, Metrics
 from sqap.serving.pages import authorized, is_our_name, path_of, peer, query, respond
-from sqap.serving.sessions import Line
+from sqap.serving.sessions import Job, Line
 from sqap.serving.settings import ServerSettings
 
 EVENT_SECONDS = 2.0  # after which the page is told that nothing is new; well within a handshake's time
@@ -51,7 +51,7 @@ class Http:
         settings: ServerSettings,
         family: str,
         live: Live,
-        line: Line,
+        line: Line[Job],
         metrics: Metrics,
         not_ready: Callable[[], str | None],
     ) -> None:

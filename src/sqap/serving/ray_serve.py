@@ -125,8 +125,9 @@ def _cluster(replicas: Replicas) -> Iterator[None]:
     where = {"address": replicas.address} if replicas.address else {"include_dashboard": False}
     try:
         ray.init(**where)
-    except (ConnectionError, ValueError, RuntimeError) as problem:
-        raise InputError(f"there is no Ray cluster at {replicas.address}: {problem}") from problem
+    except Exception as problem:  # Ray raises what it likes, a bare Exception too
+        place = replicas.address or "this machine"
+        raise InputError(f"cannot use a Ray cluster at {place}: {problem}") from problem
     try:
         if serve.status().proxies:
             raise InputError(

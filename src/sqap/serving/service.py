@@ -72,7 +72,7 @@ class Service:
     def __init__(self, policy: Policy, settings: ServerSettings, name: str = "") -> None:
         self._policy, self.settings, self._name = policy, settings, name
         self.live = Live(policy)
-        self.line = Line(settings.limits)
+        self.line = Line[Job](settings.limits)
         self._engine = Engine(policy, self.line, self._too_late, self._acted)
         self._metrics = Metrics(
             lambda: len(self.line), lambda: len(self.live.robots), lambda: self.not_ready() is None
