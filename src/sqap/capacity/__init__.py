@@ -1,6 +1,6 @@
 """How many servers a number of robots needs. Needs the extra: ``pip install "sqap[serve]"``."""
 
-from sqap.capacity.plan import plan
+from sqap.capacity.planning import plan
 from sqap.capacity.simulation import Load, simulate
 from sqap.capacity.steps import StepTimes, measure, read_times
 

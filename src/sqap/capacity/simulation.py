@@ -117,6 +117,7 @@ class _Run:
     ) -> None:
         self.load, self.times, self.begin, self.end, self.rng = load, times, begin, end, rng
         self.env, self.seen = simpy.Environment(), Seen()
+        self.unanswered = 0  # observations that count
 
     def step(self, robots: int) -> float:
         """Seconds of the step that begins now, which is counted."""
@@ -176,10 +177,10 @@ class _Server:
 
 
 def _robot(run: _Run, server: _Server, robot: int) -> Events:
-    """Ask again and again, until the run ends."""
+    """Ask again and again, until the run ends and all that counts is answered."""
     env = run.env
     yield env.timeout(run.rng.random() / run.load.rate_hz)
-    while env.now < run.end:
+    while env.now < run.end or run.unanswered:
         due = env.now + run.gap()
         asked = env.process(_ask(run, server, robot))
         if run.load.waits:
@@ -191,10 +192,13 @@ def _robot(run: _Run, server: _Server, robot: int) -> Events:
 def _ask(run: _Run, server: _Server, robot: int) -> Events:
     """One observation on its way to the server, and its answer on the way back."""
     sent = run.env.now
+    counts = run.begin <= sent < run.end
+    run.unanswered += counts
     yield run.way()
     outcome: Outcome = yield server.ask(robot)
     yield run.way()
-    if run.begin <= sent < run.end:
+    run.unanswered -= counts
+    if counts:
         run.seen.outcomes[outcome] += 1
         if outcome == "acted":
             run.seen.latencies.append(run.env.now - sent)

@@ -205,18 +205,17 @@ def gpus_table(found: Mapping[str, Any]) -> Table:
 
 
 def capacity_table(found: Mapping[str, Any]) -> Table:
-    """`sqap.capacity.plan` as a table: a row for each number of replicas that was simulated."""
+    """`sqap.capacity.planning.plan` as a table: a row for each number of replicas that was simulated."""
     load, rows = found["load"], found["rows"]
     lost = [name for name in UNANSWERED if any(row["unanswered"][name] for row in rows)]
     table = Table(title=f"{load['robots']} robots at {load['rate_hz']:g} Hz, in ms", title_justify="left")
-    for column in ("replicas", "p50", "p99", "95 %", "worst", "Hz", "busy", "robots a step", *lost):
-        table.add_column(column, justify="right")
+    for column in ("replicas", "p50", "p99", "95 %", "Hz", "busy", "a step", *lost):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             str(row["replicas"]),
             *(_milliseconds(row[f"p{q}_ms"]) for q in (50, 99)),
-            " to ".join(map(_milliseconds, row["p99_ci95_ms"])),
-            _milliseconds(row["p99_worst_ms"]),
+            "-".join(map(_milliseconds, row["p99_ci95_ms"])) if row["p99_ms"] else "",
             f"{row['rate_hz']:.2f}",
             f"{100 * row['utilisation']:.0f} %",
             f"{row['robots_a_step']:.1f}",
