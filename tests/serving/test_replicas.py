@@ -13,10 +13,14 @@ import pytest
 from typer.testing import CliRunner
 
 import sqap
+from sqap.checkpoints.choices import Choices
 from sqap.cli import app
-from sqap.errors import InputError
+from sqap.errors import CheckpointError, InputError
+from sqap.evaluation.ensemble import AdaptiveEnsemble
 from sqap.serving import Limits, PolicyClient, Rejected, ServerSettings
+from sqap.serving.asgi import Application
 from sqap.serving.replicas import Replicas, check_cores, deployment_options, http_options
+from sqap.serving.service import Service
 from tests.serving.tools import KEY, get_at, serving
 
 
@@ -82,6 +86,31 @@ def test_without_ray_one_sentence_says_what_to_install(saved: Path, monkeypatch)
     assert 'serving on Ray needs ray; pip install "sqap[ray]"' in " ".join(result.output.split())
 
 
+@pytest.fixture
+def ray_serve():
+    """The module, where Ray is installed: it is too large to be among the tools for development."""
+    pytest.importorskip("ray.serve", reason='needs Ray: pip install "sqap[ray]"')
+    from sqap.serving import ray_serve
+
+    return ray_serve
+
+
+@pytest.mark.usefixtures("usual_log")
+def test_a_machine_with_another_policy_is_found_out(ray_serve, saved: Path):
+    served = ray_serve.Served(str(saved), Choices(), "another", ServerSettings())
+    with pytest.raises(CheckpointError, match="is another policy than on the machine that serves it"):
+        ray_serve._load(served)
+
+
+def test_a_replica_that_computes_nothing_is_replaced(ray_serve, policy):
+    replica = ray_serve.Replica()
+    replica.app = Application(Service(policy, ServerSettings()))
+    with pytest.raises(RuntimeError, match="nothing computes"):
+        replica.check_health()
+    replica.app.service.broken = lambda: None
+    replica.check_health()
+
+
 def replica_processes(mark: str) -> list[int]:
     """Those of the cluster whose environment has a mark."""
     found = []
@@ -95,10 +124,10 @@ def replica_processes(mark: str) -> list[int]:
     return found
 
 
+@pytest.mark.usefixtures("ray_serve")
 def test_robots_of_a_cluster_keep_their_replica_until_it_dies(
     saved: Path, observe, tmp_path: Path, monkeypatch
 ):
-    pytest.importorskip("ray.serve", reason='needs Ray: pip install "sqap[ray]"')
     mark = uuid.uuid4().hex
     monkeypatch.setenv("SQAP_TEST_CLUSTER", mark)
     key = tmp_path / "key"
@@ -116,7 +145,7 @@ def test_robots_of_a_cluster_keep_their_replica_until_it_dies(
         second = [robot.infer(observe(i), seed=i + 10) for i, robot in enumerate(robots)]
         assert len({replica(reply) for reply in first}) == 2, "both have robots"
         for i, (before, after) in enumerate(zip(first, second, strict=True)):
-            averaged = sqap.evaluation.ensemble.AdaptiveEnsemble(2)
+            averaged = AdaptiveEnsemble(2)
             for reply, seed in ((before, i), (after, i + 10)):
                 wanted = averaged.add(policy.act(observe(i), seed=seed))
                 assert np.array_equal(reply.actions[0], wanted), "the ensemble of this robot alone"
