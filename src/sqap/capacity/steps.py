@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +18,7 @@ from sqap.policy import Policy
 from sqap.serving.engine import noise, warm_up
 
 SIZES = (1, 2, 4, 8, 16)  # robots in the steps that are measured
-QUANTILES = (("min_ms", 0.0), ("p50_ms", 0.5), ("p90_ms", 0.9), ("p99_ms", 0.99))
-RESAMPLED = 200  # times that stand for a distribution of which a file has but quantiles
+CHANCES = 200  # that a mean is taken over
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class StepTimes:
 
     def mean(self, robots: int) -> float:
         """Mean seconds of a step for so many robots."""
-        chances = (np.arange(RESAMPLED) + 0.5) / RESAMPLED
+        chances = (np.arange(CHANCES) + 0.5) / CHANCES
         return float(np.mean([self.draw(robots, chance) for chance in chances]))
 
     def to_json(self) -> dict[str, list[float]]:
@@ -127,12 +125,11 @@ def read_times(path: Path) -> tuple[StepTimes, str | None]:
     except (OSError, ValueError) as problem:
         raise InputError(f"cannot read step times from {path}: {problem}") from problem
     try:
-        if "step_ms" in found:
+        if found.get("step_ms"):
             return StepTimes({int(n): [v / 1e3 for v in ms] for n, ms in found["step_ms"].items()}), None
-        if "candidates" in found:
-            single = _between(found["candidates"]["sqap"])
+        if found.get("candidates"):
             note = f"{path} has steps for one robot; a step for N robots is taken to last N times as long"
-            return StepTimes({1: single}), note
+            return StepTimes({1: [v / 1e3 for v in found["candidates"]["sqap"]["step_ms"]]}), note
     except (KeyError, TypeError, AttributeError, ValueError) as problem:
         if isinstance(problem, InputError):
             raise InputError(f"{path}: {problem}") from problem
@@ -140,9 +137,3 @@ def read_times(path: Path) -> tuple[StepTimes, str | None]:
             f"{path} is not as `sqap capacity --json` or `sqap bench --json` writes it: {problem!r}"
         ) from problem
     raise InputError(f"{path} has no step times; `sqap capacity --json` and `sqap bench --json` write some")
-
-
-def _between(row: Mapping[str, Any]) -> list[float]:
-    """Seconds that are distributed evenly between a candidate's quantiles."""
-    places, values = zip(*((q, row[name] / 1e3) for name, q in QUANTILES), strict=True)
-    return [float(v) for v in np.interp((np.arange(RESAMPLED) + 0.5) / RESAMPLED, places, values)]
