@@ -77,8 +77,8 @@ def run(served: Served, replicas: Replicas, started: Callable[[str], None]) -> N
         CheckpointError: a replica could not be started.
     """
     settings = served.settings
+    port = _port(settings)
     with _cluster(replicas):
-        port = _port(settings)
         serve.start(
             proxy_location="HeadOnly" if settings.loopback else "EveryNode",
             http_options=http_options(settings, port),
