@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sqap.capacity.simulation import Load, Seen, simulate
+from sqap.capacity.simulation import Load, Tally, simulate
 from sqap.capacity.steps import StepTimes
 from sqap.errors import InputError
 from sqap.serving.settings import Limits
@@ -99,7 +99,7 @@ def _fewest(holds: Callable[[int], bool], most: int) -> int | None:
     return high
 
 
-def _row(runs: list[Seen], load: Load, replicas: int, seconds: float, p99_s: float) -> dict[str, Any]:
+def _row(runs: list[Tally], load: Load, replicas: int, seconds: float, p99_s: float) -> dict[str, Any]:
     """What the replications say together."""
     sent = sum(run.outcomes.total() for run in runs)
     p50, p99 = ([_percentile(run, q) for run in runs] for q in (50, 99))
@@ -122,7 +122,7 @@ def _row(runs: list[Seen], load: Load, replicas: int, seconds: float, p99_s: flo
     }
 
 
-def _percentile(run: Seen, q: float) -> float:
+def _percentile(run: Tally, q: float) -> float:
     """Of the latency of all observations, which is infinite where one is not acted on."""
     lost = run.outcomes.total() - len(run.latencies)
     # One of them, since nothing lies between a number and infinity.

@@ -62,7 +62,7 @@ class Load:
 
 
 @dataclass
-class Seen:
+class Tally:
     """What became of the observations that were sent after the warm-up.
 
     Args:
@@ -89,7 +89,7 @@ class _Asked:
 
 def simulate(
     load: Load, times: StepTimes, limits: Limits, replicas: int, seconds: float, warm_up: float, seed: object
-) -> Seen:
+) -> Tally:
     """One run, until every observation is answered.
 
     Args:
@@ -106,7 +106,7 @@ def simulate(
     for robot in range(load.robots):
         run.env.process(_robot(run, servers[robot % replicas], robot))
     run.env.run()
-    return run.seen
+    return run.tally
 
 
 class _Run:
@@ -116,16 +116,16 @@ class _Run:
         self, load: Load, times: StepTimes, begin: float, end: float, rng: np.random.Generator
     ) -> None:
         self.load, self.times, self.begin, self.end, self.rng = load, times, begin, end, rng
-        self.env, self.seen = simpy.Environment(), Seen()
+        self.env, self.tally = simpy.Environment(), Tally()
         self.unanswered = 0  # observations that count
 
     def step(self, robots: int) -> float:
         """Seconds of the step that begins now, which is counted."""
         seconds = self.times.draw(robots, self.rng.random())
         now = self.env.now
-        self.seen.busy += max(0.0, min(now + seconds, self.end) - max(now, self.begin))
+        self.tally.busy += max(0.0, min(now + seconds, self.end) - max(now, self.begin))
         if self.begin <= now < self.end:
-            self.seen.batches.append(robots)
+            self.tally.batches.append(robots)
         return seconds
 
     def gap(self) -> float:
@@ -199,7 +199,7 @@ def _ask(run: _Run, server: _Server, robot: int) -> Events:
     yield run.way()
     run.unanswered -= counts
     if counts:
-        run.seen.outcomes[outcome] += 1
+        run.tally.outcomes[outcome] += 1
         if outcome == "acted":
-            run.seen.latencies.append(run.env.now - sent)
+            run.tally.latencies.append(run.env.now - sent)
     return outcome

@@ -120,8 +120,8 @@ def _replicas(on_ray: bool, asked: dict[str, Any]) -> Replicas | None:
         raise InputError("--robots-per-replica says when replicas are added: give --max-replicas as well")
     least = asked.get("--replicas", asked.get("--min-replicas", 1))
     most = asked.get("--max-replicas", least)
-    robots, cores = asked.get("--robots-per-replica", 8.0), asked.get("--cores", 1)
-    return Replicas(least, most, robots, cores, asked.get("--address"))
+    names = {"--robots-per-replica": "robots", "--cores": "cores", "--address": "address"}
+    return Replicas(least, most, **{names[option]: asked[option] for option in names.keys() & asked.keys()})
 
 
 def _run_on_ray(

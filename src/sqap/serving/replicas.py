@@ -87,5 +87,5 @@ def http_options(settings: ServerSettings, port: int) -> dict[str, Any]:
     options: dict[str, Any] = {"host": settings.host, "port": port}
     if settings.tls is not None:
         cert, key = settings.tls
-        options |= {"ssl_certfile": str(cert), "ssl_keyfile": str(key)}
+        options |= {"ssl_certfile": str(cert.absolute()), "ssl_keyfile": str(key.absolute())}
     return options

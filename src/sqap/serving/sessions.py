@@ -120,7 +120,7 @@ class Job:
         self.finish(Refused(reason))
 
 
-class Waiting(Protocol):
+class InLine(Protocol):
     """What the line looks at of a job."""
 
     @property
@@ -130,7 +130,7 @@ class Waiting(Protocol):
     def deadline(self) -> float | None: ...
 
 
-W = TypeVar("W", bound=Waiting)
+W = TypeVar("W", bound=InLine)
 
 
 class Line(Generic[W]):
