@@ -8,6 +8,7 @@ import typer
 
 import sqap
 from sqap.cli.bench import bench
+from sqap.cli.capacity import capacity
 from sqap.cli.compress import compress
 from sqap.cli.demo import demo
 from sqap.cli.evaluate import evaluate_command
@@ -52,6 +53,7 @@ app.command()(report)
 app.command()(inspect)
 app.command()(bench)
 app.command()(serve)
+app.command()(capacity)
 app.command()(demo)
 
 __all__ = ["app"]

@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # only `sqap tune` needs what it imports
 
 Column = tuple[str, Mapping[str, Any]]  # label, and a summary as `sqap.evaluation.summary` makes it
 
+UNANSWERED = ("refused", "superseded", "late")
+
 
 def percent(share: float) -> str:
     """0.123 as 12.3 %."""
@@ -200,6 +202,31 @@ def gpus_table(found: Mapping[str, Any]) -> Table:
         table.add_row(gpu["name"], gpu["capability"], memory, backend, gpu["reason"])
     table.caption = found["reason"]
     return table
+
+
+def capacity_table(found: Mapping[str, Any]) -> Table:
+    """`sqap.capacity.planning.plan` as a table: a row for each number of replicas that was simulated."""
+    load, rows = found["load"], found["rows"]
+    lost = [name for name in UNANSWERED if any(row["unanswered"][name] for row in rows)]
+    table = Table(title=f"{load['robots']} robots at {load['rate_hz']:g} Hz, in ms", title_justify="left")
+    for column in ("replicas", "p50", "p99", "95 %", "Hz", "busy", "a step", *lost):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            str(row["replicas"]),
+            *(_milliseconds(row[f"p{q}_ms"]) for q in (50, 99)),
+            "-".join(map(_milliseconds, row["p99_ci95_ms"])) if row["p99_ms"] else "",
+            f"{row['rate_hz']:.2f}",
+            f"{100 * row['utilisation']:.0f} %",
+            f"{row['robots_a_step']:.1f}",
+            *(percent(row["unanswered"][name]) for name in lost),
+            style="bold" if row["replicas"] == found["replicas"] else None,
+        )
+    return table
+
+
+def _milliseconds(value: float | None) -> str:
+    return "never" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def bench_tables(report: Mapping[str, Any]) -> list[Table]:
