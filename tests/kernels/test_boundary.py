@@ -74,6 +74,7 @@ def check_layer(rms):
     rope = [guarded(torch.ones(batch, tokens, dim)) for _ in range(2)]
     kept = [guarded(torch.ones(batch, keys, tokens, dim)) for _ in range(2)]
     layer(guarded(torch.randn(batch, tokens, width)), rope, torch.tensor([0, tokens - 1]), kept)
+    layer(guarded(torch.randn(batch, 45, width)))
     if rms:
         one_rope = [guarded(part[:1]) for part in rope]
         look([layer, layer], guarded(torch.randn(1, tokens, width)), one_rope, torch.tensor([tokens - 2]))
