@@ -33,9 +33,9 @@ from tests.families import FAMILIES, family_config, random_inputs, random_model
 META = torch.device("meta")
 # Operators of PyTorch and programs of Triton in a step: what there were at first, and a tenth more.
 MOST = {
-    "diffusion": (1332, 320),
-    "tokens": (1590, 241),
-    "regression": (720, 120),
+    "diffusion": (1365, 273),
+    "tokens": (1042, 209),
+    "regression": (729, 114),
     "flow": (3965, 620),
     "pi0": (9999, 999),
     "pi0.5": (9999, 999),
