@@ -159,7 +159,9 @@ class DecoderLayer(nn.Module):
         first: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
         if self.fused is not None and isinstance(self.self_attn.kv_format, FloatKV):
-            kept = None if cache is None else cache.reserve(layer, self.self_attn.empty_kv(x))
+            kept = None
+            if cache is not None:
+                kept = cast(tuple[Tensor, Tensor], cache.reserve(layer, self.self_attn.empty_kv(x)))
             done = self.fused(self, x, rope, rows, kept, first)
             if done is not None:
                 if cache is not None:

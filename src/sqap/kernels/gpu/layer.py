@@ -84,7 +84,7 @@ class GpuLayer:
         levels = normed(self._inputs[0], x.reshape(-1, x.shape[-1]), self.spec.norms[0])
         if len(self._inputs) == 1:
             made = self._inputs[0].multiply(levels, x.dtype)
-            q, k, v = made.split([heads * head_dim, *[kv_heads * head_dim] * 2], 1)
+            q, k, v = torch.split(made, [heads * head_dim, *[kv_heads * head_dim] * 2], 1)
             q = q[first:]
         else:
             behind = levels.rows(slice(first, None)) if first else levels
@@ -131,7 +131,7 @@ def placed(
         kept: as `FusedLayer.__call__` has them; they are returned.
     """
     count, kv_count, head_dim = heads
-    m, own = len(k), tuple(_by_heads(part, batch, head_dim) for part in (k, v))
+    m, own = len(k), (_by_heads(k, batch, head_dim), _by_heads(v, batch, head_dim))
     tokens = m // batch
     keys, values = own if kept is None else (part[:, :, part.shape[2] - tokens :] for part in kept)
     if m and (rope is not None or kept is not None):
@@ -142,7 +142,8 @@ def placed(
             HEADS=count, KV_HEADS=kv_count, HEAD=head_dim, TURNED=0 if rope is None else count + kv_count,
             BLOCK=triton.next_power_of_2(max(1, head_dim // 2)), num_warps=1,
         )  # fmt: skip
-    return _by_heads(q, batch, head_dim), *(kept or own)
+    keys, values = kept or own
+    return _by_heads(q, batch, head_dim), keys, values
 
 
 def _by_heads(x: Tensor, batch: int, head_dim: int) -> Tensor:
