@@ -290,7 +290,7 @@ class Policy:
         there = torch.device(device)
         check_device(there)
         if there.type == "cuda" and self.recipe.quantization is not None and not reference():
-            load()  # before anything draws
+            load()  # what is missing is said before anything is moved
         self._device = there
         self._graphs = Graphs(self._device) if graph and self._device.type == "cuda" else None
         if self.weights is None or self._loaded:

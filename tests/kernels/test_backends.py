@@ -32,7 +32,7 @@ class Layer:
     def __init__(self, spec: LayerSpec) -> None:
         self.spec, self.calls = spec, 0
 
-    def takes(self, x: Tensor, first: int = 0) -> bool:
+    def takes(self, x: Tensor, first: int = 0, past: int = 0) -> bool:
         return x.dtype == torch.bfloat16
 
     def __call__(

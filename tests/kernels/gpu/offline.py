@@ -35,7 +35,11 @@ NORM: Arguments = {
     "h": "*bf16", "gain": "*bf16", "shift": "*bf16", "x": "*i8", "x_scale": "*fp32", "eps": "fp32",
 }  # fmt: skip
 ACTIVATION: Arguments = {"h": "*bf16", "factor": "*bf16", "x": "*i8", "x_scale": "*fp32"}
-ROTATE: Arguments = {"x": "*bf16", "cos": "*bf16", "sin": "*bf16", "tokens": "i32"}
+HEADS = {"HEADS": 32, "KV_HEADS": 32, "HEAD": 128, "TURNED": 64, "BLOCK": 64}
+STEPS = "first", "tokens", "angles", "q_row", "kv_row", "batch_step", "head_step", "token_step"
+PLACE: Arguments = dict.fromkeys(("q", "k", "v", "cos", "sin", "keys", "values"), "*bf16") | dict.fromkeys(
+    STEPS, "i32"
+)
 
 
 def build(
@@ -118,7 +122,7 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
         activation(capability, 4304, 2, False, 1),
         activation(capability, 2560, 1, True, 512),
         activation(capability, 28672, 0, False, 1),  # the widest: OpenVLA-OFT's head
-        build("rotate", ROTATE, {"HEAD": 128, "BLOCK": 64}, capability, 1),
+        build("place", PLACE, HEADS, capability, 1),
     ]
 
 

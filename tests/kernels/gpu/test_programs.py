@@ -225,7 +225,7 @@ GUARDED = """
 import torch
 from sqap.kernels import Grids, Norm, Packed
 from sqap.kernels.gpu import linear as module
-from sqap.kernels.gpu.layer import rotated
+from sqap.kernels.gpu.layer import placed
 from sqap.kernels.gpu.linear import GpuLinear
 from tests.kernels.guarded import guarded
 
@@ -247,7 +247,11 @@ for bits in (4, 8):
         assert linear.scale.data_ptr() == scale.data_ptr()
         linear.multiply(linear.quantize(x, "silu", x), torch.float32, gain=gain, residual=residual)
         linear.normed(x, Norm(one, one, 1e-6))
-rotated(guarded(torch.randn(6, 30)), 10, [guarded(torch.ones(1, 3, 10))] * 2, 2)
+q, k, v, angles = (guarded(torch.randn(*shape)) for shape in ((6, 30), (6, 10), (6, 10), (1, 3, 10)))
+placed(q, k, v, (3, 1, 10), 2, (angles, angles))
+kept = [guarded(torch.zeros(2, 1, 5, 10)) for _ in range(2)]
+placed(q, k, v, (3, 1, 10), 2, (angles, angles), kept)
+placed(guarded(torch.randn(2, 30)), k, v, (3, 1, 10), 1, None, [guarded(torch.zeros(1, 1, 6, 10))] * 2)
 print("done")
 """
 

@@ -31,14 +31,14 @@ from sqap.recipe import Cut, Pruning, Quantization, Scheme
 from tests.families import FAMILIES, family_config, random_inputs, random_model
 
 META = torch.device("meta")
-# Operators of PyTorch and programs of Triton in a step: what there were at first, and a tenth more.
+# Operators of PyTorch and programs of Triton in a step: what there are, and a tenth more.
 MOST = {
-    "diffusion": (1332, 320),
-    "tokens": (1590, 241),
-    "regression": (720, 120),
-    "flow": (3965, 620),
-    "pi0": (9999, 999),
-    "pi0.5": (9999, 999),
+    "diffusion": (1365, 273),
+    "tokens": (1042, 209),
+    "regression": (729, 114),
+    "flow": (3965, 563),
+    "pi0": (4402, 614),
+    "pi0.5": (4170, 568),
 }
 
 
@@ -55,7 +55,7 @@ class Programs:
             def __getitem__(self, grid: tuple[int, ...]) -> Any:
                 def run(*arguments: Any, **constants: Any) -> None:
                     tensors = [x for x in arguments if isinstance(x, Tensor)]
-                    assert all(x.is_meta and x.is_contiguous() for x in tensors)
+                    assert all(x.is_meta and (x.is_contiguous() or name == "place") for x in tensors)
                     assert all(0 < blocks < 1 << 16 or i == 0 for i, blocks in enumerate(grid))
                     programs.ran[name] += 1
 

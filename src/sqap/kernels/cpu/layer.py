@@ -44,9 +44,9 @@ class CpuLayer:
             spec.causal,
         )
 
-    def takes(self, x: Tensor, first: int = 0) -> bool:
-        """Float32 on the CPU; behind a ``first`` token, of one observation."""
-        return x.is_cpu and x.dtype == torch.float32 and (not first or len(x) == 1)
+    def takes(self, x: Tensor, first: int = 0, past: int = 0) -> bool:
+        """Float32 on the CPU, the first tokens there are; behind a ``first`` token, of one observation."""
+        return x.is_cpu and x.dtype == torch.float32 and (not first or len(x) == 1) and not past
 
     def __call__(
         self,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
@@ -73,18 +76,35 @@ def reference() -> bool:
 
 
 def load() -> None:
-    """Import the kernels, and Triton with them: it crashes behind OSMesa, since both bring an LLVM.
+    """Import the kernels, and Triton with them.
 
     Raises:
         InputError: Triton is not installed.
     """
     try:
-        import sqap.kernels.gpu.linear  # noqa: F401
+        with own_llvm():
+            import sqap.kernels.gpu.linear  # noqa: F401
     except ImportError as problem:
         raise InputError(
             f"the kernels for GPUs need Triton, which comes with PyTorch for CUDA on Linux ({problem}): "
             f"install it, or set {VARIABLE}={REFERENCE} for PyTorch's slow arithmetic"
         ) from problem
+
+
+@contextmanager
+def own_llvm() -> Iterator[None]:
+    """Let libraries that are loaded here call their own LLVM, whichever is there for all.
+
+    OSMesa's is, once MuJoCo has drawn by it. Triton crashed as it was imported then, since its own calls went
+    there.
+    """
+    flags = sys.getdlopenflags()
+    if hasattr(ctypes.CDLL(None), "LLVMContextCreate"):
+        sys.setdlopenflags(flags | getattr(os, "RTLD_DEEPBIND", 0))
+    try:
+        yield
+    finally:
+        sys.setdlopenflags(flags)
 
 
 def check_device(device: torch.device) -> None:

@@ -97,6 +97,7 @@ class GpuLinear:
         m, n = len(x.q), self.out_features
         y = torch.empty(m, n, dtype=dtype, device=x.q.device)
         tile, bias = choose(m, n, self._major), self.bias
+        residual = None if residual is None else residual.contiguous()
         if m:
             programs.product[(triton.cdiv(n, tile.outputs), triton.cdiv(m, tile.tokens))](
                 x.q, x.scale, self.weight, self.scale, self.scale if bias is None else bias,
