@@ -20,7 +20,7 @@ from sqap.models import DecoderConfig
 from sqap.recipe import Cut, Pruning, Quantization, Recipe, Scheme
 from sqap.tune import (
     Cost,
-    Limits,
+    CostLimits,
     Outcomes,
     Setting,
     Standing,
@@ -118,12 +118,12 @@ def test_limits_leave_out_what_costs_more() -> None:
         Setting("w4a8", Pruning(0.4, 3)): Cost(20.0, 18.0, 60.0, 1000),
         Setting("w8a8", None): Cost(20.0, 18.0, 60.0, 2000),
     }
-    assert Limits().within(costs) == costs
-    assert list(Limits(latency_ms=20).within(costs)) == list(costs)[1:]
-    assert list(Limits(weight_bytes=1000).within(costs)) == list(costs)[:2]
-    assert list(Limits(latency_ms=20, weight_bytes=1999).within(costs)) == list(costs)[1:2]
+    assert CostLimits().within(costs) == costs
+    assert list(CostLimits(latency_ms=20).within(costs)) == list(costs)[1:]
+    assert list(CostLimits(weight_bytes=1000).within(costs)) == list(costs)[:2]
+    assert list(CostLimits(latency_ms=20, weight_bytes=1999).within(costs)) == list(costs)[1:2]
     with pytest.raises(InputError, match=r"the fastest takes 20\.0 ms, the smallest 1000 bytes"):
-        Limits(latency_ms=19.9).within(costs)
+        CostLimits(latency_ms=19.9).within(costs)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_limits_leave_out_what_costs_more() -> None:
 )
 def test_limits_that_nothing_can_meet_are_refused(limits: dict, says: str) -> None:
     with pytest.raises(InputError, match=says):
-        Limits(**limits)
+        CostLimits(**limits)
 
 
 def test_steps_are_timed_in_turns_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:

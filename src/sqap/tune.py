@@ -75,7 +75,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Limits:
+class CostLimits:
     """What the setting that is looked for may cost; None is no limit.
 
     Args:

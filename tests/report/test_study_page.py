@@ -18,10 +18,10 @@ from sqap.cli import app
 from sqap.errors import InputError
 from sqap.evaluation.rollout import Episode
 from sqap.observation import Observation
+from sqap.report.clips import Clip, Frame
 from sqap.report.study import Media, Picture, media, record, write_page
 from sqap.report.study.chart import Legend, frontier, interactions, pareto, prediction
 from sqap.report.study.page import findings, read_study, render
-from sqap.report.video import Clip, Frame
 from tests.browser import Browser, find_chromium
 
 EXAMPLE = Path(__file__).parent.parent / "study" / "example.json"

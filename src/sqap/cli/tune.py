@@ -43,7 +43,7 @@ from sqap.recipe import Recipe
 from sqap.report import tables
 from sqap.report.evidence import tuned
 from sqap.terminal import console, messages, progress_bar, user_errors
-from sqap.tune import Cost, Limits, Setting, candidates, compare, cost_of
+from sqap.tune import Cost, CostLimits, Setting, candidates, compare, cost_of
 
 DEVELOPMENT, CONFIRMATION = 500_000, 600_000  # first seeds, which no published number uses
 DROP = 3.0  # points, where no limit is given
@@ -82,7 +82,7 @@ def tune(
     with user_errors():
         if max_drop is None and max_latency is None and max_bytes is None:
             max_drop = DROP
-        limits = Limits(None if max_drop is None else max_drop / 100, max_latency, max_bytes)
+        limits = CostLimits(None if max_drop is None else max_drop / 100, max_latency, max_bytes)
         place = check_place(out)
         chosen = tuple(tasks.split(",")) if tasks else environments.default_tasks(env)
         environments.check_tasks(env, chosen)
@@ -159,7 +159,7 @@ def _compressed(
 
 
 def _measured(
-    policies: Mapping[Setting, Policy], observation: Observation, limits: Limits
+    policies: Mapping[Setting, Policy], observation: Observation, limits: CostLimits
 ) -> dict[Setting, Cost]:
     """What the settings cost that are within the limits; how many are not is said."""
     messages.print(f"timing steps of {len(policies)} settings in turns")

@@ -52,7 +52,7 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Line:
+class Polyline:
     """Points that belong together, as the attribute of an SVG polyline."""
 
     points: str
@@ -69,7 +69,7 @@ class Chart:
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     marks: tuple[Mark, ...]
-    lines: tuple[Line, ...]
+    lines: tuple[Polyline, ...]
     width: int
     height: int
     left: int = 56
@@ -150,7 +150,7 @@ def pareto(study: Mapping[str, Any], legend: Legend) -> Chart | None:
     named = _apart(best, lambda c: (x(_latency(c)), y(c["summary"]["success"])))
     marks = [_mark(c, x(_latency(c)), y, legend, c["name"] if c in named else "") for c in cells]
     steps = [f"{x(_latency(c)):.1f},{y(c['summary']['success']):.1f}" for c in best]
-    return _with(chart, x_ticks, y_ticks, marks, [Line(" ".join(steps))])
+    return _with(chart, x_ticks, y_ticks, marks, [Polyline(" ".join(steps))])
 
 
 def _apart(cells: Sequence[Cell], place: Callable[[Cell], tuple[float, float]]) -> list[Cell]:
@@ -197,7 +197,7 @@ def _interaction(
         aside = (number - (len(groups) - 1) / 2) * min(7, 0.7 * step / max(len(groups), 1))
         own = [_mark(c, places[c["levels"]["keep"]] + aside, y, legend) for c in group]
         marks += own
-        lines.append(Line(" ".join(f"{m.x:.1f},{m.y:.1f}" for m in own), own[0].colour))
+        lines.append(Polyline(" ".join(f"{m.x:.1f},{m.y:.1f}" for m in own), own[0].colour))
     return _with(chart, tuple(Tick(at, f"{keep:g}") for keep, at in places.items()), y_ticks, marks, lines)
 
 
@@ -230,7 +230,7 @@ def _empty(title: str, x_title: str, y_title: str, width: int, height: int) -> C
 
 
 def _with(
-    chart: Chart, x: Sequence[Tick], y: Sequence[Tick], marks: Sequence[Mark], lines: Sequence[Line]
+    chart: Chart, x: Sequence[Tick], y: Sequence[Tick], marks: Sequence[Mark], lines: Sequence[Polyline]
 ) -> Chart:
     return replace(chart, x_ticks=tuple(x), y_ticks=tuple(y), marks=tuple(marks), lines=tuple(lines))
 

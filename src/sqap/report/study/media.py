@@ -14,8 +14,9 @@ from PIL import Image
 import sqap
 from sqap.checkpoints.choices import Choices
 from sqap.report.comparison import record_comparison
+from sqap.report.panes import compose
 from sqap.report.study.chart import Cell, frontier, ran
-from sqap.report.video import compose, write_video
+from sqap.report.video import write_video
 
 PANE = 224  # pixels of an episode's side
 FPS = 10.0
