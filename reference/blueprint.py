@@ -1,4 +1,4 @@
-"""What a bundled policy is made of and how it is trained; `nano` and `smollm` are the two there are."""
+"""What a bundled policy is made of and how it is trained; `nano`, `smollm` and `smolvla` are those there are."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ class Blueprint:
         warmup: steps over which the rate rises.
         noise_draws: noise levels per sample.
         weight_decay: of matrices.
+        parts: of a batch that are run one after the other; with more than one, the instructions of a part have
+            one length, so that none is padded.
         bfloat16: autocast; only processors that multiply bfloat16 gain from it.
     """
 
@@ -45,6 +47,7 @@ class Blueprint:
     warmup: int = 300
     noise_draws: int = 8
     weight_decay: float = 0.05
+    parts: int = 1
     bfloat16: bool = True
 
     @property
