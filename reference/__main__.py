@@ -17,20 +17,18 @@ from reference.smollm import blueprint as smollm
 from reference.smolvla import blueprint as smolvla
 from reference.train import train
 
-DEMONSTRATIONS, ROLLOUTS = 250, 50  # episodes a task
 PLANS = {"nano": lambda: NANO, "smollm": smollm, "smolvla": smolvla}
 
 
 def main(plan: Blueprint, workers: int, compile_model: bool) -> None:
-    collect("demonstrations", DEMONSTRATIONS, DEMO_SEEDS, workers)
-    data = ["demonstrations"]
+    data = collect("demonstrations", plan.demonstrations, DEMO_SEEDS, workers)
     if plan.halfway:
         train(plan, data, plan.halfway, compile_model)
         driver = plan.work / "halfway"
         if not driver.exists():
             export(plan, driver)
-        data.append(f"rollouts-{plan.name}")
-        collect(data[-1], ROLLOUTS, ROLLOUT_SEEDS, workers, str(driver))
+        name = f"rollouts-{plan.name}"
+        data += collect(name, plan.rollouts, ROLLOUT_SEEDS, workers, str(driver))
     train(plan, data, plan.steps, compile_model)
     step = export(plan, plan.packaged)
     print(f"step {step} is in {plan.packaged}; evaluate it: sqap eval {plan.packaged} --env metaworld")

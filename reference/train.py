@@ -8,8 +8,9 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from reference.blueprint import Blueprint
-from reference.settings import DATA
 from reference.trainees import Batch, make_trainee
 from sqap.environments.metaworld_tasks import INSTRUCTIONS
 
@@ -30,8 +30,7 @@ SAVE_EVERY = 200
 class DataSet:
     """Memory-mapped shards, drawn from uniformly."""
 
-    def __init__(self, names: list[str], tokenizer: Tokenizer) -> None:
-        shards = sorted(p for name in names for p in (DATA / name).iterdir() if p.name[0] != ".")
+    def __init__(self, shards: Sequence[Path], tokenizer: Tokenizer) -> None:
         self.images = [np.load(p / "images.npy", mmap_mode="r") for p in shards]
         self.chunks = np.concatenate([np.load(p / "chunks.npy") for p in shards])
         self.states = np.concatenate([np.load(p / "states.npy") for p in shards])
@@ -48,7 +47,9 @@ class DataSet:
     def __len__(self) -> int:
         return len(self.shard)
 
-    def batches(self, statistics: dict[str, list[float]], size: int, seed: int, padded: bool = True) -> Iterator[Batch]:
+    def batches(
+        self, statistics: dict[str, list[float]], size: int, seed: int, padded: bool = True
+    ) -> Iterator[Batch]:
         """Endless batches of ``size``, prepared by a thread while the last one is trained on.
 
         Unless ``padded``, the instructions of a batch have as many tokens as one that is drawn at random.
@@ -116,11 +117,11 @@ def make_optimizer(model: nn.Module, plan: Blueprint) -> torch.optim.Optimizer:
     return torch.optim.AdamW(list(groups.values()), betas=(0.9, 0.98), fused=True)
 
 
-def train(plan: Blueprint, names: list[str], until: int, compile_model: bool) -> None:
-    """Train up to step ``until`` on the data sets ``names``, from where the last run ended."""
+def train(plan: Blueprint, shards: Sequence[Path], until: int, compile_model: bool) -> None:
+    """Train up to step ``until`` on the data in ``shards``, from where the last run ended."""
     torch.manual_seed(0)
     plan.work.mkdir(parents=True, exist_ok=True)
-    data = DataSet(names, plan.tokenizer())
+    data = DataSet(shards, plan.tokenizer())
     state_path, statistics_path = plan.work / "training.pt", plan.work / "statistics.json"
     if not statistics_path.exists():
         statistics_path.write_text(json.dumps(statistics_of(data)))

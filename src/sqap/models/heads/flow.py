@@ -304,7 +304,7 @@ def time_embedding(time: float, config: FlowHeadConfig, device: torch.device) ->
 
 
 def embedded_times(times: Tensor, config: FlowHeadConfig) -> Tensor:
-    """``(..., width)`` of float32 ``times`` ``(...)``: sines, then cosines, of periods that grow geometrically.
+    """Sines, then cosines, ``(..., width)`` of float32 ``times`` ``(...)``; periods grow geometrically.
 
     As in LeRobot, angles are computed in 64 bits, from times that were rounded to 32 bits.
     """

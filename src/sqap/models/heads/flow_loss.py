@@ -30,7 +30,9 @@ def flow_loss(head: FlowHead, actions: Tensor, inputs: FlowInputs, draws: int = 
         ValueError: the head has adaptive norms, or what depends on the time is stored for fixed steps.
     """
     if head.config.adaptive_norms or head.config.fixed_steps:
-        raise ValueError("the loss is for a head that joins the time to actions by an MLP, and not compressed")
+        raise ValueError(
+            "the loss is for a head that joins the time to actions by an MLP, and not compressed"
+        )
     noise = torch.randn(len(actions), draws, *actions.shape[1:], device=actions.device)
     times = draw_times(noise.shape[:2], actions.device)
     wanted = noise - actions[:, None]
