@@ -9,7 +9,8 @@ pytest.importorskip("metaworld")
 
 import torch
 
-from reference import collect, train
+import sqap
+from reference import collect, smolvla, train
 from reference.blueprint import Blueprint
 from reference.nano import NANO
 from reference.trainees import Batch, FlowTrainee, make_trainee
@@ -140,6 +141,23 @@ def test_a_flow_policy_is_trained_on_what_it_reads_when_it_acts():
     # Keys and values of the last layer are all that is read of it; the language model's last norm is not.
     idle = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
     assert idle == {"vla.decoder.norm.weight"}
+
+
+def test_the_third_policy_begins_with_the_seconds_trunk():
+    """Given its order of tokens, the trunk makes the keys and values that it makes in the second policy."""
+    trunk = sqap.load(smolvla.TRUNK)
+    trunk.load_weights()
+    model = VLA(smolvla.config())
+    smolvla.initialise(model)
+    x = torch.randn(1, 5, trunk.config.model.decoder.width)
+    kept = [m.decoder.run([m.decoder.start(x, keep=True)])[0].stored for m in (trunk.model.float(), model)]
+    for before, after in zip(*kept, strict=True):
+        for old, new in zip(before, after, strict=True):
+            torch.testing.assert_close(new, old)
+    pixels = torch.randn(1, 3, 128, 128)
+    torch.testing.assert_close(model.see([pixels]), trunk.model.see([pixels]))
+    word, state = model.decoder.embed_tokens.weight.std(), model.proprio(torch.randn(50, 4)).std()
+    assert 0.3 < state / word < 3
 
 
 def test_the_language_models_words_and_weights_are_taken_over():
