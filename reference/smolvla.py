@@ -73,7 +73,7 @@ def blueprint() -> Blueprint:
         demonstrations=100,
         rollouts=12,
         halfway=600,
-        steps=1750,
+        steps=1720,
         warmup=60,
         noise_draws=4,
         parts=2,
