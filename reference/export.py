@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from reference.blueprint import Blueprint
-from sqap.config import PolicyConfig
+from sqap.checkpoints import LICENSE
+from sqap.config import Origin, PolicyConfig
 from sqap.environments.metaworld import CAMERA
 from sqap.models import VLA, FlowHeadConfig
 from sqap.policy import Policy
@@ -36,5 +37,6 @@ def export(plan: Blueprint, directory: Path) -> int:
         else None
     )
     config = PolicyConfig(family, plan.config, (CAMERA,), images, actions, state=state, units=units)
-    Policy(model, config, plan.tokenizer()).save(directory)
+    origin = Origin(plan.name, license=LICENSE)
+    Policy(model, config, plan.tokenizer(), origin=origin).save(directory)
     return int(saved["step"])
