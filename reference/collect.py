@@ -94,7 +94,7 @@ def _restore(env: MetaWorld, snapshot: dict[str, Any]) -> None:
 
 
 def privileged_state(env: MetaWorld) -> np.ndarray:
-    """``(STATE_DIM,)`` what an auxiliary training head regresses; no policy is given it."""
+    """``(STATE_DIM,)`` what an auxiliary training head regresses; a policy may read what is of the robot."""
     return np.concatenate([env.state_vector[:11], env.simulator.tcp_center]).astype(np.float32)
 
 
@@ -157,8 +157,8 @@ def _append(env: MetaWorld, expert: Expert, into: Samples, observation: Observat
     into.chunks.append(expert.chunk())
 
 
-def write_shard(task: str, first_seed: int, path: Path, policy_dir: str | None) -> str:
-    """Record `EPISODES_PER_SHARD` episodes into ``path`` (.npz is too slow to map; three .npy files)."""
+def write_shard(task: str, first_seed: int, episodes: int, path: Path, policy_dir: str | None) -> str:
+    """Record episodes into ``path`` (.npz is too slow to map; three .npy files)."""
     import torch
 
     torch.set_num_threads(1)
@@ -170,7 +170,7 @@ def write_shard(task: str, first_seed: int, path: Path, policy_dir: str | None) 
     env = MetaWorld(task, IMAGE_SIZE)
     samples = Samples([], [], [])
     wins = 0
-    for seed in range(first_seed, first_seed + EPISODES_PER_SHARD):
+    for seed in range(first_seed, first_seed + episodes):
         if policy is None:
             wins += record_demonstration(env, seed, samples)
         else:
@@ -182,7 +182,7 @@ def write_shard(task: str, first_seed: int, path: Path, policy_dir: str | None) 
     np.save(temporary / "chunks.npy", np.stack(samples.chunks).astype(np.float32))
     np.save(temporary / "states.npy", np.stack(samples.states))
     temporary.rename(path)
-    return f"{path.name}: {len(samples.images)} frames, {wins}/{EPISODES_PER_SHARD} succeed"
+    return f"{path.name}: {len(samples.images)} frames, {wins}/{episodes} succeed"
 
 
 def collect(
@@ -191,17 +191,20 @@ def collect(
     first_seed: int,
     workers: int,
     policy_dir: str | None = None,
-) -> None:
-    """Write every missing shard of data set ``name``: ``episodes`` a task from ``first_seed`` on."""
+) -> list[Path]:
+    """Shards of data set ``name``, missing ones written: ``episodes`` a task from ``first_seed`` on."""
     root = DATA / name
     root.mkdir(parents=True, exist_ok=True)
-    jobs = []
-    for block in range(episodes // EPISODES_PER_SHARD):
-        for task in TASKS:
-            path = root / f"{task}-{block:03d}"
-            if not path.exists():
-                jobs.append((task, first_seed + block * EPISODES_PER_SHARD, path, policy_dir))
+    size = min(EPISODES_PER_SHARD, episodes)
+    blocks = range(episodes // size)
+    shards = {
+        root / f"{task}-{block:03d}": (task, first_seed + block * size, size)
+        for block in blocks
+        for task in TASKS
+    }
+    jobs = [(*job, path, policy_dir) for path, job in shards.items() if not path.exists()]
     # Spawned, because a process forked from one that has trained inherits torch's threads dead.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for line in pool.map(write_shard, *zip(*jobs, strict=True)) if jobs else ():
             print(line, flush=True)
+    return sorted(shards)

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from reference.blueprint import Blueprint
-from sqap.config import PolicyConfig
+from sqap.checkpoints import LICENSE
+from sqap.config import Origin, PolicyConfig
 from sqap.environments.metaworld import CAMERA
-from sqap.models import VLA
+from sqap.models import VLA, FlowHeadConfig
 from sqap.policy import Policy
-from sqap.processing import ActionUnits, Clamp, Range, stretched
+from sqap.processing import ActionUnits, Clamp, MeanStd, Range, stretched
 
 
 def export(plan: Blueprint, directory: Path) -> int:
@@ -28,6 +29,14 @@ def export(plan: Blueprint, directory: Path) -> int:
     images = tuple(stretched(vision.image_size) for vision in plan.config.vision)
     # Meta-World's units: a centimetre per unit and step; the fingers close above zero.
     units = ActionUnits(translation=(0, 1, 2), millimetres=10.0, gripper=3)
-    config = PolicyConfig("cogact", plan.config, (CAMERA,), images, actions, units=units)
-    Policy(model, config, plan.tokenizer()).save(directory)
+    family = "smolvla" if isinstance(plan.config.head, FlowHeadConfig) else "cogact"
+    robot = plan.config.proprio_dim
+    state = (
+        (MeanStd(tuple(statistics["state_mean"][:robot]), tuple(statistics["state_std"][:robot])),)
+        if robot
+        else None
+    )
+    config = PolicyConfig(family, plan.config, (CAMERA,), images, actions, state=state, units=units)
+    origin = Origin(plan.name, license=LICENSE)
+    Policy(model, config, plan.tokenizer(), origin=origin).save(directory)
     return int(saved["step"])

@@ -1,9 +1,4 @@
-"""Imitation of the scripted experts, resumable at any step.
-
-The loss is CogACT's (noise prediction on eight draws per sample), plus two heads that exist only here:
-one regresses the action chunk directly, which shapes the cognition token early, one regresses the
-simulator's state.
-"""
+"""Imitation of the scripted experts, resumable at any step."""
 
 from __future__ import annotations
 
@@ -12,19 +7,19 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 
 from reference.blueprint import Blueprint
-from reference.collect import STATE_DIM
-from reference.settings import DATA, HORIZON
+from reference.trainees import Batch, make_trainee
 from sqap.environments.metaworld_tasks import INSTRUCTIONS
-from sqap.models import VLA, ModelConfig, ModelInputs
 
 DECAY_SHARE = 0.45  # the last part of training anneals the rate to zero
 EMA_DECAY = 0.997
@@ -32,30 +27,10 @@ LOG_EVERY = 50
 SAVE_EVERY = 200
 
 
-class Trainee(nn.Module):
-    """The policy and its two training-only heads."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        width = config.decoder.width
-        self.vla = VLA(config)
-        self.l1_head = nn.Sequential(
-            nn.Linear(width, 512), nn.GELU(), nn.Linear(512, HORIZON * config.head.action_dim)
-        )
-        self.state_head = nn.Linear(width, STATE_DIM)
-
-    def features(self, pixels: Tensor, ids: Tensor, last: Tensor) -> Tensor:
-        """Cognition tokens ``(batch, width)`` of right-padded ``ids``; ``last`` is each one's end."""
-        hidden = self.vla.decoder(self.vla.embed(ModelInputs([pixels], ids)))
-        text = self.vla.config.layout(ids.shape[1]).span("text")  # of which BOS is none
-        return hidden[torch.arange(len(ids)), text.start + last - 1]
-
-
 class DataSet:
     """Memory-mapped shards, drawn from uniformly."""
 
-    def __init__(self, names: list[str], tokenizer: Tokenizer) -> None:
-        shards = sorted(p for name in names for p in (DATA / name).iterdir() if p.name[0] != ".")
+    def __init__(self, shards: Sequence[Path], tokenizer: Tokenizer) -> None:
         self.images = [np.load(p / "images.npy", mmap_mode="r") for p in shards]
         self.chunks = np.concatenate([np.load(p / "chunks.npy") for p in shards])
         self.states = np.concatenate([np.load(p / "states.npy") for p in shards])
@@ -66,30 +41,39 @@ class DataSet:
         self.last = np.array([len(i) - 1 for i in ids])
         longest = max(map(len, ids))
         self.ids = np.array([i + [0] * (longest - len(i)) for i in ids])
+        length = self.last[self.shard]
+        self.alike = {n: np.flatnonzero(length == n) for n in np.unique(length)}
 
     def __len__(self) -> int:
         return len(self.shard)
 
     def batches(
-        self, statistics: dict[str, list[float]], size: int, seed: int
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """Endless batches of ``size``, prepared by a thread while the last one is trained on."""
-        ready: queue.Queue[tuple[Tensor, ...]] = queue.Queue(maxsize=4)
+        self, statistics: dict[str, list[float]], size: int, seed: int, padded: bool = True
+    ) -> Iterator[Batch]:
+        """Endless batches of ``size``, prepared by a thread while the last one is trained on.
+
+        Unless ``padded``, the instructions of a batch have as many tokens as one that is drawn at random.
+        """
+        ready: queue.Queue[Batch] = queue.Queue(maxsize=4)
         low, high = np.array(statistics["q01"]), np.array(statistics["q99"])
         mean, std = np.array(statistics["state_mean"]), np.array(statistics["state_std"])
 
         def fill() -> None:
             rng = np.random.default_rng(seed)
             while True:
-                rows = rng.integers(len(self), size=size)
+                if padded:
+                    rows, tokens = rng.integers(len(self), size=size), self.ids.shape[1]
+                else:
+                    last = self.last[self.shard[rng.integers(len(self))]]
+                    rows, tokens = rng.choice(self.alike[last], size), last + 1
                 shard = self.shard[rows]
                 images = np.stack([self.images[s][o] for s, o in zip(shard, self.offset[rows], strict=True)])
                 actions = 2 * (self.chunks[rows] - low) / (high - low) - 1
                 states = (self.states[rows] - mean) / std
                 ready.put(
-                    (
-                        torch.from_numpy(images),
-                        torch.from_numpy(self.ids[shard]),
+                    Batch(
+                        torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1,
+                        torch.from_numpy(self.ids[shard, :tokens]),
                         torch.from_numpy(self.last[shard]),
                         torch.from_numpy(actions.clip(-1, 1).astype(np.float32)),
                         torch.from_numpy(states.astype(np.float32)),
@@ -133,17 +117,17 @@ def make_optimizer(model: nn.Module, plan: Blueprint) -> torch.optim.Optimizer:
     return torch.optim.AdamW(list(groups.values()), betas=(0.9, 0.98), fused=True)
 
 
-def train(plan: Blueprint, names: list[str], until: int, compile_model: bool) -> None:
-    """Train up to step ``until`` on the data sets ``names``, from where the last run ended."""
+def train(plan: Blueprint, shards: Sequence[Path], until: int, compile_model: bool) -> None:
+    """Train up to step ``until`` on the data in ``shards``, from where the last run ended."""
     torch.manual_seed(0)
     plan.work.mkdir(parents=True, exist_ok=True)
-    data = DataSet(names, plan.tokenizer())
+    data = DataSet(shards, plan.tokenizer())
     state_path, statistics_path = plan.work / "training.pt", plan.work / "statistics.json"
     if not statistics_path.exists():
         statistics_path.write_text(json.dumps(statistics_of(data)))
     statistics = json.loads(statistics_path.read_text())
 
-    model = Trainee(plan.config)
+    model = make_trainee(plan.config, plan.noise_draws)
     if plan.initialise is not None:
         plan.initialise(model.vla)
     average = torch.optim.swa_utils.AveragedModel(
@@ -158,7 +142,8 @@ def train(plan: Blueprint, names: list[str], until: int, compile_model: bool) ->
         optimizer.load_state_dict(saved["optimizer"])
         step, spent = saved["step"], saved["seconds"]
     print(f"{len(data)} frames, from step {step} to {until} of {plan.steps}", flush=True)
-    features = torch.compile(model.features, dynamic=False) if compile_model else model.features
+    if compile_model:
+        model.features = torch.compile(model.features, dynamic=False)
 
     def save() -> None:
         temporary = state_path.with_suffix(".tmp")
@@ -166,35 +151,28 @@ def train(plan: Blueprint, names: list[str], until: int, compile_model: bool) ->
         torch.save({**state, "optimizer": optimizer.state_dict(), "seconds": spent}, temporary)
         temporary.replace(state_path)
 
-    sums, clock = np.zeros(3), time.monotonic()
-    for pixels, ids, last, actions, states in data.batches(statistics, plan.batch, seed=step):
-        if step >= until:
-            break
+    losses, clock = Counter[str](), time.monotonic()
+    batches = data.batches(statistics, plan.batch // plan.parts, step, padded=plan.parts == 1)
+    while step < until:
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * learning_rate(step, plan.warmup, plan.steps)
-        with torch.autocast("cpu", torch.bfloat16, enabled=plan.bfloat16):
-            z = features(pixels.permute(0, 3, 1, 2) / 127.5 - 1, ids, last)
-            drawn = model.vla.head.loss(actions.repeat(plan.noise_draws, 1, 1), z.repeat(plan.noise_draws, 1))
-            l1 = F.l1_loss(model.l1_head(z).view_as(actions), actions)
-            state = F.smooth_l1_loss(model.state_head(z), states)
-            loss = drawn + l1 + 0.3 * state
-        loss.backward()
+        for batch in islice(batches, plan.parts):
+            with torch.autocast("cpu", torch.bfloat16, enabled=plan.bfloat16):
+                found = model.losses(batch)
+            (sum(model.weights[name] * loss for name, loss in found.items()) / plan.parts).backward()
+            losses.update({name: loss.item() / plan.parts for name, loss in found.items()})
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         average.update_parameters(model)
         step += 1
-        sums += [drawn.item(), l1.item(), state.item()]
         if step % LOG_EVERY == 0:
             now = time.monotonic()
             spent, seconds, clock = spent + now - clock, now - clock, now
-            means = sums / LOG_EVERY
-            print(
-                f"step {step} diffusion {means[0]:.4f} l1 {means[1]:.4f} state {means[2]:.4f} "
-                f"{LOG_EVERY * plan.batch / seconds:.1f} samples/s, {spent / 60:.1f} min",
-                flush=True,
-            )
-            sums[:] = 0
+            means = " ".join(f"{name} {total / LOG_EVERY:.4f}" for name, total in losses.items())
+            speed = LOG_EVERY * plan.batch / seconds
+            print(f"step {step} {means} {speed:.1f} samples/s, {spent / 60:.1f} min", flush=True)
+            losses.clear()
         if step % SAVE_EVERY == 0:
             save()
     save()

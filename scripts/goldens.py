@@ -24,7 +24,7 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 PATHS = ("", "portable", "reference")  # the fastest first
 SEEDS = (1, 2)
-POLICIES = ("reference", "reference-smollm")
+POLICIES = ("reference", "reference-smollm", "reference-smolvla")
 
 
 def families() -> Iterator[tuple[str, Tensor]]:

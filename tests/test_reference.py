@@ -1,9 +1,13 @@
 """The bundled policy, as it is shipped: loads, is small, and does its tasks on fixed seeds."""
 
+import dataclasses
+
 import pytest
 
 import sqap
 from sqap import environments
+from sqap.checkpoints import BUNDLED
+from sqap.errors import InputError
 from sqap.evaluation.rollout import run_episode
 from sqap.frames.simulator import collect_frames
 from sqap.models.storage import stored_bytes
@@ -41,6 +45,19 @@ def test_it_does_easy_tasks_on_fixed_seeds(which, task, request):
     episodes = [run_episode(policy, env, 200_000 + i) for i in range(2)]
     env.close()
     assert all(episode.success for episode in episodes)
+
+
+@pytest.mark.skipif(not BUNDLED["reference-smolvla"].is_dir(), reason="only in a checkout")
+def test_the_policy_with_an_action_expert_does_an_easy_task_by_the_robots_state():
+    policy = sqap.load("reference-smolvla")
+    assert policy.config.model.head.has_expert
+    assert stored_bytes(policy.model) < 60e6
+    env = environments.make("metaworld", "drawer-close")
+    assert run_episode(policy, env, 200_000).success
+    blind = dataclasses.replace(env.observe(), state=None)
+    with pytest.raises(InputError, match="reads the robot's state; the observation has none"):
+        policy.act(blind)
+    env.close()
 
 
 def test_calibration_frames_are_the_same_every_time(reference):

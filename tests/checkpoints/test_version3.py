@@ -182,7 +182,8 @@ def test_the_bundled_policies_are_of_either_version(name):
     low, high = config.actions[1].low, config.actions[1].high
     assert config.actions == (Clamp(), Range(low, high, (True,) * 4))
     assert config.prompt == PromptConfig((Lower(), Template("{instruction}")))
-    assert (config.state, config.units) == (None, ActionUnits((0, 1, 2), 10.0, 3))
+    assert config.units == ActionUnits((0, 1, 2), 10.0, 3)
+    assert config.state_dim == (4 if config.family == "smolvla" else 0)
 
 
 def test_a_crop_of_version_4_is_not_one_of_version_3(directory):

@@ -10,7 +10,7 @@ import pytest
 
 # First, because it chooses MuJoCo's OpenGL platform, which mujoco fixes when it is imported.
 from sqap import environments
-from sqap.environments.metaworld import ACTION_METRES, ACTION_REPEAT, CAMERA, MAX_STEPS, MetaWorld
+from sqap.environments.metaworld import ACTION_METRES, ACTION_REPEAT, CAMERA, MAX_STEPS, STATE_DIM, MetaWorld
 
 try:
     import metaworld  # noqa: F401
@@ -78,6 +78,22 @@ class TestObservation:
         assert observation.instruction == "close the drawer"
         assert list(observation.cameras) == [CAMERA]
         assert observation.end_effector.shape == (3,)
+
+    def test_the_state_is_of_the_robot_alone(self, env):
+        """The hand's position and how far it is open: they change as it moves, and nothing else is told."""
+        first = env.reset(0).state
+        assert first.shape == (STATE_DIM,)
+        for action in ([1, 0, 0, -1], [0, 0, 1, 1]):
+            before = env.observe().state
+            for _ in range(10):
+                env.step(np.array(action))
+            after = env.observe().state
+            np.testing.assert_allclose(after[:3], env.simulator.get_endeff_pos(), atol=1e-6)
+            axis = int(np.argmax(np.abs(after - before)[:3]))
+            assert action[axis] == 1
+            assert after[axis] - before[axis] > 0.02
+        assert after[3] < before[3]  # fingers close above zero
+        np.testing.assert_array_equal(env.reset(0).state, first)
 
     def test_the_picture_is_turned_upright(self, env):
         image = first_frame(env, 0).astype(float)

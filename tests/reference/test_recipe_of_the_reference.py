@@ -9,12 +9,15 @@ pytest.importorskip("metaworld")
 
 import torch
 
-from reference import collect, train
+import sqap
+from reference import collect, smolvla, train
 from reference.blueprint import Blueprint
 from reference.nano import NANO
+from reference.trainees import Batch, FlowTrainee, make_trainee
 from sqap.environments.metaworld import MetaWorld
 from sqap.environments.metaworld_tasks import INSTRUCTIONS
 from sqap.models import VLA
+from tests.families import family_config, random_inputs
 
 
 @pytest.fixture
@@ -86,7 +89,7 @@ def test_parameters_get_the_rate_of_their_first_prefix_and_rate_zero_is_frozen()
         NANO.tokenizer,
         rates={"vla.vision": 0.0, "vla.decoder.layers.0.": 0.0, "vla.decoder": 2e-4, "": 1e-3},
     )
-    model = train.Trainee(plan.config)
+    model = make_trainee(plan.config, draws=1)
     groups = train.make_optimizer(model, plan).param_groups
     rate_of = {id(p): group["rate"] for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
@@ -94,6 +97,67 @@ def test_parameters_get_the_rate_of_their_first_prefix_and_rate_zero_is_frozen()
         assert parameter.requires_grad != frozen, name
         if not frozen:
             assert rate_of[id(parameter)] == (2e-4 if name.startswith("vla.decoder") else 1e-3), name
+
+
+def test_a_part_of_a_batch_has_instructions_of_one_length(tmp_path):
+    """So that none is padded, and each task is drawn as often as its share of the frames."""
+    for task, frames in (("drawer-open", 30), ("coffee-button", 10)):
+        shard = tmp_path / f"{task}-000"
+        shard.mkdir()
+        np.save(shard / "images.npy", np.zeros((frames, 4, 4, 3), np.uint8))
+        np.save(shard / "chunks.npy", np.random.default_rng(0).uniform(-1, 1, (frames, 8, 4)))
+        np.save(shard / "states.npy", np.random.default_rng(0).uniform(-1, 1, (frames, 14)))
+    data = train.DataSet(sorted(tmp_path.iterdir()), NANO.tokenizer())
+    lengths = []
+    for _, batch in zip(
+        range(200), data.batches(train.statistics_of(data), 4, 0, padded=False), strict=False
+    ):
+        assert batch.ids.shape == (4, int(batch.last[0]) + 1)
+        assert (batch.last == batch.last[0]).all()
+        lengths.append(batch.ids.shape[1])
+    short, long = (
+        len(NANO.tokenizer().encode(INSTRUCTIONS[t]).ids) for t in ("drawer-open", "coffee-button")
+    )
+    assert set(lengths) == {short, long}
+    assert 0.6 < lengths.count(short) / len(lengths) < 0.9
+
+
+def test_a_flow_policy_is_trained_on_what_it_reads_when_it_acts():
+    """The keys and values in training are those of a step; the loss reaches the trunk and the expert."""
+    config = family_config("flow")
+    model = make_trainee(config, draws=2)
+    assert isinstance(model, FlowTrainee)
+    inputs = random_inputs(config, 2)
+    states = torch.cat([inputs.proprio, torch.randn(2, 3)], dim=1)
+    ids = inputs.token_ids
+    batch = Batch(inputs.pixels[0], ids, torch.full((2,), ids.shape[1] - 1), inputs.noise, states)
+    (stream,) = model.vla.decoder.run(model.vla.streams([inputs], last_tokens=True))
+    acted = model.vla.head.inputs(model.vla.decoder, stream, model.vla.layout(inputs), inputs).prefix
+    found = model.features(batch.pixels, ids, states[:, : config.proprio_dim])
+    for pair, other in zip(found, acted, strict=True):
+        for x, y in zip(pair, other, strict=True):
+            torch.testing.assert_close(x, y)
+    model.losses(batch)["flow"].backward()
+    # Keys and values of the last layer are all that is read of it; the language model's last norm is not.
+    idle = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    assert idle == {"vla.decoder.norm.weight"}
+
+
+def test_the_third_policy_begins_with_the_seconds_trunk():
+    """Given its order of tokens, the trunk makes the keys and values that it makes in the second policy."""
+    trunk = sqap.load(smolvla.TRUNK)
+    trunk.load_weights()
+    model = VLA(smolvla.config())
+    smolvla.initialise(model)
+    x = torch.randn(1, 5, trunk.config.model.decoder.width)
+    kept = [m.decoder.run([m.decoder.start(x, keep=True)])[0].stored for m in (trunk.model.float(), model)]
+    for before, after in zip(*kept, strict=True):
+        for old, new in zip(before, after, strict=True):
+            torch.testing.assert_close(new, old)
+    pixels = torch.randn(1, 3, 128, 128)
+    torch.testing.assert_close(model.see([pixels]), trunk.model.see([pixels]))
+    word, state = model.decoder.embed_tokens.weight.std(), model.proprio(torch.randn(50, 4)).std()
+    assert 0.3 < state / word < 3
 
 
 def test_the_language_models_words_and_weights_are_taken_over():

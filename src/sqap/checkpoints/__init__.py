@@ -20,8 +20,9 @@ from sqap.policy import Policy
 _PACKAGE = Path(__file__).parent.parent
 BUNDLED = {
     "reference": _PACKAGE / "assets" / "reference",
-    # Too large for the package: it is found where sqap runs from a checkout of its repository.
+    # Too large for the package: these are found where sqap runs from a checkout of its repository.
     "reference-smollm": _PACKAGE.parent.parent / "policies" / "reference-smollm",
+    "reference-smolvla": _PACKAGE.parent.parent / "policies" / "reference-smolvla",
 }
 LICENSE = "apache-2.0"  # of the bundled policies, as of sqap
 

@@ -32,6 +32,7 @@ CONTROL_HZ = 40  # the simulator's 80 Hz with every action held for two of its s
 ACTION_REPEAT = 2
 ACTION_METRES = 0.01  # an action of 1 moves the gripper's target by 1 cm
 MAX_STEPS = 150
+STATE_DIM = 4  # of the robot itself: the hand's position in metres, and how far its fingers are apart
 IMAGE_SIZE = 128
 
 
@@ -114,6 +115,7 @@ class MetaWorld:
         return Observation(
             images={CAMERA: self._render()},
             instruction=self.instruction,
+            state=self._vector[:STATE_DIM],
             cameras={CAMERA: self._camera()},
             end_effector=np.array(self._sim.tcp_center),
         )

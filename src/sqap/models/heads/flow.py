@@ -299,12 +299,16 @@ class ActionQueries:
 
 
 def time_embedding(time: float, config: FlowHeadConfig, device: torch.device) -> Tensor:
-    """``(width,)``: sines, then cosines, of periods that grow geometrically.
+    """`embedded_times` ``(width,)`` of one time."""
+    return embedded_times(torch.full((1,), time, dtype=torch.float32, device=device), config)[0]
 
-    As in LeRobot, angles are computed in 64 bits, from a time that is rounded to 32 bits.
+
+def embedded_times(times: Tensor, config: FlowHeadConfig) -> Tensor:
+    """Sines, then cosines, ``(..., width)`` of float32 ``times`` ``(...)``; periods grow geometrically.
+
+    As in LeRobot, angles are computed in 64 bits, from times that were rounded to 32 bits.
     """
-    rounded = torch.full((1,), time, dtype=torch.float32, device=device).double()
-    fraction = torch.linspace(0, 1, config.width // 2, dtype=torch.float64, device=device)
+    fraction = torch.linspace(0, 1, config.width // 2, dtype=torch.float64, device=times.device)
     period = config.min_period * (config.max_period / config.min_period) ** fraction
-    angles = 2 * math.pi * rounded / period
-    return torch.cat([angles.sin(), angles.cos()]).float()
+    angles = 2 * math.pi * times[..., None].double() / period
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
