@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ Json = dict[str, Any]
 BOTH = "model.vlm_with_expert."
 HORIZON, PADDED, HEAD_DIM = 6, 32, 64
 STATE_DIM, ACTION_DIM = 6, 7
-CAMERAS = ("observation.images.top", "observation.images.wrist")
+IMAGES = "observation.images."
+CAMERAS = (f"{IMAGES}top", f"{IMAGES}wrist")
 # Features' statistics: state, then action.
 STATISTICS = ("mean", "std", "min", "max", "q01", "q10", "q50", "q90", "q99")
 PI_SPECIAL, BOS = ("<pad>", "<eos>", "<bos>", "<unk>"), 2
@@ -120,12 +122,15 @@ def write_pi(
     kind: str = "pi0",
     *,
     dtype: torch.dtype = torch.float32,
+    tied: bool = False,
     **config: Any,
 ) -> None:
-    """pi0 (``kind`` "pi0") or pi0.5 ("pi05") of LeRobot 0.6.1."""
+    """pi0 (``kind`` "pi0") or pi0.5 ("pi05") of LeRobot 0.6.1; ``tied`` leaves out the embedding table."""
     directory.mkdir(parents=True, exist_ok=True)
     # By name, as safetensors sorts them: where there are two tables, LeRobot reads the one that comes last.
     specs = dict(sorted(pi_specs(sizes, kind, dtype).items()))
+    if tied:  # with PaliGemma's output matrix, under whose name both are
+        specs = {name: spec for name, spec in specs.items() if not name.endswith("embed_tokens.weight")}
     write_safetensors(directory / "model.safetensors", specs, seed)
     write_processors(directory, kind, relative=bool(config.get("use_relative_actions")))
     write_json(directory / "config.json", pi_config(sizes, kind) | config)
@@ -234,9 +239,10 @@ def norm(name: str, width: int) -> Shapes:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
-def features() -> Json:
-    """The features that a configuration lists."""
-    images = {name: {"type": "VISUAL", "shape": [3, 96, 128]} for name in CAMERAS}
+def features(cameras: Sequence[str] = CAMERAS) -> Json:
+    """The features that a configuration lists; cameras may be given by their short names."""
+    names = [f"{IMAGES}{name.removeprefix(IMAGES)}" for name in cameras]
+    images = {name: {"type": "VISUAL", "shape": [3, 96, 128]} for name in names}
     state = {"observation.state": {"type": "STATE", "shape": [STATE_DIM]}}
     return {
         "input_features": images | state,
