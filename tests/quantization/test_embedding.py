@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -24,6 +24,7 @@ PLAIN = Quantization(Scheme(4, 8), head=Scheme(4, 8), rotation_seed=0)
 EIGHT = dataclasses.replace(PLAIN, embedding_bits=8)
 
 
+@settings(deadline=None, max_examples=40)
 @given(rows=st.integers(1, 9), width=st.integers(1, 40), seed=st.integers(0, 99), decades=st.integers(-6, 6))
 def test_every_value_is_within_half_a_level_of_its_row(rows, width, seed, decades):
     generator = torch.Generator().manual_seed(seed)

@@ -23,9 +23,11 @@ def unpack(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     for name, linear in [*module.named_modules()]:
         parent, _, attribute = name.rpartition(".")
         if isinstance(linear, QuantizedEmbedding):
-            table = nn.Embedding.from_pretrained(linear.dequantized().to(dtype))
+            rows, width = linear.weight.shape
+            table = nn.Embedding(rows, width, device="meta")
+            table.weight = nn.Parameter(linear.dequantized().to(dtype), requires_grad=False)
             setattr(module.get_submodule(parent), attribute, table)
-        if isinstance(linear, QuantizedLinear):
+        elif isinstance(linear, QuantizedLinear):
             made = nn.Linear(
                 linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta"
             )

@@ -158,7 +158,6 @@ def random_policy(model: ModelConfig, recipe: Recipe, device: torch.device | Non
 
 
 def _draw(module: torch.nn.Module, name: str, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    table = isinstance(module, torch.nn.Embedding | QuantizedEmbedding)
     packed = isinstance(module, QuantizedLinear | QuantizedEmbedding)
     if packed and name == "weight":
         low = 0 if like.dtype == torch.uint8 else -127
@@ -167,12 +166,14 @@ def _draw(module: torch.nn.Module, name: str, like: torch.Tensor, generator: tor
             low, high, like.shape, dtype=like.dtype, device=generator.device, generator=generator
         )
     if packed and name == "scale":
-        spread = 4.6 if getattr(module, "weight_bits", 8) == 4 else 73.3  # of levels drawn evenly
-        deviation = 1 if table else module.in_features**-0.5
-        return torch.full(like.shape, deviation / spread, dtype=torch.float32, device=generator.device)
+        spread = 73.3  # of levels drawn evenly
+        if isinstance(module, QuantizedLinear):
+            spread = (4.6 if module.weight_bits == 4 else spread) * module.in_features**0.5
+        return torch.full(like.shape, 1 / spread, dtype=torch.float32, device=generator.device)
     if like.dim() < 2:
         value = float(name in ("weight", "scale_factor"))
         return torch.full(like.shape, value, dtype=torch.float32, device=generator.device)
+    table = isinstance(module, torch.nn.Embedding)
     dtype = torch.bfloat16 if table else torch.float32
     drawn = torch.empty(like.shape, dtype=dtype, device=generator.device)
     return drawn.normal_(0, 1 if table else like[0].numel() ** -0.5, generator=generator)

@@ -159,15 +159,21 @@ def calibration_frames(
     """The frames that ``--frames-from`` names."""
     from sqap.frames import read_frames
 
+    mapping = camera_mapping(cameras)
+    with progress_bar("calibration frames") as advance:
+        frames = read_frames(source, policy, count, cameras=mapping, state=state, progress=advance)
+    logger.info("%d calibration frames from %s", len(frames), source)
+    return frames
+
+
+def camera_mapping(cameras: list[str] | None) -> dict[str, str]:
+    """Camera of the policy -> key of the dataset, as ``--camera`` says."""
     mapping: dict[str, str] = {}
     for name, key in map(_pair, cameras or ()):
         if name in mapping:
             raise InputError(f"--camera {name} is given twice: {mapping[name]} and {key}")
         mapping[name] = key
-    with progress_bar("calibration frames") as advance:
-        frames = read_frames(source, policy, count, cameras=mapping, state=state, progress=advance)
-    logger.info("%d calibration frames from %s", len(frames), source)
-    return frames
+    return mapping
 
 
 def _pair(camera: str) -> tuple[str, str]:
