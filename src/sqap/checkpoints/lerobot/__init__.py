@@ -10,6 +10,7 @@ from sqap.checkpoints.lerobot.policy import (
     read_around,
 )
 from sqap.checkpoints.lerobot.processors import STATE_TEXT
+from sqap.checkpoints.lerobot.statistics import NONE, Normalization, Statistics, check_dataset, identity
 from sqap.checkpoints.lerobot.weights import (
     embedding,
     layers_table,
@@ -21,13 +22,18 @@ from sqap.checkpoints.lerobot.weights import (
 
 __all__ = [
     "ACTION",
+    "NONE",
     "STATE",
     "STATE_PROMPT",
     "STATE_TEXT",
     "Around",
     "Defaults",
     "LeRobotConfig",
+    "Normalization",
+    "Statistics",
+    "check_dataset",
     "embedding",
+    "identity",
     "is_type",
     "layers_table",
     "open_policy",
