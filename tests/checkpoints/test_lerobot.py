@@ -138,6 +138,16 @@ def test_an_absent_camera_is_as_an_empty_one(directory):
     assert open_it(directory).cameras == (TOP, WRIST)
 
 
+def test_a_camera_that_is_not_chosen_is_not_computed(written):
+    policy = sqap.load(written("smolvla"), cameras=("top",))
+    pictures: list[int] = []
+    stem = policy.model.vision[0].patch_embed
+    stem.register_forward_pre_hook(lambda _, given: pictures.append(len(given[0])))
+    policy.act(observe(top=noise(96, 128)), seed=0)
+    assert pictures == [1]
+    assert policy.config.model.visual_tokens * 2 == sqap.load(written("smolvla")).config.model.visual_tokens
+
+
 def test_padding_changes_nothing(directory):
     seen = observe(top=noise(96, 128), wrist=noise(128, 96))
     before = sqap.load(directory).act(seen, seed=0)

@@ -19,7 +19,7 @@ import sqap
 from sqap import Recipe
 from sqap.cli import app
 from sqap.frames import read_dataset
-from sqap.replay import deviation, relative, spread_of
+from sqap.replay import Comparison, Replayed, relative
 
 pytest.importorskip("pyarrow")
 
@@ -63,7 +63,8 @@ def test_errors_against_recorded_actions_and_against_the_original(saved, tmp_pat
     small = sqap.compress(original, Recipe.w4a4(1), read_dataset(write(tmp_path, original), [CAMERA], 2))
     small.save(tmp_path / "small")
     numbers, plots = tmp_path / "replay.json", tmp_path / "plots"
-    out = run(tmp_path / "small", tmp_path / "data", "--against", saved, "--plot", plots, "--json", numbers)
+    small_dir = tmp_path / "small"
+    out = run(small_dir, tmp_path / "data", "--against", saved, "--plot", plots, "--card", "--json", numbers)
     assert "Episodes 0, 1, 2: 16 recorded actions, 3 of each chunk" in out
     found = json.loads(numbers.read_text())
     assert found["names"] == JOINTS
@@ -76,6 +77,9 @@ def test_errors_against_recorded_actions_and_against_the_original(saved, tmp_pat
         np.testing.assert_allclose(exact[kind], [0, 0, OFFSET, 0], atol=1e-6)
     assert 0 < max(between["largest"]) < 1
     assert compressed["mean"][0] == pytest.approx(between["mean"][0], abs=1e-6)
+    card = (small_dir / "README.md").read_text()
+    assert "Recorded actions of `data`, beside `policy`" in card
+    assert f"| `elbow` | {found['spread'][2]:.4g} | " in card
     with Image.open(plots / "episode-1.png") as picture:
         assert picture.format == "PNG"
     assert sorted(path.name for path in plots.iterdir()) == [f"episode-{i}.png" for i in range(3)]
@@ -99,6 +103,7 @@ def test_episodes_by_number(saved, tmp_path):
         (["--action", "actions"], {}, "no actions 'actions'; --action names their key, and the dataset's "
          "columns of numbers are observation.state, action"),
         (["--camera", "corner2=wrist"], {}, "has no camera 'wrist' to use as the policy's 'corner2'"),
+        (["--card"], {}, "--card writes down a comparison; give --against, too"),
         (["--state", "joints"], {}, "has no state 'joints'"),
         (["--action", "observation.state"], {}, "observation.state has 2 numbers (x, y), and the policy's "
          "actions have 4"),
@@ -135,11 +140,12 @@ def test_policies_of_two_robots_are_not_compared(saved, policy, tmp_path):
 @given(seed=st.integers(0, 99), frames=st.integers(1, 20), shift=st.floats(-3, 3))
 def test_deviation_of_shifted_actions_is_the_shift(seed, frames, shift):
     recorded = [np.random.default_rng(seed + i).standard_normal((frames, 3)) for i in range(2)]
-    recorded = [actions * [1, 1, 0] for actions in recorded]
-    error = deviation([actions + shift for actions in recorded], recorded)
+    recorded = [actions * [1, 1, 0] + [0, 0, 0.1] for actions in recorded]
+    acted = [Replayed(i, (0,), actions, actions + shift) for i, actions in enumerate(recorded)]
+    compared = Comparison.of({"policy": acted}, ("pan", "lift", "elbow"))
+    error, spread = compared.errors["policy"], np.array(compared.spread)
     for values in (error.mean, error.rms, error.largest):
         np.testing.assert_allclose(values, abs(shift), atol=1e-12)
-    spread = np.array(spread_of(recorded))
     expected = np.sqrt(np.mean((shift / spread[:2]) ** 2))  # the third joint does not move
     assert relative(error, spread) == pytest.approx(expected, rel=1e-6, abs=1e-9)
     assert relative(error, [0.0, 0.0, 0.0]) is None

@@ -13,6 +13,7 @@ import typer
 
 import sqap
 from sqap.checkpoints import is_own
+from sqap.checkpoints.card import measured
 from sqap.checkpoints.choices import Choices
 from sqap.errors import InputError
 from sqap.files import check_file, write_json
@@ -139,6 +140,17 @@ def choices_of_each(directories: Sequence[Path], choices: Choices) -> list[Choic
             "for which it was made when they were compressed"
         )
     return [NONE if mine else choices for mine in own]
+
+
+def check_card(directories: Sequence[Path]) -> None:
+    """Refuse ``--card`` before the work is done, where nothing could be written into a card."""
+    if len(directories) < 2:
+        raise InputError("--card writes down a comparison; give --against, too")
+    if not is_own(directories[0]):
+        raise InputError(
+            f"--card writes into the model card of sqap's own policies, which {directories[0]} is not"
+        )
+    measured(directories[0])
 
 
 def read_recipe(name: str, keep: float | None) -> Recipe:

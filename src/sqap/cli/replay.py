@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 
 from sqap.checkpoints import locate
+from sqap.checkpoints.card import add_measurement
 from sqap.checkpoints.choices import Choices
 from sqap.cli.options import (
     NONE,
@@ -19,6 +18,7 @@ from sqap.cli.options import (
     SourceArgument,
     StateOption,
     camera_mapping,
+    check_card,
     choices_of_each,
     load_policy,
     load_weights,
@@ -28,10 +28,12 @@ from sqap.cli.options import (
 from sqap.errors import InputError
 from sqap.policy import Policy
 from sqap.report import tables
+from sqap.report.evidence import replayed
 from sqap.terminal import console, progress_bar, user_errors
 
 if TYPE_CHECKING:  # what only this command needs is imported when it runs
     from sqap.frames.recordings import Demonstrations
+    from sqap.replay import Replayed
 
 
 @with_choices
@@ -46,6 +48,9 @@ def replay(
     state: StateOption = None,
     action: Annotated[str | None, typer.Option(help="DATASET_KEY of the actions.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Directory for a picture of each episode.")] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Write the comparison into POLICY's model card, README.md.")
+    ] = False,
     choices: Choices = NONE,
     json_path: JsonOption = None,
 ) -> None:
@@ -57,15 +62,18 @@ def replay(
     are for published ones, POLICY or --against.
     """
     with user_errors():
-        from sqap import replay as replays
         from sqap.frames.recordings import Demonstrations
-        from sqap.report.trajectories import check_plots, plot_actions
+        from sqap.replay import Comparison, act, executed
+        from sqap.report.trajectories import check_plots
 
         if plot is not None:
             check_plots()
         numbers = None if episodes is None else _numbers(episodes)
         sources = [policy] if against is None else [policy, against]
-        each = choices_of_each([locate(source) for source in sources], choices)
+        directories = [locate(source) for source in sources]
+        if card:
+            check_card(directories)
+        each = choices_of_each(directories, choices)
         loaded = [load_policy(source, its) for source, its in zip(sources, each, strict=True)]
         _check_alike(sources, loaded)
         demonstrations = Demonstrations.of(
@@ -78,51 +86,24 @@ def replay(
             reads_state=any(one.config.state is not None for one in loaded),
             action=action,
         )
-        every = min(map(replays.executed, loaded))
-        acted: dict[str, list[np.ndarray]] = {}
+        every = min(map(executed, loaded))
+        acted = {}
         for label in _labels(sources):
             one = loaded.pop(0)  # and let go of it, before the next one's weights are read
             load_weights(one)
-            recorded, looks, acted[label] = _act(one, demonstrations, every, f"steps of {label}")
-        spread = replays.spread_of(recorded)
-        errors = {label: replays.deviation(found, recorded) for label, found in acted.items()}
-        if against is not None:
-            errors["difference"] = replays.deviation(*acted.values())
-        shares = {name: replays.relative(error, spread) for name, error in errors.items()}
-        chosen = [episode.index for episode in demonstrations.episodes]
-        console.print(tables.replay_table(demonstrations.names, spread, errors))
-        console.print(tables.replay_lines(chosen, sum(map(len, recorded)), every, shares), soft_wrap=True)
+            with progress_bar(f"steps of {label}") as advance:
+                acted[label] = act(one, demonstrations, every, advance)
+        compared = Comparison.of(acted, demonstrations.names)
+        said = tables.replay_lines(compared, every)
+        console.print(tables.replay_table(compared))
+        console.print(said, soft_wrap=True)
         if plot is not None:
-            for i, number in enumerate(chosen):
-                lines = {"recorded": recorded[i], **{label: found[i] for label, found in acted.items()}}
-                path, fps = plot / f"episode-{number}.png", demonstrations.view.info.fps
-                plot_actions(path, f"episode {number}", demonstrations.names, lines, looks[i], 1 / fps)
+            _plot(plot, acted, demonstrations)
             console.print(f"Plots are in {plot}", soft_wrap=True)
-        write_numbers(
-            json_path,
-            {
-                "policy": policy,
-                "against": against,
-                "dataset": str(dataset),
-                "executed": every,
-                "names": demonstrations.names,
-                "spread": spread,
-                "errors": {name: dataclasses.asdict(error) for name, error in errors.items()},
-                "relative": shares,
-                "episodes": [
-                    {
-                        "episode": number,
-                        "frames": len(recorded[i]),
-                        "steps": len(looks[i]),
-                        "errors": {
-                            label: dataclasses.asdict(replays.deviation([found[i]], [recorded[i]]))
-                            for label, found in acted.items()
-                        },
-                    }
-                    for i, number in enumerate(chosen)
-                ],
-            },
-        )
+        if card and against is not None:
+            add_measurement(directories[0], *replayed(str(dataset), against, said, compared))
+        named = {"policy": policy, "against": against, "dataset": str(dataset), "executed": every}
+        write_numbers(json_path, named | compared.to_json())
 
 
 def _numbers(episodes: str) -> list[int]:
@@ -149,19 +130,14 @@ def _labels(sources: list[str]) -> list[str]:
     return short if len({*short}) == len(short) else [*sources[:1], f"{sources[-1]} (against)"]
 
 
-def _act(
-    policy: Policy, demonstrations: Demonstrations, every: int, what: str
-) -> tuple[list[np.ndarray], list[tuple[int, ...]], list[np.ndarray]]:
-    """Of each episode what was recorded, where the policy looks, and what it would do."""
-    from sqap.replay import replay
+def _plot(directory: Path, acted: Mapping[str, Sequence[Replayed]], demonstrations: Demonstrations) -> None:
+    """A picture of each episode: what was recorded, and what each policy would do."""
+    from sqap.report.trajectories import plot_actions
 
-    recorded, looks, found = [], [], []
-    total = sum(-(-episode.length // every) for episode in demonstrations.episodes)
-    steps = itertools.count(1)
-    with progress_bar(what) as advance:
-        for episode in demonstrations.episodes:
-            recording = demonstrations.read(episode, every)
-            recorded.append(recording.actions)
-            looks.append(recording.looks)
-            found.append(replay(policy, recording, lambda: advance(next(steps), total)))
-    return recorded, looks, found
+    seconds = 1 / demonstrations.view.info.fps
+    for together in zip(*acted.values(), strict=True):
+        first = together[0]
+        lines = {"recorded": first.recorded}
+        lines |= {label: one.actions for label, one in zip(acted, together, strict=True)}
+        path, title = directory / f"episode-{first.episode}.png", f"episode {first.episode}"
+        plot_actions(path, title, demonstrations.names, lines, first.looks, seconds)
