@@ -90,7 +90,7 @@ def test_other_families_are_told_what_was_found_and_what_is_known(tmp_path, conf
         f"{tmp_path} is of no family that sqap knows: "
         + (found if found.startswith("its") else f"its config.json {found}")
         + "; known are OpenVLA; OpenVLA-OFT; CogACT and OpenVLA in Prismatic's own layout; SmolVLA; "
-        "pi0 and pi0.5"
+        "pi0 and pi0.5; pi0 and pi0.5 of openpi, converted to PyTorch"
     )
 
 

@@ -11,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from typer.testing import CliRunner
 
 import sqap
 from sqap.benchmark.shapes import PI0, PI05, SHAPES, SMOLVLA
+from sqap.cli import app
 from sqap.errors import CheckpointError, InputError
 from sqap.models.storage import stored_bytes
 from sqap.quantization import QuantizedEmbedding, count_parameters
@@ -55,6 +57,14 @@ def test_a_compressed_policy_acts_alike_takes_the_bytes_and_is_stored_bit_for_bi
     chunks = [p.act(observe(), seed=0) for p in (policy, full, small)]
     assert 0 < np.abs(chunks[2] - chunks[1]).max() < 0.2 * np.abs(chunks[1]).max()
     small.save(tmp_path / "small")
+    out = (
+        CliRunner()
+        .invoke(app, ["inspect", str(tmp_path / "small"), "--json", str(tmp_path / "i.json")])
+        .output
+    )
+    assert f"{rows} rows of {width}, 8 bits" in " ".join(out.split())
+    seen = json.loads((tmp_path / "i.json").read_text())["embedding_table"]
+    assert seen == {"rows": rows, "width": width, "bits": 8, "bytes": rows * (width + 4)}
     again = sqap.load(tmp_path / "small")
     assert torch.equal(again.model.decoder.embed_tokens.weight, table.weight)
     np.testing.assert_array_equal(again.act(observe(), seed=0), chunks[2])

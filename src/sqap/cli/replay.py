@@ -127,7 +127,10 @@ def _check_alike(sources: list[str], policies: list[Policy]) -> None:
 def _labels(sources: list[str]) -> list[str]:
     """Short names for columns and lines, all different."""
     short = [Path(source).name or source for source in sources]
-    return short if len({*short}) == len(short) else [*sources[:1], f"{sources[-1]} (against)"]
+    taken = "recorded", "difference"  # other lines and columns are called so
+    if len({*short, *taken}) == len(short) + len(taken):
+        return short
+    return [sources[0], *(f"{source} (against)" for source in sources[1:])]
 
 
 def _plot(directory: Path, acted: Mapping[str, Sequence[Replayed]], demonstrations: Demonstrations) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sqap.models.config import DecoderConfig
 from sqap.models.decoder import Decoder
+from sqap.models.storage import STORAGE_DTYPE, stored_bytes
 from sqap.quantization.grid import quantize_weight
 from sqap.recipe import Quantization
 
@@ -68,6 +69,13 @@ def quantize_table(decoder: Decoder) -> None:
 def prepare_table(decoder: Decoder) -> None:
     """Give a decoder the table that `quantize_table` would, with rows yet to be loaded."""
     decoder.add_module("embed_tokens", QuantizedEmbedding.empty_like(decoder.embed_tokens))
+
+
+def describe_table(decoder: Decoder) -> dict[str, int]:
+    """Rows, width, bits and stored bytes of a decoder's embedding table."""
+    table, config = decoder.embed_tokens, decoder.config
+    bits = BITS if isinstance(table, QuantizedEmbedding) else 8 * STORAGE_DTYPE.itemsize
+    return {"rows": config.vocabulary, "width": config.width, "bits": bits, "bytes": stored_bytes(table)}
 
 
 def quantizes_table(config: DecoderConfig, quantization: Quantization) -> bool:
