@@ -1,6 +1,7 @@
 """What LeRobot's policies on disk have in common. LeRobot itself is not imported."""
 
 from sqap.checkpoints.lerobot.config import ACTION, STATE, LeRobotConfig, is_type, read_config
+from sqap.checkpoints.lerobot.normalizers import NONE, Normalization, Statistics, check_dataset, identity
 from sqap.checkpoints.lerobot.opening import open_policy, read_head
 from sqap.checkpoints.lerobot.policy import (
     STATE_PROMPT,
@@ -10,7 +11,6 @@ from sqap.checkpoints.lerobot.policy import (
     read_around,
 )
 from sqap.checkpoints.lerobot.processors import STATE_TEXT
-from sqap.checkpoints.lerobot.statistics import NONE, Normalization, Statistics, check_dataset, identity
 from sqap.checkpoints.lerobot.weights import (
     embedding,
     layers_table,
