@@ -18,6 +18,8 @@ from sqap.checkpoints import hub, smolvla
 from sqap.checkpoints.choices import Choices
 from sqap.checkpoints.published import recognise
 from sqap.errors import CheckpointError, InputError
+from sqap.observation import Camera
+from sqap.prepare import find_effector
 from sqap.processing import AddState, EndWith, MeanStd, Pad, PromptConfig, Range, Take
 from sqap.pruning.geometry import project
 
@@ -590,13 +592,11 @@ def test_a_directory_without_any_statistics_is_refused(directory):
 
 def test_the_ring_is_where_the_padded_picture_has_the_gripper(written):
     """A 4:3 picture is a quarter lower in its square."""
-    from sqap.observation import Camera
-
-    policy = sqap.load(written("smolvla"))
+    config = sqap.load(written("smolvla")).config
     intrinsics = np.array([[100.0, 0, 64], [0, 100, 48], [0, 0, 1]])
     camera, gripper = Camera(intrinsics, np.eye(4)), np.array([0.2, -0.1, 1.0])
     images = {"top": noise(96, 128), WRIST: noise(128, 96)}
     seen = Observation(images, "go", np.zeros(6), {"top": camera}, gripper)
     u, v = project(camera, gripper, (96, 128))
-    assert policy._target(seen, TOP) == pytest.approx((u, 0.25 + 0.75 * v))
-    assert policy._target(seen, WRIST) is None
+    assert find_effector(seen, TOP, config) == pytest.approx((u, 0.25 + 0.75 * v))
+    assert find_effector(seen, WRIST, config) is None
