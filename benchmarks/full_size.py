@@ -1,8 +1,8 @@
 """Checkpoints of full size on a small machine: python benchmarks/full_size.py --json docs/full-size.json
 
-Writes CogACT and OpenVLA as they are published, 7B with random weights, compresses them to W4A8 with the
-command line, and lets the result act: weight bytes, time and peak memory of each, every step in a process of
-its own.
+Writes policies as they are published, with random weights: CogACT and OpenVLA of 7B, and LeRobot's
+``smolvla_base``, ``pi0_base`` and ``pi05_base``. Compresses them to W4A8 with the command line, and lets the
+result act: weight bytes, time and peak memory of each, every step in a process of its own.
 Interrupted, it goes on: with a finished directory, a half-compressed policy, or a finished one.
 """
 
@@ -17,11 +17,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import published
+import published_lerobot
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -31,9 +33,8 @@ from sqap.checkpoints import fingerprint
 from sqap.files import write_json
 from sqap.recipe import Recipe
 
-WRITERS = {"cogact": published.write_cogact, "openvla": published.write_openvla}
 Rounding = Literal["gptq", "nearest"]
-KEY = "bridge_orig"
+KEY = ("--unnorm-key", "bridge_orig")
 INSTRUCTION = "put the carrot on the plate"
 # What a process is told to do with a policy; prints how long each step took.
 ACT = """
@@ -43,7 +44,8 @@ start = time.perf_counter()
 policy = sqap.load(sys.argv[1])
 loaded, seconds = time.perf_counter() - start, []
 image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
-seen = sqap.Observation({policy.config.cameras[0]: image}, sys.argv[2])
+state = np.zeros(policy.config.state_dim, np.float32) if policy.config.state_dim else None
+seen = sqap.Observation({camera: image for camera in policy.config.cameras}, sys.argv[2], state)
 for _ in range(int(sys.argv[3])):
     start = time.perf_counter()
     chunk = policy.act(seen, seed=0)
@@ -51,6 +53,45 @@ for _ in range(int(sys.argv[3])):
 finite = bool(np.isfinite(chunk).all())
 print(json.dumps({"load_s": loaded, "step_s": seconds, "chunk": chunk.shape, "finite": finite}))
 """
+
+
+@dataclass(frozen=True)
+class Family:
+    """A published policy: how its directory is written, and what `sqap compress` is told of it.
+
+    Args:
+        write: its directory.
+        options: of the command.
+        cameras: of the calibration frames; none for policies with one, whatever it is called.
+    """
+
+    write: Callable[[Path], None]
+    options: tuple[str, ...] = ()
+    cameras: tuple[str, ...] = ()
+
+
+SMOLVLA_CAMERAS = ("camera1", "camera2", "camera3")
+PI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+
+
+def _write_smolvla(directory: Path) -> None:
+    seen = published_lerobot.features(SMOLVLA_CAMERAS)
+    published_lerobot.write_smolvla(directory, published_lerobot.FULL_SMOLVLA, **seen)
+
+
+def _write_pi(kind: str, directory: Path) -> None:
+    """In float32, with one tensor for both tables, as the hub's files have it."""
+    seen = published_lerobot.features(PI_CAMERAS)
+    published_lerobot.write_pi(directory, published_lerobot.FULL_PI, kind=kind, tied=True, **seen)
+
+
+FAMILIES = {
+    "cogact": Family(lambda directory: published.write_cogact(directory, published.FULL, 0), KEY),
+    "openvla": Family(lambda directory: published.write_openvla(directory, published.FULL, 0), KEY),
+    "smolvla_base": Family(_write_smolvla, cameras=SMOLVLA_CAMERAS),
+    "pi0_base": Family(partial(_write_pi, "pi0"), cameras=PI_CAMERAS),
+    "pi05_base": Family(partial(_write_pi, "pi05"), cameras=PI_CAMERAS),
+}
 
 
 @dataclass(frozen=True)
@@ -79,13 +120,19 @@ def run(*command: str | Path) -> Finished:
     return Finished(output, time.perf_counter() - start, usage.ru_maxrss * 1024)
 
 
-def write_frames(root: Path, count: int) -> None:
+def write_frames(root: Path, count: int, cameras: tuple[str, ...]) -> None:
     """Noise as calibration frames: the weights are noise too."""
     root.mkdir(parents=True, exist_ok=True)
     rng, lines = np.random.default_rng(1), []
     for i in range(count):
-        Image.fromarray(rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(root / f"{i}.png")
-        lines.append(json.dumps({"file_name": f"{i}.png", "instruction": INSTRUCTION}))
+        line: dict[str, Any] = {"instruction": INSTRUCTION}
+        for name in [f"{camera}_file_name" for camera in cameras] or ["file_name"]:
+            line[name] = f"{i}-{name}.png"
+            image = rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)
+            Image.fromarray(image).save(root / f"{i}-{name}.png")
+        if cameras:
+            line["state"] = rng.uniform(-0.5, 0.5, published_lerobot.STATE_DIM).tolist()
+        lines.append(json.dumps(line))
     (root / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
@@ -93,20 +140,21 @@ def measure(
     family: str, work: Path, rounding: Rounding, frames: int, steps: int, console: Console
 ) -> dict[str, Any]:
     """Write, compress and run one family."""
+    guest, seen = FAMILIES[family], work / f"{family}-frames"
     source, small, report = work / family, work / f"{family}-w4a8", work / f"{family}.json"
     found: dict[str, Any] = json.loads(report.read_text()) if report.is_file() else {}
     if "compress" not in found:
         if not (source / "written").exists():
             console.print(f"{family}: writing {source}")
             shutil.rmtree(source, ignore_errors=True)
-            WRITERS[family](source, published.FULL, 0)
+            guest.write(source)
             (source / "written").touch()
-        write_frames(work / "frames", frames)
+        write_frames(seen, frames, guest.cameras)
         console.print(f"{family}: compressing")
         write_json(work / "recipe.json", _recipe(rounding).to_json())
         recipe = ["--recipe", work / "recipe.json"]
-        options = ["--unnorm-key", KEY, "--frames", str(frames), "--frames-from", work / "frames"]
-        numbers = work / "compress.json"
+        options = [*guest.options, "--frames", str(frames), "--frames-from", seen]
+        numbers = work / f"{family}-compress.json"
         compressed = run("sqap", "compress", source, "--out", small, *recipe, *options, "--json", numbers)
         size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
         found["compress"] = {
@@ -156,7 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("families", nargs="*", default=list(WRITERS))
+    parser.add_argument("families", nargs="*", default=["cogact", "openvla"], help=", ".join(FAMILIES))
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--work", type=Path, default=Path("build/full-size"), help="40 GB for each family")
     parser.add_argument("--rounding", choices=get_args(Rounding), default="gptq")

@@ -4,8 +4,9 @@ On each bundled policy, W4A8, every criterion keeps a quarter of the visual toke
 layer: look-ahead and its rivals, all on the same seeds with the same diffusion noise. Unpruned, look-ahead
 and random run twice as many episodes, since their differences are the headline; so does look-ahead with 0.4
 of the tokens, since the presets keep the fewer of the two whose interval against unpruned stays above -5
-points on both policies. Look-ahead with fewer tokens shows how far it goes. Interrupted, it goes on where it
-was.
+points on both policies. Look-ahead with fewer tokens shows how far it goes. Of a policy with an action
+expert, whose look-ahead asks the expert's action tokens, ``lookahead-text`` asks the instruction instead, in
+as many episodes. Interrupted, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from sqap.build import build_id
 from sqap.compress import reprune
 from sqap.files import write_json
 from sqap.frames import collect_frames
+from sqap.models import ModelConfig
 from sqap.policy import Policy
 from sqap.recipe import Pruning, Recipe
 
@@ -33,15 +35,18 @@ POLICIES = ("reference", "reference-smollm")
 AFTER, KEEP = 3, 0.25
 MANY, FEW = 60, 30  # episodes per task
 HEADLINE = ("unpruned", "lookahead", "random")
-LONG = (*HEADLINE, "lookahead-0.4")  # these run MANY episodes
+TEXT = "lookahead-text"
+LONG = (*HEADLINE, "lookahead-0.4", TEXT)  # these run MANY episodes
 
 
-def variants() -> dict[str, Pruning | None]:
+def variants(config: ModelConfig) -> dict[str, Pruning | None]:
     """Name -> setting, in the order they run in."""
     table: dict[str, Pruning | None] = {"unpruned": None}
     table["lookahead-0.4"] = Pruning(keep_ratio=0.4, after_layer=AFTER)
     for method in ("lookahead", "random", "attention", "sqap", "uniform", "divprune", "dart", "cdpruner"):
         table[method] = Pruning(keep_ratio=KEEP, after_layer=AFTER, method=method)
+    if config.head.has_expert:
+        table[TEXT] = Pruning(keep_ratio=KEEP, after_layer=AFTER, score_queries="text")
     for keep in (0.15, 0.1):
         table[f"lookahead-{keep}"] = Pruning(keep_ratio=keep, after_layer=AFTER)
     return table
@@ -52,20 +57,20 @@ def run(source: str, out: Path, workers: int, console: Console, only: list[str] 
     policy = sqap.load(source)
     frames = collect_frames(policy, ENV, environments.default_tasks(ENV), FRAMES)
     unpruned = sqap.compress(policy, Recipe.w4a8(keep=1), frames)
-    chosen = {name: pruning for name, pruning in variants().items() if only is None or name in only}
+    known = variants(policy.config.model)
+    chosen = {name: pruning for name, pruning in known.items() if only is None or name in only}
+    place = out / Path(source).name
     small: dict[str, Policy] = {}
 
     def directories() -> Iterator[tuple[str, Path]]:
         for name, pruning in chosen.items():
             small[name] = reprune(policy, unpruned, pruning, frames)
-            directory = out / source / "policies" / name
+            directory = place / "policies" / name
             small[name].save(directory)
             yield name, directory
 
     episodes = {name: MANY if name in LONG else FEW for name in chosen}
-    runs = run_saved(
-        directories(), episodes=episodes, seed=SEED, out=out / source, workers=workers, console=console
-    )
+    runs = run_saved(directories(), episodes=episodes, seed=SEED, out=place, workers=workers, console=console)
     result: dict[str, Any] = {}
     for name, run in runs.items():
         calibration = small[name].calibration
@@ -100,7 +105,7 @@ def _difference(pair: dict[str, Any] | None) -> str:
 def main() -> None:
     """Run what the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--policy", action="append", help="one of the bundled ones; both by default")
+    parser.add_argument("--policy", action="append", help="one for Meta-World; both bundled ones by default")
     parser.add_argument("--only", action="append", help="a criterion; all by default")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--out", type=Path, default=Path("runs/pruning"), help="logs and policies")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ Json = dict[str, Any]
 BOTH = "model.vlm_with_expert."
 HORIZON, PADDED, HEAD_DIM = 6, 32, 64
 STATE_DIM, ACTION_DIM = 6, 7
-CAMERAS = ("observation.images.top", "observation.images.wrist")
+IMAGES = "observation.images."
+CAMERAS = (f"{IMAGES}top", f"{IMAGES}wrist")
 # Features' statistics: state, then action.
 STATISTICS = ("mean", "std", "min", "max", "q01", "q10", "q50", "q90", "q99")
 PI_SPECIAL, BOS = ("<pad>", "<eos>", "<bos>", "<unk>"), 2
@@ -120,16 +122,48 @@ def write_pi(
     kind: str = "pi0",
     *,
     dtype: torch.dtype = torch.float32,
+    tied: bool = False,
     **config: Any,
 ) -> None:
-    """pi0 (``kind`` "pi0") or pi0.5 ("pi05") of LeRobot 0.6.1."""
+    """pi0 (``kind`` "pi0") or pi0.5 ("pi05") of LeRobot 0.6.1; ``tied`` leaves out the embedding table."""
     directory.mkdir(parents=True, exist_ok=True)
     # By name, as safetensors sorts them: where there are two tables, LeRobot reads the one that comes last.
     specs = dict(sorted(pi_specs(sizes, kind, dtype).items()))
+    if tied:  # with PaliGemma's output matrix, under whose name both are
+        specs = {name: spec for name, spec in specs.items() if not name.endswith("embed_tokens.weight")}
     write_safetensors(directory / "model.safetensors", specs, seed)
-    write_processors(directory, kind, relative=bool(config.get("use_relative_actions")))
+    relative, names = (config.get(key) for key in ("use_relative_actions", "action_feature_names"))
+    write_processors(directory, kind, relative=bool(relative), names=names)
     write_json(directory / "config.json", pi_config(sizes, kind) | config)
     write_json(directory / "tokenizer.json", byte_tokenizer(sizes.rows, PI_SPECIAL, BOS))
+
+
+def write_openpi(
+    directory: Path,
+    sizes: PiSizes = TINY_PI,
+    seed: int = 0,
+    kind: str = "pi0",
+    assets: Sequence[str] = ("trossen",),
+) -> None:
+    """The same weights as `write_pi` as openpi's converter names them, with one table and statistics."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {n: random_tensor(n, s, seed) for n, s in pi_specs(sizes, kind, torch.float32).items()}
+    table = next(tensors.pop(name) for name in [*tensors] if name.endswith("embed_tokens.weight"))
+    tensors["model.paligemma_with_expert.paligemma.lm_head.weight"] = table
+    short = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(short, directory / "model.safetensors")
+    config = {"action_dim": PADDED, "action_horizon": sizes.horizon, "precision": "float32"}
+    variants = {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
+    write_json(directory / "config.json", config | variants)
+    write_json(directory / "tokenizer.json", byte_tokenizer(sizes.rows, PI_SPECIAL, BOS))
+    found: Json = {"state": {}, "actions": {}}
+    for name, tensor in statistics().items():
+        feature, _, statistic = name.rpartition(".")
+        if statistic in ("mean", "std", "q01", "q99"):
+            found["actions" if feature == "action" else "state"][statistic] = tensor.tolist()
+    for name in assets:
+        (directory / "assets" / name).mkdir(parents=True)
+        write_json(directory / "assets" / name / "norm_stats.json", {"norm_stats": found})
 
 
 def pi_specs(sizes: PiSizes, kind: str, dtype: torch.dtype) -> dict[str, Spec]:
@@ -234,9 +268,10 @@ def norm(name: str, width: int) -> Shapes:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
-def features() -> Json:
-    """The features that a configuration lists."""
-    images = {name: {"type": "VISUAL", "shape": [3, 96, 128]} for name in CAMERAS}
+def features(cameras: Sequence[str] = CAMERAS) -> Json:
+    """The features that a configuration lists; cameras may be given by their short names."""
+    names = [f"{IMAGES}{name.removeprefix(IMAGES)}" for name in cameras]
+    images = {name: {"type": "VISUAL", "shape": [3, 96, 128]} for name in names}
     state = {"observation.state": {"type": "STATE", "shape": [STATE_DIM]}}
     return {
         "input_features": images | state,
@@ -325,9 +360,15 @@ def statistics_inside() -> dict[str, Tensor]:
     return found
 
 
-def write_processors(directory: Path, kind: str, modes: Json | None = None, relative: bool = False) -> None:
+def write_processors(
+    directory: Path,
+    kind: str,
+    modes: Json | None = None,
+    relative: bool = False,
+    names: Sequence[str] | None = None,
+) -> None:
     """``policy_preprocessor.json``, ``policy_postprocessor.json`` and their state files."""
-    before, after = processor_steps(kind, modes or {}, relative)
+    before, after = processor_steps(kind, modes or {}, relative, names)
     for when, steps in (("preprocessor", before), ("postprocessor", after)):
         listed = []
         for i, (name, settings) in enumerate(steps):
@@ -339,7 +380,9 @@ def write_processors(directory: Path, kind: str, modes: Json | None = None, rela
         write_json(directory / f"policy_{when}.json", {"name": f"policy_{when}", "steps": listed})
 
 
-def processor_steps(kind: str, modes: Json, relative: bool) -> tuple[list[Any], list[Any]]:
+def processor_steps(
+    kind: str, modes: Json, relative: bool, names: Sequence[str] | None = None
+) -> tuple[list[Any], list[Any]]:
     """Steps before and behind a model: registered names and settings."""
     every, mode = features(), "QUANTILES" if kind == "pi05" else "MEAN_STD"
     norm_map = {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode} | modes
@@ -360,7 +403,7 @@ def processor_steps(kind: str, modes: Json, relative: bool) -> tuple[list[Any], 
     normalize = ("normalizer_processor", {"eps": 1e-8, "features": both, "norm_map": norm_map})
     settings = {"eps": 1e-8, "features": every["output_features"], "norm_map": norm_map}
     tokens, line = ("tokenizer_processor", tokenizer), (f"{kind}_new_line_processor", {})
-    joints: Json = {"enabled": relative, "exclude_joints": ["gripper"], "action_names": None}
+    joints: Json = {"enabled": relative, "exclude_joints": ["gripper"], "action_names": names}
     change = ("relative_actions_processor", joints)
     state_text = ("pi05_prepare_state_tokenizer_processor_step", {})
     after: list[Any] = [("unnormalizer_processor", settings)]

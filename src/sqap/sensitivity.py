@@ -181,7 +181,7 @@ def alone(replay: Replay, quantization: Quantization, name: str, scheme: Scheme 
         Override(f"{name}.*", scheme),
         Override("*", None),
     )
-    return replay.measure(name, dataclasses.replace(quantization, overrides=overrides))
+    return replay.measure(name, dataclasses.replace(quantization, overrides=overrides, embedding_bits=16))
 
 
 def kept_apart(policy: Policy, quantization: Quantization) -> tuple[Override, ...]:

@@ -18,6 +18,8 @@ from sqap.checkpoints import hub, smolvla
 from sqap.checkpoints.choices import Choices
 from sqap.checkpoints.published import recognise
 from sqap.errors import CheckpointError, InputError
+from sqap.observation import Camera
+from sqap.prepare import find_effector
 from sqap.processing import AddState, EndWith, MeanStd, Pad, PromptConfig, Range, Take
 from sqap.pruning.geometry import project
 
@@ -136,6 +138,16 @@ def test_an_absent_camera_is_as_an_empty_one(directory):
     features["observation.images.empty_camera_0"] = {"type": "VISUAL", "shape": [3, 480, 640]}
     edit(directory / CONFIG, input_features=features, empty_cameras=1)
     assert open_it(directory).cameras == (TOP, WRIST)
+
+
+def test_a_camera_that_is_not_chosen_is_not_computed(written):
+    policy = sqap.load(written("smolvla"), cameras=("top",))
+    pictures: list[int] = []
+    stem = policy.model.vision[0].patch_embed
+    stem.register_forward_pre_hook(lambda _, given: pictures.append(len(given[0])))
+    policy.act(observe(top=noise(96, 128)), seed=0)
+    assert pictures == [1]
+    assert policy.config.model.visual_tokens * 2 == sqap.load(written("smolvla")).config.model.visual_tokens
 
 
 def test_padding_changes_nothing(directory):
@@ -580,13 +592,11 @@ def test_a_directory_without_any_statistics_is_refused(directory):
 
 def test_the_ring_is_where_the_padded_picture_has_the_gripper(written):
     """A 4:3 picture is a quarter lower in its square."""
-    from sqap.observation import Camera
-
-    policy = sqap.load(written("smolvla"))
+    config = sqap.load(written("smolvla")).config
     intrinsics = np.array([[100.0, 0, 64], [0, 100, 48], [0, 0, 1]])
     camera, gripper = Camera(intrinsics, np.eye(4)), np.array([0.2, -0.1, 1.0])
     images = {"top": noise(96, 128), WRIST: noise(128, 96)}
     seen = Observation(images, "go", np.zeros(6), {"top": camera}, gripper)
     u, v = project(camera, gripper, (96, 128))
-    assert policy._target(seen, TOP) == pytest.approx((u, 0.25 + 0.75 * v))
-    assert policy._target(seen, WRIST) is None
+    assert find_effector(seen, TOP, config) == pytest.approx((u, 0.25 + 0.75 * v))
+    assert find_effector(seen, WRIST, config) is None

@@ -66,6 +66,8 @@ def write_dataset(
     task_column: str = "task",
     state: Callable[[int], Any] | None = lambda index: [float(index), 0.5],
     state_key: str = "observation.state",
+    action: Callable[[int], list[float]] | None = None,
+    action_names: Any = None,
     codec: tuple[str, dict[str, str]] = H264,
     info: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -76,6 +78,8 @@ def write_dataset(
         cameras: key -> "video" or "image".
         state: of a frame, by its number in the dataset; None for a dataset without states.
         state_key: its column.
+        action: of a frame, likewise; None for a dataset without actions.
+        action_names: of its dimensions, as ``info.json`` has them.
         info: entries of ``info.json`` to write instead of the right ones.
     """
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -87,7 +91,7 @@ def write_dataset(
         data = root / f"data/chunk-000/file-{file:03d}.parquet"
         data.parent.mkdir(parents=True, exist_ok=True)
         tables = [
-            pa.table(_rows(cameras, e, starts[e], lengths[e], fps, len(tasks), state, state_key))
+            pa.table(_rows(cameras, e, starts[e], lengths[e], fps, len(tasks), state, state_key, action))
             for e in members
         ]
         with pq.ParquetWriter(data, tables[0].schema) as writer:
@@ -132,7 +136,12 @@ def write_dataset(
         pq.write_table(pa.Table.from_pylist(episodes), meta / "file-000.parquet")
     table = pa.table({"task_index": list(range(len(tasks))), task_column: list(tasks)})
     pq.write_table(table, root / "meta/tasks.parquet")
-    _write_info(root, cameras, lengths, fps, len(tasks), state and state_key, info or {})
+    numbers: dict[str, Any] = {}
+    if state is not None:
+        numbers[state_key] = {"dtype": "float32", "shape": [2], "names": ["x", "y"]}
+    if action is not None:
+        numbers["action"] = {"dtype": "float32", "shape": [len(action(0))], "names": action_names}
+    _write_info(root, cameras, lengths, fps, len(tasks), numbers, info or {})
     return root
 
 
@@ -145,6 +154,7 @@ def _rows(
     tasks: int,
     state: Any,
     state_key: str,
+    action: Callable[[int], list[float]] | None,
 ) -> dict[str, Any]:
     pa = pytest.importorskip("pyarrow")
     frames = range(length)
@@ -153,6 +163,8 @@ def _rows(
         states = [state(start + i) for i in frames]
         kind = pa.list_(pa.float32(), len(state(0))) if isinstance(state(0), list) else pa.float32()
         rows[state_key] = pa.array(states, kind)
+    if action is not None:
+        rows["action"] = pa.array([action(start + i) for i in frames], pa.list_(pa.float32()))
     for camera, (key, stored) in enumerate(cameras.items()):
         if stored == "image":
             rows[key] = [
@@ -174,15 +186,14 @@ def _write_info(
     lengths: Sequence[int],
     fps: int,
     tasks: int,
-    state: str | None,
+    numbers: Mapping[str, Any],
     changes: Mapping[str, Any],
 ) -> None:
     features: dict[str, Any] = {
         key: {"dtype": kind, "shape": [SIDE, SIDE, 3], "names": ["height", "width", "channels"]}
         for key, kind in cameras.items()
     }
-    if state is not None:
-        features[state] = {"dtype": "float32", "shape": [2], "names": ["x", "y"]}
+    features |= numbers
     for name in ("timestamp", "frame_index", "episode_index", "index", "task_index"):
         dtype = "float32" if name == "timestamp" else "int64"
         features[name] = {"dtype": dtype, "shape": [1], "names": None}

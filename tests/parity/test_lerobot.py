@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
+import published_lerobot
 import pytest
 import torch
 
+import sqap
 from sqap.models import ModelInputs
 from sqap.models.heads import FlowHead
 from sqap.models.heads.velocity import FlowInputs
+from sqap.processing import unnormalize
 
-from .conftest import MakeUpstream, Upstream
+from .conftest import TESTS, MakeUpstream, Upstream
 
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 STAGES = 3  # observations of which every stage was recorded
@@ -85,3 +91,21 @@ def test_old_versions_of_smolvla_act_the_same(upstream: MakeUpstream) -> None:
     old = upstream("smolvla", old=True)
     for i, expected in enumerate(old.arrays["actions"][:5]):
         np.testing.assert_allclose(old.policy.act(old.observation(i), seed=i), expected, rtol=0, atol=1e-4)
+
+
+RELATIVE = json.loads((TESTS / "fixtures" / "relative-actions.json").read_text())["cases"]
+
+
+@pytest.mark.parametrize("i", range(len(RELATIVE)))
+def test_relative_actions(i: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What LeRobot's processors make of a normalised chunk and the state that they have seen."""
+    case, rng = RELATIVE[i], np.random.default_rng(i)
+    monkeypatch.setattr(published_lerobot, "STATE_DIM", 7)
+    names = {"action_feature_names": case["names"]}
+    published_lerobot.write_pi(tmp_path, kind=case["kind"], use_relative_actions=True, **names)
+    config = sqap.load(tmp_path).config
+    state = rng.standard_normal(7).astype(np.float32)
+    chunk = rng.standard_normal((6, 7)).astype(np.float32)
+    padded = np.pad(chunk, ((0, 0), (0, config.model.head.action_dim - 7)))
+    found = unnormalize(padded, config.actions, state)
+    np.testing.assert_allclose(found, case["actions"], rtol=0, atol=1e-5)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sqap.kernels.hadamard import block_hadamard
 from sqap.kernels.levels import quantize_activation
 from sqap.policy import Policy
-from sqap.quantization import QuantizedLinear
+from sqap.quantization import QuantizedEmbedding, QuantizedLinear
 
 
 def dense(policy: Policy, dtype: torch.dtype) -> Policy:
@@ -19,10 +19,15 @@ def dense(policy: Policy, dtype: torch.dtype) -> Policy:
 
 
 def unpack(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-    """Turn packed linears into those that PyTorch has, in place."""
+    """Turn packed linears and tables into those that PyTorch has, in place."""
     for name, linear in [*module.named_modules()]:
-        if isinstance(linear, QuantizedLinear):
-            parent, _, attribute = name.rpartition(".")
+        parent, _, attribute = name.rpartition(".")
+        if isinstance(linear, QuantizedEmbedding):
+            rows, width = linear.weight.shape
+            table = nn.Embedding(rows, width, device="meta")
+            table.weight = nn.Parameter(linear.dequantized().to(dtype), requires_grad=False)
+            setattr(module.get_submodule(parent), attribute, table)
+        elif isinstance(linear, QuantizedLinear):
             made = nn.Linear(
                 linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta"
             )

@@ -22,7 +22,7 @@ from sqap.models import (
 )
 from sqap.policy import Policy
 from sqap.processing import Clamp, Range, stretched
-from sqap.quantization import QuantizedLinear, prepare_quantized
+from sqap.quantization import QuantizedEmbedding, QuantizedLinear, prepare_quantized
 from sqap.recipe import Recipe
 
 # What the two encoders of Prismatic's policies have in common; of each the block before the last one is read.
@@ -158,17 +158,18 @@ def random_policy(model: ModelConfig, recipe: Recipe, device: torch.device | Non
 
 
 def _draw(module: torch.nn.Module, name: str, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    if isinstance(module, QuantizedLinear) and name == "weight":
+    packed = isinstance(module, QuantizedLinear | QuantizedEmbedding)
+    if packed and name == "weight":
         low = 0 if like.dtype == torch.uint8 else -127
         high = 256 if like.dtype == torch.uint8 else 128
         return torch.randint(
             low, high, like.shape, dtype=like.dtype, device=generator.device, generator=generator
         )
-    if isinstance(module, QuantizedLinear) and name == "scale":
-        spread = 4.6 if module.weight_bits == 4 else 73.3  # of levels drawn evenly
-        return torch.full(
-            like.shape, module.in_features**-0.5 / spread, dtype=torch.float32, device=generator.device
-        )
+    if packed and name == "scale":
+        spread = 73.3  # of levels drawn evenly
+        if isinstance(module, QuantizedLinear):
+            spread = (4.6 if module.weight_bits == 4 else spread) * module.in_features**0.5
+        return torch.full(like.shape, 1 / spread, dtype=torch.float32, device=generator.device)
     if like.dim() < 2:
         value = float(name in ("weight", "scale_factor"))
         return torch.full(like.shape, value, dtype=torch.float32, device=generator.device)

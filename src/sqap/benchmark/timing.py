@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sqap.benchmark import tools
 from sqap.benchmark.candidates import Subject, candidate, example, weight_bytes
+from sqap.benchmark.exported import Elsewhere
 from sqap.errors import SqapError
 from sqap.models.stream import LayerOutput
 from sqap.models.through import direct
@@ -58,10 +59,11 @@ class Bench:
         return self._step() if request == "step" else self._peak()
 
     def _peak(self) -> int:
-        """Bytes: of the device's memory on a GPU, else of the process."""
+        """Bytes: of the device's memory on a GPU, else of the process and of those that compute for it."""
         if self._subject.kind == "cuda":
             return torch.cuda.max_memory_allocated(self._subject.device)
-        return peak_rss_bytes()
+        elsewhere = [module for module in self._policy.model.modules() if isinstance(module, Elsewhere)]
+        return peak_rss_bytes() + sum(module.peak_bytes() for module in elsewhere)
 
     def _forget_peak(self) -> None:
         if self._subject.kind == "cuda":

@@ -165,6 +165,11 @@ SMOLVLA = Keys(
         "use_cache train_state_proj load_vlm_weights prefix_length pad_language_to expert_width_multiplier"
     ),
 )
+# openpi's conversion to PyTorch: sizes that the tensors tell, and what was computed in.
+OPENPI = Keys(
+    read=_words("action_dim action_horizon"),
+    idle=_words("paligemma_variant action_expert_variant precision dtype pi05 max_token_len"),
+)
 PI = Keys(
     read=_LEROBOT_READ
     | _words(

@@ -10,7 +10,7 @@ from torch import Tensor
 from sqap.checkpoints import lerobot
 from sqap.checkpoints.choices import Choices
 from sqap.checkpoints.known_keys import PI
-from sqap.checkpoints.lerobot import Defaults, LeRobotConfig
+from sqap.checkpoints.lerobot import Around, Defaults, LeRobotConfig
 from sqap.checkpoints.opened import Opened
 from sqap.checkpoints.prismatic import LAYER
 from sqap.checkpoints.tokenizer import Vocabulary
@@ -87,6 +87,22 @@ def open(directory: Path, choices: Choices) -> Opened:
     if around.prompt.tells_state != (kind is PI05):
         which = "must have" if kind is PI05 else "must not have"
         raise CheckpointError(f"{directory}: {kind.name} {which} the step {lerobot.STATE_TEXT}")
+    return assemble(directory, choices, config, tensors, kind, around)
+
+
+def assemble(
+    directory: Path,
+    choices: Choices,
+    config: LeRobotConfig,
+    tensors: TensorSet,
+    kind: Kind,
+    around: Around,
+) -> Opened:
+    """Open a policy of which it is known what is around its model.
+
+    Raises:
+        CheckpointError: tensors are missing, damaged or do not fit.
+    """
     vision = lerobot.read_vision(tensors, VISION, heads=VISION_HEADS)
     config.square("image_resolution", vision.image_size)
     model = _model(config, tensors, vision, kind, len(around.cameras))

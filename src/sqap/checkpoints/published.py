@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqap.checkpoints import adapters, cogact, openvla, openvla_oft, pi0, smolvla
+from sqap.checkpoints import adapters, cogact, openpi, openvla, openvla_oft, pi0, smolvla
 from sqap.checkpoints.choices import Choices
 from sqap.checkpoints.opened import CONFIG, Opened
 from sqap.checkpoints.tensors import shorten
@@ -29,6 +29,7 @@ FORMATS = (
     Format("CogACT and OpenVLA in Prismatic's own layout", cogact.recognise, cogact.open),
     Format("SmolVLA", smolvla.recognise, smolvla.open),
     Format("pi0 and pi0.5", pi0.recognise, pi0.open),
+    Format("pi0 and pi0.5 of openpi, converted to PyTorch", openpi.recognise, openpi.open),
 )
 # LeRobot's policies that people may well bring, and what they are called.
 NOT_SUPPORTED = {
@@ -72,11 +73,6 @@ def _found(directory: Path) -> str:
         there = sorted(entry.name for entry in directory.iterdir())
         return f"it has no {path.name}, but {shorten(there)}" if there else "it is empty"
     config = read_object(path, CheckpointError)
-    if "paligemma_variant" in config and "type" not in config:
-        return (
-            f"its {path.name} is of openpi's conversion to PyTorch, which does not say what goes in and "
-            "comes out; LeRobot's conversion does (lerobot/pi0_base, lerobot/pi05_base)"
-        )
     if config.get("type") in NOT_SUPPORTED:
         return f"LeRobot's {NOT_SUPPORTED[config['type']]} is not supported"
     for key in ("model_type", "type"):

@@ -13,6 +13,7 @@ from sqap.cli.compress import compress
 from sqap.cli.demo import demo
 from sqap.cli.evaluate import evaluate_command
 from sqap.cli.inspect import inspect
+from sqap.cli.replay import replay
 from sqap.cli.report import report
 from sqap.cli.sensitivity import sensitivity
 from sqap.cli.serve import serve
@@ -50,6 +51,7 @@ app.command()(sensitivity)
 app.command()(tune)
 app.command("eval")(evaluate_command)
 app.command()(report)
+app.command()(replay)
 app.command()(inspect)
 app.command()(bench)
 app.command()(serve)

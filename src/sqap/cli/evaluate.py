@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from sqap import environments
-from sqap.checkpoints import fingerprint, is_own, locate
-from sqap.checkpoints.card import add_measurement, measured
+from sqap.checkpoints import fingerprint, locate
+from sqap.checkpoints.card import add_measurement
 from sqap.checkpoints.choices import Choices
 from sqap.cli.options import (
     NONE,
     JsonOption,
     SourceArgument,
+    check_card,
     choices_of_each,
     load_policy,
     with_choices,
@@ -70,7 +71,7 @@ def evaluate_command(
         policies = [policy] if against is None else [policy, against]
         directories = [locate(p) for p in policies]
         if card:
-            _check_card(directories)
+            check_card(directories)
         each = choices_of_each(directories, choices)
         with progress_bar("reading weights", percent=True) as advance:
             fingerprints = [fingerprint(d, c, advance) for d, c in zip(directories, each, strict=True)]
@@ -117,14 +118,3 @@ def evaluate_command(
                 write_video(video / f"{task}.mp4", [[clips[i]] for clips in columns])
             console.print(f"Videos are in {video}", soft_wrap=True)
         write_numbers(json_path, summary)
-
-
-def _check_card(directories: list[Path]) -> None:
-    """Refuse --card before any episode is run, where nothing could be written into a card."""
-    if len(directories) < 2:
-        raise InputError("--card writes down a comparison; give --against, too")
-    if not is_own(directories[0]):
-        raise InputError(
-            f"--card writes into the model card of sqap's own policies, which {directories[0]} is not"
-        )
-    measured(directories[0])

@@ -20,7 +20,7 @@ from sqap.errors import InputError
 from sqap.kernels.cpu import describe
 from sqap.kernels.gpu.describe import describe as describe_gpus
 from sqap.models.storage import stored_bytes
-from sqap.quantization import count_parameters, list_linears
+from sqap.quantization import count_parameters, describe_table, list_linears
 from sqap.report import tables
 from sqap.terminal import console, user_errors
 
@@ -54,7 +54,12 @@ def inspect(
             name: {"parameters": count_parameters(part), "bytes": stored_bytes(part)}
             for name, part in loaded.model.named_children()
         }
+        table = describe_table(loaded.model.decoder)
         console.print(tables.parts_table(reports, parts))
+        console.print(
+            f"Embedding table: {table['rows']} rows of {table['width']}, {table['bits']} bits, "
+            f"{tables.size(table['bytes'])}"
+        )
         if linears:
             console.print(tables.linears_table(reports))
         console.print_json(data=loaded.recipe.to_json())
@@ -67,6 +72,7 @@ def inspect(
                 "calibration": loaded.calibration and dataclasses.asdict(loaded.calibration),
                 "visual_tokens": loaded.config.model.visual_tokens,
                 "parts": parts,
+                "embedding_table": table,
                 "linears": [dataclasses.asdict(report) for report in reports],
             },
         )

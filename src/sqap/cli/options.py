@@ -13,6 +13,7 @@ import typer
 
 import sqap
 from sqap.checkpoints import is_own
+from sqap.checkpoints.card import measured
 from sqap.checkpoints.choices import Choices
 from sqap.errors import InputError
 from sqap.files import check_file, write_json
@@ -141,6 +142,17 @@ def choices_of_each(directories: Sequence[Path], choices: Choices) -> list[Choic
     return [NONE if mine else choices for mine in own]
 
 
+def check_card(directories: Sequence[Path]) -> None:
+    """Refuse ``--card`` before the work is done, where nothing could be written into a card."""
+    if len(directories) < 2:
+        raise InputError("--card writes down a comparison; give --against, too")
+    if not is_own(directories[0]):
+        raise InputError(
+            f"--card writes into the model card of sqap's own policies, which {directories[0]} is not"
+        )
+    measured(directories[0])
+
+
 def read_recipe(name: str, keep: float | None) -> Recipe:
     """A preset's or a file's recipe, with ``--keep`` in it."""
     if name in PRESETS:
@@ -159,15 +171,21 @@ def calibration_frames(
     """The frames that ``--frames-from`` names."""
     from sqap.frames import read_frames
 
+    mapping = camera_mapping(cameras)
+    with progress_bar("calibration frames") as advance:
+        frames = read_frames(source, policy, count, cameras=mapping, state=state, progress=advance)
+    logger.info("%d calibration frames from %s", len(frames), source)
+    return frames
+
+
+def camera_mapping(cameras: list[str] | None) -> dict[str, str]:
+    """Camera of the policy -> key of the dataset, as ``--camera`` says."""
     mapping: dict[str, str] = {}
     for name, key in map(_pair, cameras or ()):
         if name in mapping:
             raise InputError(f"--camera {name} is given twice: {mapping[name]} and {key}")
         mapping[name] = key
-    with progress_bar("calibration frames") as advance:
-        frames = read_frames(source, policy, count, cameras=mapping, state=state, progress=advance)
-    logger.info("%d calibration frames from %s", len(frames), source)
-    return frames
+    return mapping
 
 
 def _pair(camera: str) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from sqap.errors import InputError
 from sqap.frames.decode import decode_image, observe
 from sqap.frames.lerobot_metadata import (
     TASKS,
+    Info,
     RecordedEpisode,
     camera_keys,
     number,
@@ -31,7 +32,7 @@ _ROW = ("index", "episode_index", "frame_index", "timestamp", "task_index")
 
 
 @dataclass(frozen=True)
-class _Moment:
+class Moment:
     """One frame of one episode."""
 
     episode: RecordedEpisode
@@ -44,11 +45,75 @@ class _Moment:
 
     @property
     def place(self) -> tuple[int, int]:
+        """The numbers of its episode and of the frame in it."""
         return self.episode.index, self.frame
 
     @property
     def where(self) -> str:
+        """Its place in words."""
         return f"frame {self.frame} of episode {self.episode.index}"
+
+
+@dataclass(frozen=True)
+class View:
+    """What a policy reads of a dataset.
+
+    Args:
+        info: the dataset's.
+        cameras: camera of the policy -> key of the dataset.
+        state: key of the robot's state; None if it is not there.
+    """
+
+    info: Info
+    cameras: Mapping[str, str]
+    state: str | None
+
+    @classmethod
+    def of(
+        cls,
+        root: Path,
+        cameras: Sequence[str],
+        mapping: Mapping[str, str] | None = None,
+        state: str | None = None,
+        reads_state: bool = False,
+    ) -> View:
+        """Look into ``meta/info.json``; the arguments are those of `read_dataset`.
+
+        Raises:
+            InputError: it is unreadable, of another version, or lacks a camera or the state.
+        """
+        info = read_info(root)
+        return cls(info, camera_keys(info, cameras, mapping or {}), state_key(info, state, reads_state))
+
+    def episodes(self) -> list[RecordedEpisode]:
+        """Every episode, by number."""
+        return read_episodes(self.info, filter(self.info.is_video, self.cameras.values()))
+
+    def observe(
+        self, moments: Sequence[Moment], progress: Callable[[int, int], None] | None = None
+    ) -> list[Observation]:
+        """What the policy sees at some moments; only their rows and video frames are decoded.
+
+        Raises:
+            InputError: the dataset is incomplete or unreadable, or lacks an instruction or a finite state.
+        """
+        stored = [key for key in self.cameras.values() if not self.info.is_video(key)]
+        columns = list(dict.fromkeys(stored if self.state is None else [self.state, *stored]))
+        rows, tasks = read_moments(moments, columns), read_tasks(self.info)
+        images: list[dict[str, np.ndarray]] = [{} for _ in moments]
+        done = 0
+        for camera, key in self.cameras.items():
+            filmed = self.info.is_video(key)
+            pictures = _filmed(key, moments, rows, self.info.fps) if filmed else _stored(key, moments, rows)
+            for i, image in pictures:
+                images[i][camera] = image
+                done += 1
+                if progress is not None:
+                    progress(done // len(self.cameras), len(moments))
+        return [
+            _observation(f"{self.info.root}, {moment.where}", row, image, tasks, self.state)
+            for moment, row, image in zip(moments, rows, images, strict=True)
+        ]
 
 
 def read_dataset(
@@ -63,8 +128,6 @@ def read_dataset(
 ) -> list[Observation]:
     """At most ``count`` frames, evenly spread over the episodes and over the time in each, in their order.
 
-    Only the rows and the video frames that are chosen are decoded.
-
     Args:
         root: the dataset's directory.
         cameras: the policy's. Camera ``c`` is the dataset's key ``c``, or else ``observation.images.c``.
@@ -78,42 +141,28 @@ def read_dataset(
         InputError: the ``lerobot`` extra is not installed; the dataset is of another version, empty,
             incomplete or unreadable; or it lacks a camera, an instruction or a finite state.
     """
-    info = read_info(root)
-    keys = camera_keys(info, cameras, mapping or {})
-    vector = state_key(info, state, reads_state)
-    moments = _choose(read_episodes(info, filter(info.is_video, keys.values())), count)
+    view = View.of(root, cameras, mapping, state, reads_state)
+    moments = _choose(view.episodes(), count)
     if not moments:
         raise InputError(f"{root} holds no frames")
-    stored = [key for key in keys.values() if not info.is_video(key)]
-    columns = list(dict.fromkeys(stored if vector is None else [vector, *stored]))
-    rows, tasks = _read_rows(moments, columns), read_tasks(info)
-    images: list[dict[str, np.ndarray]] = [{} for _ in moments]
-    done = 0
-    for camera, key in keys.items():
-        filmed = info.is_video(key)
-        pictures = _filmed(key, moments, rows, info.fps) if filmed else _stored(key, moments, rows)
-        for i, image in pictures:
-            images[i][camera] = image
-            done += 1
-            if progress is not None:
-                progress(done // len(keys), len(moments))
-    return [
-        _observation(f"{root}, {moment.where}", row, image, tasks, vector)
-        for moment, row, image in zip(moments, rows, images, strict=True)
-    ]
+    return view.observe(moments, progress)
 
 
-def _choose(episodes: Sequence[RecordedEpisode], count: int) -> list[_Moment]:
+def _choose(episodes: Sequence[RecordedEpisode], count: int) -> list[Moment]:
     shares = deal([episode.length for episode in episodes], count)
     return [
-        _Moment(episode, frame)
+        Moment(episode, frame)
         for episode, share in zip(episodes, shares, strict=True)
         for frame in looks(episode.length, share, episode.index)
     ]
 
 
-def _read_rows(moments: Sequence[_Moment], columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The moments' rows, in their order."""
+def read_moments(moments: Sequence[Moment], columns: Sequence[str]) -> list[dict[str, Any]]:
+    """The moments' rows, in their order: the given columns, and those that say where a row belongs.
+
+    Raises:
+        InputError: a file cannot be read, or a row is not where ``meta/episodes`` says.
+    """
     by_file: dict[Path, list[int]] = defaultdict(list)
     for i, moment in enumerate(moments):
         by_file[moment.episode.data].append(i)
@@ -132,7 +181,7 @@ def _read_rows(moments: Sequence[_Moment], columns: Sequence[str]) -> list[dict[
 
 
 def _stored(
-    key: str, moments: Sequence[_Moment], rows: Sequence[Mapping[str, Any]]
+    key: str, moments: Sequence[Moment], rows: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[int, np.ndarray]]:
     """A camera's pictures out of the rows, each with the position of its moment."""
     for i, (moment, row) in enumerate(zip(moments, rows, strict=True)):
@@ -141,7 +190,7 @@ def _stored(
 
 
 def _filmed(
-    key: str, moments: Sequence[_Moment], rows: Sequence[Mapping[str, Any]], fps: float
+    key: str, moments: Sequence[Moment], rows: Sequence[Mapping[str, Any]], fps: float
 ) -> Iterator[tuple[int, np.ndarray]]:
     """A camera's pictures out of its videos, each with the position of its moment; one video at a time."""
     times: dict[Path, dict[int, float]] = defaultdict(dict)

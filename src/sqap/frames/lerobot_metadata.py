@@ -21,7 +21,7 @@ from sqap.serialization import read_json
 INFO = Path("meta", "info.json")
 TASKS = Path("meta", "tasks.parquet")
 EPISODES = Path("meta", "episodes")
-STATE = "observation.state"
+STATE, ACTION = "observation.state", "action"
 # pandas writes the instructions, which are the index of the table of tasks, under either name.
 _TASK_COLUMNS = ("task", "__index_level_0__")
 _BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
@@ -58,6 +58,14 @@ class Info:
     def is_video(self, key: str) -> bool:
         """Whether a camera's pictures are in videos rather than in the rows."""
         return bool(self.features[key].get("dtype") == "video")
+
+    def columns(self) -> list[str]:
+        """The keys that hold numbers of the robot."""
+        return [
+            key
+            for key, feature in self.features.items()
+            if str(feature.get("dtype")).startswith(("float", "int")) and key not in _BOOKKEEPING
+        ]
 
     def cameras(self) -> list[str]:
         """The keys that hold colour pictures."""
@@ -149,11 +157,7 @@ def state_key(info: Info, name: str | None, needed: bool) -> str | None:
         InputError: the dataset has no ``name``; or no `STATE`, which is ``needed``.
     """
     wanted = STATE if name is None else name
-    known = [
-        key
-        for key, feature in info.features.items()
-        if str(feature.get("dtype")).startswith(("float", "int")) and key not in _BOOKKEEPING
-    ]
+    known = info.columns()
     matches = [key for key in (wanted, f"observation.{wanted}") if key in known]
     if matches:
         return matches[0]

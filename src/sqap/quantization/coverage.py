@@ -13,11 +13,13 @@ from sqap.kernels.hadamard import largest_block
 from sqap.models.edges import edges_of
 from sqap.models.storage import STORAGE_DTYPE, stored_bytes
 from sqap.models.vla import VLA
+from sqap.quantization.embedding import QuantizedEmbedding, quantizes_table
 from sqap.quantization.linear import QuantizedLinear, stored_shapes
 from sqap.quantization.rotation import HadamardLinear, is_rotated
 from sqap.recipe import Quantization, Scheme
 
 Part = Literal["vision", "projector", "proprio", "decoder", "head"]
+FLOAT_BITS = 8 * STORAGE_DTYPE.itemsize
 SETTINGS = tuple(setting.name for setting in fields(Scheme))
 # Where the rotated inputs of a rotated decoder's linears come from.
 ROTATIONS: dict[str | None, Literal["residual", "heads", "online"]] = {
@@ -77,10 +79,12 @@ def list_linears(model: VLA) -> list[LinearReport]:
 def count_parameters(module: nn.Module) -> int:
     """Weights and biases of a part, whether they are floats or packed; scales are not counted."""
     count = sum(parameter.numel() for parameter in module.parameters())
-    for linear in module.modules():
-        if isinstance(linear, QuantizedLinear):
-            count += linear.in_features * linear.out_features
-            count += 0 if linear.bias is None else linear.out_features
+    for packed in module.modules():
+        if isinstance(packed, QuantizedEmbedding):
+            count += packed.weight.numel()
+        elif isinstance(packed, QuantizedLinear):
+            count += packed.in_features * packed.out_features
+            count += 0 if packed.bias is None else packed.out_features
     return count
 
 
@@ -93,6 +97,13 @@ def check_coverage(model: VLA, quantization: Quantization) -> None:
     if is_rotated(model) != quantization.rotate:
         state = "rotated" if is_rotated(model) else "not rotated"
         raise CheckpointError(f"the recipe says rotate = {quantization.rotate}, but the decoder is {state}")
+    if quantizes_table(model.config.decoder, quantization) != isinstance(
+        model.decoder.embed_tokens, QuantizedEmbedding
+    ):
+        raise CheckpointError(
+            f"the embedding table is not stored as the recipe's embedding_bits = "
+            f"{quantization.embedding_bits} says"
+        )
     edges = edges_of(model.decoder) if quantization.rotate else {}
     online = {f"decoder.{name}" for name, edge in edges.items() if edge.reads == "inner"}
     for name, module in model.named_modules():
@@ -150,13 +161,12 @@ def _report(
             bytes=stored_bytes(linear),
             quantized=True,
         )
-    bits = 8 * STORAGE_DTYPE.itemsize
     return LinearReport(
         name,
         part,
         *shape,
-        weight_bits=bits,
-        activation_bits=bits,
+        weight_bits=FLOAT_BITS,
+        activation_bits=FLOAT_BITS,
         granularity=None,
         group_size=None,
         activation_symmetric=True,

@@ -19,6 +19,7 @@ from sqap.models.stages import fill_around, stages, widen_around
 from sqap.models.storage import STORAGE_DTYPE, Weights, fill, widen
 from sqap.models.stream import Stream
 from sqap.models.vla import VLA
+from sqap.quantization.embedding import prepare_table, quantize_table, quantizes_table
 from sqap.quantization.fused import fuse
 from sqap.quantization.kv import set_kv_bits
 from sqap.quantization.linear import QuantizedLinear
@@ -83,6 +84,8 @@ def quantize_model(
         model.decoder.embed_tokens.to(STORAGE_DTYPE)  # calibrate on what is stored, in half the memory
         rotated: set[nn.Module] = set()  # the head's layers, which come before the rest of it
         walk.before = lambda _, stage: rotate_stage(stage, rotation, rotated)
+    if quantizes_table(model.config.decoder, quantization):
+        quantize_table(model.decoder)
 
     streams = model.streams(inputs, walk.through, keep=model.config.head.has_expert)
     streams = quantize_layers(walk, model.decoder, streams, rotation)
@@ -162,6 +165,8 @@ def prepare_quantized(model: VLA, quantization: Quantization) -> None:
     _check(dict(stages(model)), quantization, expert=model.config.head.has_expert)
     if quantization.rotate:
         prepare_rotated(model)
+    if quantizes_table(model.config.decoder, quantization):
+        prepare_table(model.decoder)
     for name, stage in stages(model):
         prepare(name, stage, quantization)
     set_kv_bits(model.decoder, quantization.kv_bits)

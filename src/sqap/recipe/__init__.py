@@ -129,7 +129,14 @@ def _unknown(version: Any) -> str:
 def _whole(decoder: Scheme, rest: Scheme = _W4A8) -> Quantization:
     """The quantizer that measured best; see docs/quantizer.md."""
     return Quantization(
-        decoder, vision=rest, projector=rest, head=rest, rounding="gptq", clip=True, rotation_seed=0
+        decoder,
+        vision=rest,
+        projector=rest,
+        head=rest,
+        rounding="gptq",
+        clip=True,
+        rotation_seed=0,
+        embedding_bits=None,
     )
 
 

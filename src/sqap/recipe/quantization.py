@@ -96,6 +96,8 @@ class Quantization:
         rotate: Hadamard-rotate the decoder's residual stream, values and inner activations first.
         rotation_seed: of the random signs in those rotations; None for plain Hadamard matrices.
         kv_bits: 4 or 8 bits for keys and values, behind a Hadamard matrix per head; None leaves them.
+        embedding_bits: 8 stores the decoder's embedding table as integers with a scale for each row, 16 in
+            bfloat16; None is 8 where the table is a tenth of the decoder's layers or more.
     """
 
     decoder: Scheme | None = Scheme()
@@ -110,6 +112,7 @@ class Quantization:
     rotate: bool = True
     rotation_seed: int | None = None
     kv_bits: int | None = None
+    embedding_bits: int | None = 16
 
     def __post_init__(self) -> None:
         if not 0 <= self.correction <= 1:
@@ -118,6 +121,8 @@ class Quantization:
             raise InputError(f"correction {self.correction} needs rounding = 'gptq'")
         if self.kv_bits not in (None, 4, 8):
             raise InputError(f"kv_bits must be 4, 8 or null, got {self.kv_bits}")
+        if self.embedding_bits not in (None, 8, 16):
+            raise InputError(f"embedding_bits must be 8, 16 or null, got {self.embedding_bits}")
         if self.rotation_seed is not None and (self.rotation_seed < 0 or not self.rotate):
             raise InputError(f"rotation_seed {self.rotation_seed} must be 0 or more, and needs rotate = true")
 

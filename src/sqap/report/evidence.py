@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from sqap.checkpoints.card import code
 from sqap.report import tables
 
-if TYPE_CHECKING:  # only `sqap tune` needs what it imports
+if TYPE_CHECKING:  # only `sqap tune` and `sqap replay` need what these import
+    from sqap.replay import Comparison
     from sqap.tune import Standing
 
 Entry = tuple[str, str]  # a title and Markdown, for `sqap.checkpoints.card.add_measurement`
@@ -23,9 +24,7 @@ def paired_success(summary: Mapping[str, Any]) -> Entry:
     """
     rival, tasks = summary["against"], summary["tasks"]
     episodes = sum(count["episodes"] for count in tasks.values())
-    name = rival["policy"]
-    if Path(name).expanduser().exists():  # where it was is nobody's business
-        name = Path(name).name
+    name = _place(rival["policy"])
     title = f"Success in {code(summary['env'])}, beside {code(name)}"
     ensemble = summary["ensemble"]
     averaged = "" if ensemble is None else f" Each action is the average of up to {ensemble} chunks."
@@ -48,6 +47,32 @@ def tuned(standing: Standing, max_drop: float | None, env: str, tasks: Sequence[
         f"{tables.confirmed_line(standing, max_drop)}{allowed}. Run were {_tasks(tasks)}, each from seed "
         f"{seed} on."
     )
+
+
+def replayed(dataset: str, rival: str, said: str, compared: Comparison) -> Entry:
+    """Recorded episodes replayed through a policy and another one.
+
+    Args:
+        dataset: the dataset's directory.
+        rival: the other policy.
+        said: what was replayed, and the errors over all dimensions.
+        compared: the two policies.
+    """
+    head = "| | recorded spread | this policy | the other | between them |"
+    rows = (
+        f"| {code(name)} | {compared.spread[i]:.4g} | "
+        f"{' | '.join(f'{error.mean[i]:.4g}' for error in compared.errors.values())} |"
+        for i, name in enumerate(compared.names)
+    )
+    table = "\n".join((head, "|---|---|---|---|---|", *rows))
+    return f"Recorded actions of {code(_place(dataset))}, beside {code(_place(rival))}", (
+        f"{said} Mean absolute errors in robot units:\n\n{table}"
+    )
+
+
+def _place(name: str) -> str:
+    """A repository's name, or a directory's without where it is, which is nobody's business."""
+    return Path(name).resolve().name if Path(name).expanduser().exists() else name
 
 
 def _tasks(tasks: Mapping[str, Any] | Sequence[str]) -> str:

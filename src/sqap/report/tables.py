@@ -12,7 +12,8 @@ from sqap.models.storage import size as size
 from sqap.quantization import LinearReport
 from sqap.sensitivity import Option
 
-if TYPE_CHECKING:  # only `sqap tune` needs what it imports
+if TYPE_CHECKING:  # only `sqap tune` and `sqap replay` need what these import
+    from sqap.replay import Comparison
     from sqap.tune import Standing
 
 Column = tuple[str, Mapping[str, Any]]  # label, and a summary as `sqap.evaluation.summary` makes it
@@ -43,6 +44,30 @@ def success_table(columns: Sequence[Column]) -> Table:
     table.add_row("success", *(percent(s["success"]) for _, s in columns), style="bold")
     table.add_row("95 % interval", *(interval(s["success_ci95"]) for _, s in columns))
     return table
+
+
+def replay_table(compared: Comparison) -> Table:
+    """One row for each dimension of an action: mean and largest absolute error, in robot units."""
+    table = Table(title="Error per dimension, robot units: mean (largest)", title_justify="left")
+    table.add_column("dimension")
+    for name in ("recorded spread", *compared.errors):
+        table.add_column(name, justify="right")
+    for i, name in enumerate(compared.names):
+        cells = [f"{error.mean[i]:.4g} ({error.largest[i]:.4g})" for error in compared.errors.values()]
+        table.add_row(name, f"{compared.spread[i]:.4g}", *cells)
+    return table
+
+
+def replay_lines(compared: Comparison, every: int) -> str:
+    """What was replayed, and the errors over all dimensions."""
+    numbers = ", ".join(str(one["episode"]) for one in compared.episodes)
+    actions = sum(one["frames"] for one in compared.episodes)
+    known = [f"{name} {share:.3g}" for name, share in compared.relative.items() if share is not None]
+    return (
+        f"Episode{'s' * (len(compared.episodes) > 1)} {numbers}: {actions} recorded actions, {every} of each "
+        f"chunk. Root mean square error, in units of each dimension's spread: "
+        f"{', '.join(known) or 'none, since no dimension moves'}."
+    )
 
 
 def standings_table(standings: Sequence[Standing]) -> Table:
