@@ -97,6 +97,7 @@ def test_a_policy_slower_than_its_chunks_is_held_for_between_them(observe):
     assert moving == list(range(1, len(moving) + 1))
     assert report.held == 60 - len(moving)
     assert report.counts["late"] > 0
+    assert report.counts["obsolete"] == 1, "before it is known how long a step takes"
     held = [action for action in robot.sent[11:] if not action[0]]
     assert held
     assert all(action.tolist() == [0, 0, 0, 1] for action in held), "the gripper stays as it was"
