@@ -283,9 +283,7 @@ def main() -> None:
     parser.add_argument("--connects", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    console = Console(
-        width=max(Console().width, 110)
-    )  # the table's columns, where nobody looks at a terminal
+    console = Console(width=max(Console().width, 110))  # columns need room in a file too
     global LOCAL
     LOCAL = sqap.load(options.policy)
     settings = {"policy": options.policy, "threads": options.threads, "null_hz": options.null_hz,

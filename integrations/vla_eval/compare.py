@@ -13,20 +13,21 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import vla_eval
 import yaml
-from model_server import SqapModelServer
+from model_server import SqapModelServer, load
 from rich.console import Console
 from rich.table import Table
 
-from sqap.errors import InputError
+from sqap import Policy
+from sqap.errors import InputError, SqapError
 from sqap.evaluation.statistics import mcnemar_exact, paired_difference, wilson
 from sqap.files import write_json
-from sqap.terminal import user_errors
 
 Episode = tuple[str, str, int]  # benchmark, task, number
 Outcomes = dict[Episode, bool]
@@ -150,20 +151,24 @@ def main() -> None:
         "max_steps": options.steps,
     }
     overrides = {key: value for key, value in given.items() if value is not None}
-    with user_errors():
-        server = yaml.safe_load(options.server.read_text(encoding="utf-8"))["args"]
-        settings = {"server": server, "benchmark": options.benchmark.name, "overrides": overrides}
-        runs = kept(options.json, settings)
-        for policy in options.policies:
-            if policy not in runs:
-                docker = False if options.no_docker else None
-                runs[policy] = evaluate(policy, server, options.benchmark, docker, **overrides)
-            chosen = [runs[p] for p in options.policies if p in runs]
-            pairs = [compare(run, chosen[0]) for run in chosen[1:]]
-            write_json(options.json, settings | {"runs": list(runs.values()), "pairs": pairs})
-        console.print(table(chosen))
-        for pair in pairs:
-            console.print(sentence(pair), soft_wrap=True)
+    server, benchmark = (
+        yaml.safe_load(path.read_text(encoding="utf-8")) for path in (options.server, options.benchmark)
+    )
+    server = server["args"]
+    settings = {"server": server, "benchmark": benchmark, "overrides": overrides}
+    runs = kept(options.json, settings)
+    for policy in options.policies:
+        if policy in runs:
+            check_same(runs[policy], load(policy, server.get("choices") or {}))
+        else:
+            docker = False if options.no_docker else None
+            runs[policy] = evaluate(policy, server, options.benchmark, docker, **overrides)
+        chosen = [runs[p] for p in options.policies if p in runs]
+        pairs = [compare(run, chosen[0]) for run in chosen[1:]]
+        write_json(options.json, settings | {"runs": list(runs.values()), "pairs": pairs})
+    console.print(table(chosen))
+    for pair in pairs:
+        console.print(sentence(pair), soft_wrap=True)
 
 
 def kept(path: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -180,5 +185,18 @@ def kept(path: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {run["policy"]: run for run in found["runs"]}
 
 
+def check_same(run: Mapping[str, Any], policy: Policy) -> None:
+    """Refuse a run of what was in a directory before.
+
+    Raises:
+        InputError: the directory holds another policy now.
+    """
+    if policy.fingerprint != run["fingerprint"]:
+        raise InputError(f"{run['policy']} was another policy when it was evaluated; name another file")
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SqapError as error:
+        sys.exit(f"error: {error}")

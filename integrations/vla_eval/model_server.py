@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -36,7 +37,7 @@ from vla_eval.specs import (
 import sqap
 from sqap import Observation, Policy
 from sqap.checkpoints import locate, native
-from sqap.errors import InputError
+from sqap.errors import InputError, SqapError
 from sqap.evaluation.ensemble import AdaptiveEnsemble
 from sqap.evaluation.rollout import noise_seed, own_execute
 from sqap.observation import find_camera
@@ -245,4 +246,7 @@ def rotation_vector(euler: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    run_server(SqapModelServer)
+    try:
+        run_server(SqapModelServer)
+    except SqapError as error:
+        sys.exit(f"error: {error}")

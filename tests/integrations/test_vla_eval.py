@@ -315,6 +315,15 @@ def test_a_file_of_other_settings_is_not_gone_on_with(scripts, tmp_path):
         scripts.compare.kept(path, settings | {"benchmark": "b.yaml"})
 
 
+def test_a_run_is_of_the_policy_that_was_in_the_directory(scripts, directory, policy):
+    fingerprint = sqap.load(directory).fingerprint
+    run = run_of(directory, []) | {"fingerprint": fingerprint}
+    scripts.compare.check_same(run, sqap.load(directory))
+    policy.save(f"{directory}-2")
+    with pytest.raises(InputError, match="was another policy when it was evaluated"):
+        scripts.compare.check_same(run, sqap.load(f"{directory}-2"))
+
+
 @pytest.mark.skipif(not INSTALLED, reason="vla-eval is not installed: integrations/vla_eval/README.md")
 def test_through_vla_evals_own_protocol_the_actions_are_the_policys(scripts, directory, tmp_path):
     import vla_eval
