@@ -34,14 +34,20 @@ Outcomes = dict[Episode, bool]
 
 
 def evaluate(
-    policy: str, server: Mapping[str, Any], benchmark: Path, docker: bool | None, **overrides: Any
+    policy: str, server: Mapping[str, Any], benchmark: Path, records: Path, **options: Any
 ) -> dict[str, Any]:
-    """One policy's episodes, as `results.json` has them."""
+    """One policy's episodes, as the file of results has them.
+
+    Args:
+        policy: as of `SqapModelServer`.
+        server: its other settings.
+        benchmark: configuration of vla-eval.
+        records: directory for what vla-eval itself writes.
+        options: of `vla_eval.evaluate`.
+    """
     model = SqapModelServer(**{**server, "policy": policy})
-    directory = Path(f"results-{model.policy.fingerprint or 'policy'}"[:24])
-    results = vla_eval.evaluate(
-        model, benchmark, output_dir=directory, docker=docker, benchmark_overrides=overrides
-    )
+    directory = records / f"{Path(policy).name}-{(model.policy.fingerprint or 'unnamed')[:12]}"
+    results = vla_eval.evaluate(model, benchmark, output_dir=directory, **options)
     episodes = [
         {
             "benchmark": result["benchmark"],
@@ -161,8 +167,14 @@ def main() -> None:
         if policy in runs:
             check_same(runs[policy], load(policy, server.get("choices") or {}))
         else:
-            docker = False if options.no_docker else None
-            runs[policy] = evaluate(policy, server, options.benchmark, docker, **overrides)
+            runs[policy] = evaluate(
+                policy,
+                server,
+                options.benchmark,
+                options.json.with_suffix(".records"),
+                docker=False if options.no_docker else None,
+                benchmark_overrides=overrides,
+            )
         chosen = [runs[p] for p in options.policies if p in runs]
         pairs = [compare(run, chosen[0]) for run in chosen[1:]]
         write_json(options.json, settings | {"runs": list(runs.values()), "pairs": pairs})
