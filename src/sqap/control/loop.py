@@ -20,6 +20,7 @@ from sqap.pruning.memory import Memory
 
 RECENT = 8  # delays by which the next is foreseen
 FAULTS = 1000  # of which a report tells
+BLEND = 3  # smoother than switching, and as successful: docs/serve.md
 
 
 class Robot(Protocol):
@@ -146,7 +147,7 @@ class Loop:
         hold: Hold | None,
         stop_after_s: float | None = None,
         execute: int | None = None,
-        blend: int = 0,
+        blend: int = BLEND,
         seed: int | None = None,
         clock: Clock | None = None,
         executor: Executor | None = None,
