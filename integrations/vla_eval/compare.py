@@ -29,8 +29,8 @@ from sqap.errors import InputError, SqapError
 from sqap.evaluation.statistics import mcnemar_exact, paired_difference, wilson
 from sqap.files import write_json
 
-Episode = tuple[str, str, int]  # benchmark, task, number
-Outcomes = dict[Episode, bool]
+EpisodeKey = tuple[str, str, int]  # benchmark, task, number
+Outcomes = dict[EpisodeKey, bool]
 
 
 def evaluate(

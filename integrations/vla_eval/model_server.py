@@ -52,7 +52,7 @@ ROTATION, GRIPPER, WIDTH = slice(3, 6), 6, 7  # of an action: displacement, rota
 
 
 @dataclasses.dataclass
-class Episode:
+class EpisodeState:
     """What is kept of an episode from one step of the policy to the next."""
 
     seed: int
@@ -124,7 +124,7 @@ class SqapModelServer(PredictModelServer):
         self._ensemble, self._cameras, self._state_format = ensemble, cameras, state_format
         self._rotation, self._gripper, self._seed = rotation, gripper, seed
         self._params = observation_params or {}
-        self._episodes: dict[str, Episode] = {}
+        self._episodes: dict[str, EpisodeState] = {}
         self._order_said = False
         warm_up(self.policy)  # vla-eval accepts connections as soon as this returns
 
@@ -154,7 +154,7 @@ class SqapModelServer(PredictModelServer):
         task = config.get("task", {})
         name, index = str(task.get("name", "")), int(task.get("episode_idx", 0))
         ensemble = None if self._ensemble is None else AdaptiveEnsemble(self._ensemble)
-        self._episodes[ctx.session_id] = Episode(episode_seed(self._seed, name, index), ensemble)
+        self._episodes[ctx.session_id] = EpisodeState(episode_seed(self._seed, name, index), ensemble)
         await super().on_episode_start(config, ctx)
 
     async def on_episode_end(self, result: dict[str, Any], ctx: SessionContext) -> None:
@@ -174,7 +174,7 @@ class SqapModelServer(PredictModelServer):
             {"actions": self._actions(episode, step)} for episode, step in zip(episodes, steps, strict=True)
         ]
 
-    def _episode(self, ctx: SessionContext) -> Episode:
+    def _episode(self, ctx: SessionContext) -> EpisodeState:
         if ctx.session_id not in self._episodes:
             raise InputError("an observation came before the start of its episode")
         return self._episodes[ctx.session_id]
@@ -205,7 +205,7 @@ class SqapModelServer(PredictModelServer):
             )
         return {camera: found[str(name)] for camera, name in zip(cameras, names, strict=True)}
 
-    def _actions(self, episode: Episode, step: Step) -> np.ndarray:
+    def _actions(self, episode: EpisodeState, step: Step) -> np.ndarray:
         """A chunk, or one action of an ensemble, as the benchmark takes it."""
         episode.memory, episode.calls = step.memory, episode.calls + 1
         actions = step.chunk if episode.ensemble is None else episode.ensemble.add(step.chunk)
