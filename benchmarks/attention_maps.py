@@ -27,7 +27,7 @@ from variants import ENV, FRAMES
 import sqap
 from sqap import environments
 from sqap.build import build_id
-from sqap.compress import model_inputs, ranking
+from sqap.compress import Ranker, model_inputs
 from sqap.environments.metaworld import MetaWorld
 from sqap.files import write_json
 from sqap.frames import collect_frames
@@ -90,8 +90,9 @@ def maps(policy: Policy, frames: list[Observation]) -> dict[str, dict[str, Tenso
     found: dict[str, dict[str, Tensor]] = {name: {} for name in CRITERIA}
     for quantization, settings in QUANTIZATIONS.items():
         small = policy if settings is None else sqap.compress(policy, Recipe(settings), calibration)
+        rank = Ranker(small.model, inputs)
         for name, pruning in CRITERIA.items():
-            scores = ranking(small.model, pruning, inputs).scores
+            scores = rank(pruning).scores
             found[name][quantization] = scores / scores.sum(1, keepdim=True)
     return found
 

@@ -29,13 +29,15 @@ from torch import Tensor, nn
 
 from sqap.benchmark.candidates import CANDIDATES, Subject, example, unpruned, weight_bytes
 from sqap.benchmark.shapes import SHAPES, random_policy
+from sqap.errors import InputError
 from sqap.files import write_json
 from sqap.graph import capture_cuda
 from sqap.kernels import Grids, Packed
 from sqap.kernels.gpu import GpuBackend, linear
+from sqap.kernels.gpu.backend import check_device
 from sqap.kernels.gpu.tiles import Tile
 from sqap.kernels.levels import level_range
-from sqap.models import DecoderConfig, DiffusionHeadConfig, ModelConfig, VisionConfig
+from sqap.models import DecoderConfig, DiffusionHeadConfig, ModelConfig, TokenHeadConfig, VisionConfig
 from sqap.models.stream import Stream
 from sqap.models.through import direct
 from sqap.policy import Policy
@@ -54,12 +56,15 @@ TILES = [
     Tile(16, 64, 256), Tile(32, 64, 256), Tile(32, 128, 128), Tile(64, 64, 128), Tile(64, 128, 128),
     Tile(64, 128, 128, 8), Tile(64, 256, 128, 8, 3), Tile(128, 128, 128, 8), Tile(128, 256, 64, 8, 3),
 ]  # fmt: skip
-TINY = ModelConfig(
-    (VisionConfig(28, 14, 64, 2, 2, 128),),
-    (64,),
-    DecoderConfig(64, 64, 5, 2, 2, 32, 128),
-    DiffusionHeadConfig(action_dim=4, horizon=4, width=64, depth=1, heads=2),
-)
+TINY = {
+    name: ModelConfig(
+        (VisionConfig(28, 14, 64, 2, 2, 128),), (64,), DecoderConfig(64, 64, 5, 2, 2, 32, 128), head
+    )
+    for name, head in (
+        ("tiny", DiffusionHeadConfig(action_dim=4, horizon=4, width=64, depth=1, heads=2)),
+        ("tiny tokens", TokenHeadConfig(action_dim=3, vocabulary=64, bins=9, last_token=60)),
+    )
+}
 started = time.monotonic()
 
 
@@ -173,7 +178,9 @@ def step(policy: Policy, graph: bool) -> dict[str, Any]:
     observation = example(policy)
     given = policy._prepare(observation, 0, None).to(lambda x: x.to(DEVICE))
     policy.to(DEVICE, graph=graph)
+    held = 0  # what forms measured before have left: their graphs, and weights that this one does not have
     if not DRY:
+        held = torch.cuda.memory_allocated() - weight_bytes(policy)
         torch.cuda.reset_peak_memory_stats()
     with torch.inference_mode():
         policy.step(observation, seed=0)
@@ -184,7 +191,7 @@ def step(policy: Policy, graph: bool) -> dict[str, Any]:
             policy.step(observation, seed=seed)
             walls.append(1e3 * (time.perf_counter() - begin))
         row["called"] = percentiles(walls)
-        row["peak_bytes"] = 0 if DRY else torch.cuda.max_memory_allocated()
+        row["peak_bytes"] = 0 if DRY else torch.cuda.max_memory_allocated() - held
         row["weight_bytes"] = weight_bytes(policy)
         if graph:
             row["stages_ms"] = stages(policy, [given])
@@ -215,7 +222,7 @@ def fresh(state: Any) -> Any:
 
 def steps() -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for shape, config in ({"tiny": TINY} if DRY else SHAPES).items():
+    for shape, config in (TINY if DRY else SHAPES).items():
         found[shape] = attempt(partial(forms, config))
         say(shape, {name: value for name, value in found[shape].items() if not isinstance(value, dict)})
         if not DRY:
@@ -290,6 +297,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--dry", action="store_true", help="small sizes on the CPU, in Triton's interpreter")
     path, report = parser.parse_args().json, {}
+    try:
+        check_device(DEVICE)
+    except InputError as problem:
+        sys.exit(f"{problem}; --dry runs all of it small on one")
     report["versions"] = {"torch": torch.__version__, "triton": triton.__version__}
     report["gpu"] = None if DRY else torch.cuda.get_device_name()
     usual = linear.choose

@@ -44,6 +44,7 @@ from sqap.observation import Observation
 from sqap.policy import Policy, Step
 from sqap.process import available_cores
 from sqap.serving import AsyncPolicyClient, Limits, PolicyClient, Refused, ServerSettings, run
+from sqap.serving.engine import noise
 
 WARM_UP_SECONDS = 1.0
 SAMPLES = 40  # of the server's memory in a run
@@ -82,17 +83,10 @@ class Seen:
 
     round_trips: list[float] = field(default_factory=list)
     beyond: list[float] = field(default_factory=list)
-    batches: list[float] = field(default_factory=list)
+    infer: list[float] = field(default_factory=list)
+    batches: list[int] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)  # of the server, in bytes
     refusals: int = 0
-
-
-def noise(policy: Policy, seed: int = 0) -> Observation:
-    """An observation of the size that the policy's camera has."""
-    size = policy.config.model.vision[0].image_size
-    image = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    state = np.zeros(policy.config.state_dim) if policy.config.state_dim else None
-    return Observation(dict.fromkeys(policy.config.cameras, image), "open the drawer", state)
 
 
 def serve(source: str, candidate: Candidate, robots: int, threads: int, pipe: Connection) -> None:
@@ -157,7 +151,8 @@ async def robot(url: str, observation: Observation, until: float, period: float,
             took, timing = 1e3 * (time.monotonic() - begin), reply.timing
             seen.round_trips.append(took)
             seen.beyond.append(took - timing["queue_ms"] - timing["infer_ms"])
-            seen.batches.append(timing["batch"])
+            seen.infer.append(timing["infer_ms"])
+            seen.batches.append(int(timing["batch"]))
             due = max(due + period, time.monotonic())
             if period:
                 await asyncio.sleep(due - time.monotonic())

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 import sqap.environments  # noqa: F401 - before any test imports MuJoCo, which then reads MUJOCO_GL
 from sqap import Camera, Observation, Policy
 from sqap.config import PolicyConfig
+from sqap.evaluation import settings as evaluation_settings
 from sqap.models import VLA, DecoderConfig, DiffusionHeadConfig, ModelConfig, VisionConfig
 from sqap.processing import Clamp, Range, stretched
 
@@ -32,6 +33,13 @@ settings.register_profile(
     derandomize=True,
     phases=(Phase.explicit, Phase.generate),
 )
+
+# The disk takes 5 to 30 ms to confirm a file, and tests write thousands. Which files are confirmed, in what
+# order, is tested with functions that record it (test_files.py, test_native.py, test_log.py).
+os.fsync = lambda descriptor: None
+
+# `make test` has a process for every core; a worker of `sqap eval` with as many threads waits for itself.
+evaluation_settings.available_cores = lambda: 1
 
 CAMERA = "corner2"
 MakeObservation = Callable[..., Observation]

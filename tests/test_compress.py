@@ -30,11 +30,15 @@ def frames(observe):
 
 
 def test_the_presets_pack_all_linears_but_the_actions_own(policy, frames):
-    for recipe in (Recipe.w4a8(), Recipe.w4a4()):
+    for recipe, stored in (
+        (Recipe.w4a8(), torch.uint8),
+        (Recipe.w4a4(), torch.uint8),
+        (Recipe.w8a8(), torch.int8),
+    ):
         small = sqap.compress(policy, recipe, frames)
         floats = [r.name for r in list_linears(small.model) if not r.quantized]
         assert floats == ["head.x_embedder", "head.final_layer"]
-        assert small.model.decoder.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+        assert small.model.decoder.layers[0].mlp.up_proj.weight.dtype == stored
 
 
 def test_the_paper_packs_the_decoder_and_nothing_else(policy, frames):

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, processors
 
 from sqap import Camera, Observation, Policy
 from sqap.errors import InputError, NonFiniteActionError
-from sqap.policy import hash_frames
+from sqap.observation import hash_frames
 from sqap.processing import (
     Binarize,
     Clamp,

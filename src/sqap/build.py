@@ -10,7 +10,7 @@ import torch
 
 from sqap.kernels import cpu
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 PACKAGE = Path(__file__).parent
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 
@@ -19,10 +20,11 @@ from sqap.errors import InputError
 from sqap.models import VLA, ModelInputs, empty_model
 from sqap.models.stages import fill_around, stages, widen_around
 from sqap.models.storage import Rounded, Weights, check_finite, hash_tensors, round_to_storage
-from sqap.observation import Observation
-from sqap.policy import Policy, check_pruning, hash_frames
+from sqap.observation import Observation, hash_frames
+from sqap.policy import Policy
 from sqap.pruning.attention import score_layers, score_queries
 from sqap.pruning.calibration import attention_scores, choose_k, overlap_curve
+from sqap.pruning.check import check_pruning
 from sqap.pruning.lookahead import affordable, choose_layers, later_attention, recall
 from sqap.quantization import Partial, quantize_model, share
 from sqap.recipe import Pruning, Recipe
@@ -83,7 +85,9 @@ def _compress(
     original = policy.model if weights is None else empty_model(policy.config.model)
     check_finite(original, InputError)
     # First, while there is no compressed model in memory.
-    full = _ranking(original, recipe.pruning, inputs, weights)
+    pruning, full = recipe.pruning, None
+    if frames and _is_ranked(pruning):
+        full = Ranker(original, inputs, weights)(pruning)
     if recipe.quantization is not None:
         if partial is not None:
             partial.begin(_key(policy, recipe, frames, inputs))
@@ -102,12 +106,11 @@ def _compress(
     small = Policy(model, config, policy.tokenizer, recipe, weights=left, origin=policy.origin)
     calibration = None
     if frames and recipe != Recipe():
-        calibration = _calibrate(small, frames, inputs, full)
+        calibration = _calibrate(small, frames, Ranker(model, inputs, left), full)
     source = policy.fingerprint if weights is None else weights.fingerprint
     return dataclasses.replace(small, calibration=calibration, source=source)
 
 
-@defaults()
 def reprune(
     policy: Policy, small: Policy, pruning: Pruning | None, frames: Sequence[Observation] = ()
 ) -> Policy:
@@ -122,15 +125,33 @@ def reprune(
     Raises:
         InputError: the setting does not fit the policy, or frames are needed.
     """
-    recipe = dataclasses.replace(small.recipe, pruning=pruning)
-    _check(policy, Recipe(pruning=pruning), frames)
-    _check_device(small)
-    inputs = [model_inputs(policy, frame, seed) for seed, frame in enumerate(frames)]
-    full = _ranking(policy.model, pruning, inputs, policy.weights)
-    other = dataclasses.replace(small, recipe=recipe, calibration=None, fingerprint=None)
-    if not frames:
-        return other
-    return dataclasses.replace(other, calibration=_calibrate(other, frames, inputs, full))
+    return Repruner(policy, small, frames).prune(pruning)
+
+
+class Repruner:
+    """`reprune` for many settings: what several of them measure on the frames is measured once.
+
+    Args are those of `reprune`.
+    """
+
+    @defaults()
+    def __init__(self, policy: Policy, small: Policy, frames: Sequence[Observation] = ()) -> None:
+        _check_device(small)
+        self._policy, self._small, self._frames = policy, small, frames
+        self._inputs = [model_inputs(policy, frame, seed) for seed, frame in enumerate(frames)]
+        self._full = Ranker(policy.model, self._inputs, policy.weights)
+        self._quantized = Ranker(small.model, self._inputs, small.weights)
+
+    @defaults()
+    def prune(self, pruning: Pruning | None) -> Policy:
+        """The compressed policy with another pruner, or none. Raises as `reprune` does."""
+        _check(self._policy, Recipe(pruning=pruning), self._frames)
+        recipe = dataclasses.replace(self._small.recipe, pruning=pruning)
+        other = dataclasses.replace(self._small, recipe=recipe, calibration=None, fingerprint=None)
+        if not self._frames:
+            return other
+        full = self._full(pruning) if _is_ranked(pruning) else None
+        return dataclasses.replace(other, calibration=_calibrate(other, self._frames, self._quantized, full))
 
 
 def model_inputs(policy: Policy, frame: Observation, seed: int) -> ModelInputs:
@@ -153,54 +174,62 @@ class Ranking:
     recall: float | None = None
 
 
-def ranking(
-    model: VLA,
-    pruning: Pruning,
-    inputs: Sequence[ModelInputs],
-    weights: Weights | None = None,
-    layers: tuple[int, ...] | None = None,
-) -> Ranking:
-    """How ``pruning``, of method "sqap", "attention" or "lookahead", would rank tokens by ``model``.
+class Ranker:
+    """How pruners of method "sqap", "attention" or "lookahead" would rank tokens by ``model``.
 
     In float32, whatever the types of ``model``; where there are ``weights``, by them instead of its own.
 
     Args:
         model: the policy's network.
-        pruning: the criterion.
         inputs: one observation each.
         weights: where the model's are, if they are not in it.
-        layers: to look ahead at, where they are known; else they are chosen.
     """
-    model = share(model) if weights is None else empty_model(model.config)
-    widen_around(model, [stage for _, stage in stages(model)])
-    if weights is not None:
-        fill_around(model, weights)
-    if pruning.method != "lookahead":
-        queries = score_queries(pruning, model.config)
-        return Ranking(attention_scores(model, inputs, score_layers(pruning), queries, weights))
-    layers = layers or pruning.score_layers
-    if layers is not None and weights is None:
-        return Ranking(later_attention(model, inputs, pruning, layers=layers)[0].mean(0), layers)
-    looked, attended = later_attention(model, inputs, pruning, weights)
-    k, first = pruning.budget(model.config.grid**2), pruning.last_layer
-    if layers is None:
-        found = choose_layers(looked, attended, k, affordable(pruning, model.config.decoder))
-        layers = tuple(first + i for i in found)
-    looked = looked[[layer - first for layer in layers]]
-    return Ranking(looked.mean(0), layers, recall(looked, attended, k))
+
+    def __init__(self, model: VLA, inputs: Sequence[ModelInputs], weights: Weights | None = None) -> None:
+        self._model = share(model) if weights is None else empty_model(model.config)
+        self._inputs, self._weights = inputs, weights
+        self._later: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        widen_around(self._model, [stage for _, stage in stages(self._model)])
+        if weights is not None:
+            fill_around(self._model, weights)
+
+    def __call__(self, pruning: Pruning, layers: tuple[int, ...] | None = None) -> Ranking:
+        """The ranking by ``pruning``. ``layers`` to look ahead at are chosen where they are not given."""
+        config = self._model.config
+        if pruning.method != "lookahead":
+            queries = score_queries(pruning, config)
+            layers_read = score_layers(pruning)
+            return Ranking(attention_scores(self._model, self._inputs, layers_read, queries, self._weights))
+        layers = layers or pruning.score_layers
+        if layers is not None and self._weights is None:
+            return Ranking(self._attention(pruning, layers)[0].mean(0), layers)
+        looked, attended = self._attention(pruning)
+        k, first = pruning.budget(config.grid**2), pruning.last_layer
+        if layers is None:
+            found = choose_layers(looked, attended, k, affordable(pruning, config.decoder))
+            layers = tuple(first + i for i in found)
+        looked = looked[[layer - first for layer in layers]]
+        return Ranking(looked.mean(0), layers, recall(looked, attended, k))
+
+    def _attention(
+        self, pruning: Pruning, layers: tuple[int, ...] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`later_attention`, which the budget has no part in, once for each place of the last cut."""
+        key = pruning.last_layer, score_queries(pruning, self._model.config), layers
+        if key not in self._later:
+            self._later[key] = later_attention(
+                self._model, self._inputs, pruning, self._weights, layers=layers
+            )
+        return self._later[key]
 
 
-def _ranking(
-    original: VLA, pruning: Pruning | None, inputs: list[ModelInputs], weights: Weights | None
-) -> Ranking | None:
-    """How the uncompressed policy would rank its tokens, if calibration has a say in that."""
-    if not inputs or pruning is None or pruning.method not in SHARED:
-        return None
-    return ranking(original, pruning, inputs, weights)
+def _is_ranked(pruning: Pruning | None) -> TypeGuard[Pruning]:
+    """Whether calibration has a say in how many tokens the ranking takes."""
+    return pruning is not None and pruning.method in SHARED
 
 
 def _calibrate(
-    small: Policy, frames: Sequence[Observation], inputs: list[ModelInputs], full: Ranking | None
+    small: Policy, frames: Sequence[Observation], quantized: Ranker, full: Ranking | None
 ) -> Calibration:
     """Find the largest k whose quantized top k still agrees with full precision.
 
@@ -211,8 +240,7 @@ def _calibrate(
         return found
     share = pruning.top_share if full.recall is None else min(pruning.top_share, full.recall)
     limit = round(share * pruning.budget(small.config.model.grid**2))
-    quantized = ranking(small.model, pruning, inputs, small.weights, full.layers)
-    curve = overlap_curve(full.scores, quantized.scores)[:limit]
+    curve = overlap_curve(full.scores, quantized(pruning, full.layers).scores)[:limit]
     top_k = choose_k(curve, pruning.overlap)
     overlap = float(curve[top_k - 1]) if top_k else 0.0
     return dataclasses.replace(found, top_k=top_k, overlap=overlap, layers=full.layers, recall=full.recall)

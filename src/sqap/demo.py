@@ -24,7 +24,8 @@ from sqap.recipe import Recipe
 from sqap.report import tables
 from sqap.report.comparison import label, record_comparison
 from sqap.report.evidence import paired_success
-from sqap.report.video import compose, write_picture, write_video
+from sqap.report.panes import compose
+from sqap.report.video import write_picture, write_video
 
 SOURCE = "reference"
 ENV = "metaworld"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -99,6 +101,26 @@ def feature_name(camera: str) -> str:
 def find_camera(camera: str, names: Collection[str]) -> str | None:
     """The one of ``names`` that a policy's ``camera`` is: it itself, or else its short name; None if none."""
     return next((name for name in (camera, short_name(camera)) if name in names), None)
+
+
+def hash_frames(frames: Sequence[Observation]) -> str:
+    """SHA-256 over what calibration reads of observations: images, their shapes, instructions and states.
+
+    Not over camera matrices and the end effector's position: calibration looks at neither.
+    """
+    digest = hashlib.sha256()
+
+    def add(kind: str, shape: tuple[int, ...], content: bytes) -> None:
+        # How long everything is comes first, so that no two sequences of parts run together.
+        digest.update(json.dumps([kind, shape, len(content)]).encode() + content)
+
+    for frame in frames:
+        add("instruction", (), frame.instruction.encode())
+        for name in sorted(frame.images):
+            add(f"image {name}", frame.images[name].shape, frame.images[name].tobytes())
+        if frame.state is not None:
+            add("state", frame.state.shape, frame.state.tobytes())
+    return digest.hexdigest()
 
 
 def _check_image(name: str, image: object) -> None:

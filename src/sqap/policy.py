@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,23 +14,24 @@ from tokenizers import Tokenizer
 
 from sqap.config import Calibration, Origin, PolicyConfig
 from sqap.defaults import defaults
-from sqap.errors import InputError, NonFiniteActionError
+from sqap.errors import NonFiniteActionError
 from sqap.given import Given, Outcome
 from sqap.graph import Feed, Graphs, fetch, running
 from sqap.kernels.gpu.backend import check_device, load, reference
-from sqap.models import VLA, ModelConfig, ModelInputs
+from sqap.models import VLA, ModelInputs
 from sqap.models.stages import stages
 from sqap.models.storage import Rounded, Weights, fill, narrow, unify, widen
 from sqap.models.through import Through, direct
-from sqap.observation import Observation, find_camera
-from sqap.processing import normalize_state, pixel_values, prompt_ids, unnormalize, window
+from sqap.observation import Observation
+from sqap.prepare import find_effector, prepare, read_images, read_state
+from sqap.processing import unnormalize
 from sqap.pruning import Selection, Selector, StepPruner
 from sqap.pruning.attention import score_queries
-from sqap.pruning.geometry import project
+from sqap.pruning.check import check_pruning
 from sqap.pruning.lookahead import layers_to_look_at
 from sqap.pruning.memory import Memory
 from sqap.pruning.step import draw
-from sqap.recipe import Pruning, Recipe
+from sqap.recipe import Recipe
 
 # Weights read, and weights in all.
 Progress = Callable[[int, int], None]
@@ -227,7 +226,7 @@ class Policy:
         inputs = self.inputs(observation, generator)
         if self.selector is None:
             return Given(inputs, (), (), None, generator)
-        targets = tuple(self._target(observation, camera) for camera in self.config.cameras)
+        targets = tuple(find_effector(observation, camera, self.config) for camera in self.config.cameras)
         draws = draw(self.selector, targets, generator, memory)
         return Given(inputs, targets, draws, memory, generator)
 
@@ -250,43 +249,19 @@ class Policy:
     def inputs(self, observation: Observation, generator: torch.Generator) -> ModelInputs:
         """What the model is given for an observation, with noise where it starts from noise; on the CPU.
 
-        Floats are float32 whatever the model computes in.
-
         Raises:
             InputError: the observation lacks an image or the state that the policy reads, or the tokenizer
                 makes nothing of its instruction that the model can read.
         """
-        config, head = self.config, self.config.model.head
-        state = self.proprio(observation)
-        told = state[0].numpy() if state is not None and config.prompt.tells_state else None
-        ids = prompt_ids(observation.instruction, config.prompt, self.tokenizer, told)
-        _check_ids(ids, config.model)
-        noise = None
-        if head.noisy:
-            shape = 1, head.horizon, head.action_dim
-            noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-        return ModelInputs(self.pixels(observation), ids, noise, state if told is None else None)
+        return prepare(observation, self.config, self.tokenizer, generator)
 
     def pixels(self, observation: Observation) -> list[torch.Tensor]:
         """The images as the model sees them, one ``(cameras, 3, size, size)`` tensor per vision encoder."""
-        names = [find_camera(camera, observation.images) for camera in self.config.cameras]
-        images = [observation.images[name] for name in names if name is not None]
-        if len(images) < len(names):
-            lacking, wanted = self.config.cameras[names.index(None)], ", ".join(self.config.cameras)
-            raise InputError(
-                f"the policy reads camera {lacking!r}; the observation has {sorted(observation.images)}, and "
-                f"the policy's cameras are {wanted}: name the images so, or load the published policy with "
-                "the observation's names as its cameras (--cameras)"
-            )
-        return [torch.cat([pixel_values(image, steps) for image in images]) for steps in self.config.images]
+        return read_images(observation, self.config)
 
     def proprio(self, observation: Observation) -> torch.Tensor | None:
         """The normalised state ``(1, proprio_dim)``, of policies that read it or are told it in words."""
-        if self.config.state is None:
-            return None
-        if observation.state is None:
-            raise InputError("the policy reads the robot's state; the observation has none")
-        return normalize_state(observation.state, self.config.state)
+        return read_state(observation, self.config)
 
     @property
     def device(self) -> torch.device:
@@ -315,7 +290,7 @@ class Policy:
         there = torch.device(device)
         check_device(there)
         if there.type == "cuda" and self.recipe.quantization is not None and not reference():
-            load()  # before anything draws
+            load()  # what is missing is said before anything is moved
         self._device = there
         self._graphs = Graphs(self._device) if graph and self._device.type == "cuda" else None
         if self.weights is None or self._loaded:
@@ -418,43 +393,6 @@ class Policy:
         chance = given.targets, given.generator, given.memory
         return self.pruner(self.selector, *sequence, *chance, self.device, given.draws)
 
-    def _target(self, observation: Observation, camera: str) -> tuple[float, float] | None:
-        """Where the end effector is in what is looked at of a camera's image, if the observation tells."""
-        name = find_camera(camera, observation.cameras)
-        if name is None or observation.end_effector is None:
-            return None
-        shape = observation.images[name].shape[:2]
-        place = project(observation.cameras[name], observation.end_effector, shape)
-        return None if place is None else window(self.config.images[0], shape).into(place)
-
-
-def check_pruning(pruning: Pruning, config: ModelConfig) -> None:
-    """Make sure that a pruner's layers and budgets fit the model.
-
-    Raises:
-        InputError: with the first problem.
-    """
-    depth = config.decoder.depth
-    if pruning.last_layer >= depth:
-        raise InputError(
-            f"pruning after layer {pruning.last_layer} would save nothing: the decoder has {depth} layers"
-        )
-    pruning.budget(config.grid**2)
-    layers_to_look_at(pruning, config.decoder)
-    score_queries(pruning, config)
-
-
-def _check_ids(ids: torch.Tensor, config: ModelConfig) -> None:
-    """Make sure that the model embeds the token ids ``(1, tokens)``, and has one for either end."""
-    highest, least = int(ids.max()) if ids.numel() else 0, config.least_text
-    if highest >= config.decoder.vocabulary:
-        raise InputError(
-            f"the tokenizer makes token {highest} of the instruction, but the model embeds tokens up to "
-            f"{config.decoder.vocabulary - 1}"
-        )
-    if ids.shape[1] < least:
-        raise InputError(f"the tokenizer makes {ids.shape[1]} tokens of the instruction; {least} are needed")
-
 
 def _check_actions(actions: np.ndarray) -> None:
     """Make sure that a chunk ``(horizon, action_dim)`` is finite."""
@@ -463,23 +401,3 @@ def _check_actions(actions: np.ndarray) -> None:
             f"dimension {dimension} of action {step} would be {actions[step, dimension]}, which no robot may "
             "be given: the policy's weights and this observation lead out of the range of its numbers"
         )
-
-
-def hash_frames(frames: Sequence[Observation]) -> str:
-    """SHA-256 over what calibration reads of observations: images, their shapes, instructions and states.
-
-    Not over camera matrices and the end effector's position: calibration looks at neither.
-    """
-    digest = hashlib.sha256()
-
-    def add(kind: str, shape: tuple[int, ...], content: bytes) -> None:
-        # How long everything is comes first, so that no two sequences of parts run together.
-        digest.update(json.dumps([kind, shape, len(content)]).encode() + content)
-
-    for frame in frames:
-        add("instruction", (), frame.instruction.encode())
-        for name in sorted(frame.images):
-            add(f"image {name}", frame.images[name].shape, frame.images[name].tobytes())
-        if frame.state is not None:
-            add("state", frame.state.shape, frame.state.tobytes())
-    return digest.hexdigest()

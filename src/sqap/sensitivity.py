@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from sqap.compress import Ranking, compress, model_inputs, ranking
+from sqap.compress import Ranker, Ranking, compress, model_inputs
 from sqap.config import PolicyConfig
 from sqap.errors import InputError
 from sqap.models.stages import stages
@@ -127,7 +127,7 @@ class Replay:
         if self.pruning is None or self.pruning.method not in (*SHARED, "attention"):
             return None
         inputs = [model_inputs(self.policy, frame, seed) for seed, frame in enumerate(self.frames)]
-        return ranking(policy.model, self.pruning, inputs, policy.weights, layers)
+        return Ranker(policy.model, inputs, policy.weights)(self.pruning, layers)
 
 
 def compare_options(

@@ -42,6 +42,8 @@ def test_the_command_times_every_candidate(saved: Path, tmp_path: Path) -> None:
     assert list(report["candidates"]) == ["sqap", "torch-fp32", "torch-int8", "sqap-unpruned"]
     for row in report["candidates"].values():
         assert 0 < row["min_ms"] <= row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
+        assert len(row["step_ms"]) == 3
+        assert row["p50_ms"] == pytest.approx(sorted(row["step_ms"])[1], abs=1e-3)
         stages = row["stages_ms"]
         assert list(stages) == ["preprocess", "vision", "projector", "decoder", "selection", "head"]
         assert all(ms >= 0 for ms in stages.values())

@@ -17,7 +17,7 @@ from sqap.config import PolicyConfig
 from sqap.errors import CheckpointError
 
 from .conftest import Load, Publish
-from .test_openvla import edit, rewrite, stored
+from .edits import edit, rewrite, stored
 
 KEY = "bridge_orig"
 PROCESSOR = "preprocessor_config.json"

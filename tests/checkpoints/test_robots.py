@@ -21,8 +21,8 @@ from sqap.config import PolicyConfig
 from sqap.errors import CheckpointError
 
 from .conftest import Publish
+from .edits import edit
 from .test_compress_published import observation
-from .test_openvla import edit
 from .test_openvla_oft import component
 
 CAMERAS = ("front", "wrist")

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sqap.checkpoints import tensors as tensor_files
-from sqap.checkpoints.tensors import TensorFile, TensorInfo, open_safetensors, safetensors_file, torch_file
-from sqap.checkpoints.weights import Part, Source, TensorSet, Weights, without_batch
+from sqap.checkpoints.pickles import torch_file
+from sqap.checkpoints.tensors import TensorFile, TensorInfo, open_safetensors, safetensors_file
+from sqap.checkpoints.weights import CheckpointWeights, Part, Source, TensorSet, without_batch
 from sqap.errors import CheckpointError
 
 MAPS = Path("/proc/self/maps")
@@ -221,7 +222,7 @@ def test_names_that_cannot_be_printed_are_quoted(tmp_path):
     save_file({"": STATE["a"], "two\nlines": STATE["a"] + 1}, tmp_path / "a.safetensors")
     tensors = TensorSet(tmp_path, [Part(safetensors_file(tmp_path / "a.safetensors"))])
     with pytest.raises(CheckpointError) as error:
-        Weights(tensors, {}, {})
+        CheckpointWeights(tensors, {}, {})
     assert str(error.value).endswith(r"not known: '', 'two\nlines'")
 
 
@@ -341,10 +342,10 @@ def test_an_index_leads_nowhere_else(shards, name):
         open_safetensors(shards)
 
 
-def weights(directory: Path, table: dict, shapes: dict, unused: tuple = ()) -> Weights:
+def weights(directory: Path, table: dict, shapes: dict, unused: tuple = ()) -> CheckpointWeights:
     save_file(STATE, directory / "state.safetensors")
     tensors = TensorSet(directory, [Part(safetensors_file(directory / "state.safetensors"))])
-    return Weights(tensors, table, shapes, unused)
+    return CheckpointWeights(tensors, table, shapes, unused)
 
 
 def test_our_names_stand_for_theirs(tmp_path):

@@ -160,7 +160,8 @@ def test_a_published_original_is_the_baseline_of_its_own_compression(original, t
     assert "name one as unnorm_key: one, two" in run(*pair, code=1)
     out = run("eval", "small", "--tasks", "door-open", "--episodes", 1, *read, code=1)
     assert "--unnorm-key and --cameras: a choice of how published policies are read" in out
-    bench = run("bench", original, "--steps", 1, "--warmups", 0, "--vs", "", "--recipe", "r.json", *read)
+    once = "--steps", 1, "--warmups", 0, "--threads", 1
+    bench = run("bench", original, *once, "--vs", "", "--recipe", "r.json", *read)
     assert "sqap" in bench
     assert len({fingerprint(original, Choices(unnorm_key=key)) for key in ("one", "two")}) == 2
     run("sensitivity", original, "--recipe", "r.json", "--frames-from", "frames", *read)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from sqap.errors import InputError
 from sqap.frames import read_directory
-from sqap.policy import hash_frames
+from sqap.observation import hash_frames
 
 
 @pytest.fixture

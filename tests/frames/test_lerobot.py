@@ -12,7 +12,7 @@ from frame_samples import AV1, H264, identify, picture_number, write_dataset, wr
 
 from sqap.errors import InputError
 from sqap.frames import read_dataset
-from sqap.policy import hash_frames
+from sqap.observation import hash_frames
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

@@ -20,7 +20,7 @@ import sqap.frames
 from sqap import Observation, Recipe
 from sqap.errors import InputError
 from sqap.frames import read_frames
-from sqap.policy import hash_frames
+from sqap.observation import hash_frames
 from sqap.processing import Range
 
 CAMERA = "corner2"  # of the policy in small

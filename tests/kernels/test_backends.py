@@ -32,7 +32,7 @@ class Layer:
     def __init__(self, spec: LayerSpec) -> None:
         self.spec, self.calls = spec, 0
 
-    def takes(self, x: Tensor, first: int = 0) -> bool:
+    def takes(self, x: Tensor, first: int = 0, past: int = 0) -> bool:
         return x.dtype == torch.bfloat16
 
     def __call__(
@@ -118,7 +118,7 @@ def test_the_first_that_fits_multiplies(seat: Seat) -> None:
 def test_the_cpu_can_be_left_to_pytorch(path: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "chosen", lambda: path)
     assert linear().backend.name == name
-    assert isinstance(linear().bound(), cpu.Linear) == (path == "portable")
+    assert isinstance(linear().bound(), cpu.CpuLinear) == (path == "portable")
 
 
 def test_a_layer_runs_where_its_linears_are(seat: Seat) -> None:

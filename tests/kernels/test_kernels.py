@@ -69,10 +69,10 @@ def test_products_are_exact_however_many_threads(path: str, threads: int) -> Non
 
 def bound(
     path: str, channels: int, bits: int, symmetric: bool, size: int, block: int = 1, outputs: int = 1
-) -> cpu.Linear:
+) -> cpu.CpuLinear:
     """A linear with weights of 8 bits, all scales one."""
     weight = random_levels(-127, 127, 0, outputs, channels)
-    return cpu.Linear(Packed(weight, torch.ones(1, 1), None, Grids(8, bits, symmetric, size, block)), path)
+    return cpu.CpuLinear(Packed(weight, torch.ones(1, 1), None, Grids(8, bits, symmetric, size, block)), path)
 
 
 @st.composite

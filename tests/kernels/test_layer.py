@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 
 from sqap.kernels import cpu
 from sqap.kernels.backend import LayerSpec, Norm
-from sqap.kernels.cpu.layer import Layer
+from sqap.kernels.cpu.layer import CpuLayer
 from sqap.kernels.hadamard import Hadamard
 from sqap.models.config import DecoderConfig, VisionConfig
 from sqap.models.decoder import Decoder, DecoderLayer, rope_angles
@@ -151,6 +152,57 @@ def test_an_encoder_block(path: str, layer: nn.Module) -> None:
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("width", [8, 40, 64, 72])
+@pytest.mark.parametrize("tokens", [1, 31, 33, 300])
+def test_an_encoder_of_any_size(path: str, tokens: int, width: int) -> None:
+    """Of few keys and of several blocks of them; a head's channels fill no whole register, or just one."""
+    torch.manual_seed(tokens)
+    layer = quantize(Block(replace(VISION, width=2 * width), 0))
+    flat = (20 / (0.18 * width**1.5)) ** 0.5  # scores whose standard deviation is 20: e^score would overflow
+    layer.attn.qkv.scale *= torch.tensor([flat, flat, 1]).repeat_interleave(2 * width)[:, None]
+    layer.attn.qkv.bias.zero_()
+    x = torch.randn(2, tokens, 2 * width)
+    done = run_fused(layer, x)
+    assert done is not None
+    assert_near(done[0], layer(x))
+
+
+def test_what_attention_rounds_is_little_beside_what_weights_of_four_bits_do(path: str) -> None:
+    torch.manual_seed(0)
+    layer = Block(replace(VISION, width=128, mlp_width=256, layer_scale=False), 0).requires_grad_(False)
+    x = torch.randn(1, 300, 128)
+    exact = layer(x) - x
+    for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+        owner, _, attribute = name.rpartition(".")
+        linear = QuantizedLinear.from_linear(layer.get_submodule(name), Scheme(4, 8))
+        setattr(layer.get_submodule(owner), attribute, linear)
+    done, expected = run_fused(layer, x), layer(x)
+    assert done is not None
+    assert float((done[0] - expected).norm()) < 0.1 * float((expected - x - exact).norm())
+
+
+def test_an_encoder_says_the_same_with_any_number_of_threads(path: str) -> None:
+    """Bit for bit, though more threads share the queries of a head differently."""
+    torch.manual_seed(0)
+    layer, x, before = quantize(Block(VISION, 0)), torch.randn(1, 200, 48), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            found.append(run_fused(layer, x))
+    finally:
+        torch.set_num_threads(before)
+    assert all(done is not None and torch.equal(done[0], found[0][0]) for done in found)
+
+
+def test_what_is_no_number_stays_none_in_an_encoder(path: str) -> None:
+    x = torch.randn(1, 40, 48)
+    x[0, 7, 3] = torch.nan
+    done = run_fused(quantize(Block(VISION, 0)), x)
+    assert done is not None
+    assert done[0].isnan().all()
+
+
 def test_every_path_runs_a_layer(path: str) -> None:
     torch.manual_seed(0)
     layer, config = decoder_layer()
@@ -241,7 +293,7 @@ def test_tensors_that_do_not_fit_the_layer_are_refused(path: str) -> None:
 
 
 def test_a_layer_of_parts_that_do_not_fit_is_refused(path: str) -> None:
-    def linear(inputs: int, outputs: int) -> cpu.Linear:
+    def linear(inputs: int, outputs: int) -> cpu.CpuLinear:
         return QuantizedLinear(inputs, outputs, W8A8).bound()
 
     norms = (Norm(None, None, 1e-6),) * 2
@@ -250,7 +302,7 @@ def test_a_layer_of_parts_that_do_not_fit_is_refused(path: str) -> None:
         "up": [linear(16, 24), linear(16, 24)], "down": linear(24, 16), "norms": norms,
         "gains": (None, None), "function": "silu", "heads": (4, 2, 8), "causal": True,
     }  # fmt: skip
-    Layer(LayerSpec(**good))
+    CpuLayer(LayerSpec(**good))
     for name, value, sentence in (
         ("inputs", [linear(16, 32), linear(16, 16), linear(16, 24)], "do not fit the heads"),
         ("inputs", [linear(16, 56)], "do not fit the heads"),
@@ -265,7 +317,7 @@ def test_a_layer_of_parts_that_do_not_fit_is_refused(path: str) -> None:
         ("gains", (torch.ones(16, dtype=torch.float64), None), "contiguous float32"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            Layer(LayerSpec(**{**good, name: value}))
+            CpuLayer(LayerSpec(**{**good, name: value}))
 
 
 def test_keys_and_values_are_kept_for_later_tokens() -> None:

@@ -16,7 +16,7 @@ from sqap.cli import app
 from sqap.errors import InputError
 from sqap.kernels import cpu
 from sqap.kernels.cpu.check import difference
-from sqap.kernels.cpu.layer import Layer
+from sqap.kernels.cpu.layer import CpuLayer
 
 PATHS = [path for path in cpu.paths() if path != cpu.REFERENCE]
 FASTEST, NEXT = (*PATHS, cpu.REFERENCE)[:2]
@@ -86,43 +86,43 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any], str]] = {
         "products with 8-bit weights",
     ),
     "zero points": (
-        cpu.Linear,
+        cpu.CpuLinear,
         "quantize",
         wrong_quantize,
         "a W4A8 linear, scales per channel and per token with zero points",
     ),
     "one output": (
-        cpu.Linear,
+        cpu.CpuLinear,
         "__call__",
         lambda y, *_: y.view(-1)[-1:].mul_(1.0001) is None or y,
         "a W4A8 linear, scales per channel and per token",
     ),
     "no number": (
-        cpu.Linear,
+        cpu.CpuLinear,
         "__call__",
         lambda y, *_: y.view(-1)[-1:].fill_(torch.nan) is None or y,
         "a W4A8 linear, scales per channel and per token",
     ),
     "many tokens": (
-        cpu.Linear,
+        cpu.CpuLinear,
         "__call__",
         lambda y, *_: one_more(y) if len(y) > 4 else y,
         "a W4A8 linear, scales per channel and per token",
     ),
     "a function": (
-        cpu.Linear,
+        cpu.CpuLinear,
         "__call__",
         lambda y, linear, x, function="none", *_: y * 1.1 if function == "gelu" else y,
         "a linear behind the function 'gelu'",
     ),
     "scores": (
-        Layer,
+        CpuLayer,
         "__call__",
         lambda result, *_: (result[0], result[1] if result[1] is None else result[1].roll(1)),
         "a decoder layer",
     ),
     "an encoder": (
-        Layer,
+        CpuLayer,
         "__call__",
         lambda result, layer, *rest: (result[0] * 1.1, None) if len(rest) == 1 else result,
         "an encoder block",

@@ -80,13 +80,13 @@ def test_every_linear_is_packed_and_multiplied_by_the_kernels(
     assert len(done.replaced) == count
     assert done.skipped == {}
     assert set(done.replaced) == set(linears(module))
-    right = cpu.Linear.__call__
+    right = cpu.CpuLinear.__call__
 
-    def counted(linear: cpu.Linear, *arguments: Any) -> Tensor:
+    def counted(linear: cpu.CpuLinear, *arguments: Any) -> Tensor:
         calls.append(linear)
         return right(linear, *arguments)
 
-    monkeypatch.setattr(cpu.Linear, "__call__", counted)
+    monkeypatch.setattr(cpu.CpuLinear, "__call__", counted)
     found = outputs(module, given)
     assert {linear.bound() for linear in linears(module).values()} <= set(calls)
     assert 0 < error(found, expected) < 0.03

@@ -16,21 +16,11 @@ from sqap.observation import Observation
 from sqap.processing import Crop, ResizeWithPad, Window, window
 from sqap.pruning.selector import Selection
 from sqap.recipe import Recipe
+from sqap.report.clips import FPS, Clip, Frame, record_episode
 from sqap.report.comparison import record_comparison
 from sqap.report.overlay import AROUND, ATTENDED, PRUNED_BRIGHTNESS, SAMPLED, annotate, heat_map
-from sqap.report.video import (
-    BACKGROUND,
-    FAILURE,
-    FPS,
-    HOLD_SECONDS,
-    SUCCESS,
-    Clip,
-    Frame,
-    compose,
-    record_episode,
-    write_picture,
-    write_video,
-)
+from sqap.report.panes import BACKGROUND, FAILURE, SUCCESS, compose
+from sqap.report.video import HOLD_SECONDS, write_picture, write_video
 
 GRID, SIZE, PANE = 4, 256, 64
 PATCH = SIZE // GRID

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from sqap import Policy
+from sqap.serving.logs import logger
 from sqap.serving.server import Server
 from sqap.serving.settings import ServerSettings
 
@@ -45,6 +47,14 @@ class Running:
 
 
 StartServer = Callable[..., Running]
+
+
+@pytest.fixture
+def usual_log() -> Iterator[None]:
+    """The log as it is before a command sets it up."""
+    yield
+    logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture

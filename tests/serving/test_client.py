@@ -161,7 +161,7 @@ def test_an_answer_that_comes_too_late_is_not_taken_for_the_next(start, policy, 
         gate.open()
         time.sleep(0.2)
         assert np.array_equal(client.infer(observe(2), seed=2).actions, policy.act(observe(2), seed=2))
-    assert len(running.server._live._episodes) == 1, "all on one connection"
+    assert len(running.server.service.live._episodes) == 1, "all on one connection"
 
 
 def test_an_observation_is_sent_again_where_the_connection_broke(start, policy, observe):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +15,7 @@ from typer.testing import CliRunner
 import sqap
 from sqap.cli import app
 from sqap.serving import PolicyClient
-from sqap.serving.logs import logger
 from tests.serving.tools import KEY, serving
-
-
-@pytest.fixture
-def usual_log() -> Iterator[None]:
-    """The log as it is before a command sets it up."""
-    yield
-    logger.handlers, logger.propagate = [], True
-    logger.setLevel(logging.NOTSET)
 
 
 def test_a_served_policy_acts_and_leaves_when_told(saved: Path, observe, tmp_path: Path):

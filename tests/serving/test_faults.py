@@ -80,8 +80,8 @@ def test_a_robot_killed_while_it_waits_costs_no_step_and_one_killed_in_its_step_
     for dead in (in_step, waiting):
         dead.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         dead.socket.close()  # as the kernel does for a process that is killed
-    wait_until(lambda: len(running.server._live.robots) == 1)
-    assert len(running.server._line) == 0
+    wait_until(lambda: len(running.server.service.live.robots) == 1)
+    assert len(running.server.service.line) == 0
     gate.open()
     assert np.array_equal(ask(other, observe(2), seed=2)["actions"], policy.act(observe(2), seed=2))
     assert gate.batches == [1, 1]
@@ -92,8 +92,8 @@ def test_a_connection_that_went_silent_is_closed(start, monkeypatch):
     monkeypatch.setattr(server_module, "PING_SECONDS", 0.2)
     running = start()
     connection = raw(running)
-    wait_until(lambda: len(running.server._live.robots) == 1)
-    wait_until(lambda: not running.server._live.robots, 5)
+    wait_until(lambda: len(running.server.service.live.robots) == 1)
+    wait_until(lambda: not running.server.service.live.robots, 5)
     assert gone(connection)
 
 
@@ -274,7 +274,7 @@ def test_memory_is_flat_over_many_steps(start, policy):
 
     before = steps(200)
     assert steps(400) - before < 400 * images[0].nbytes / 4, "not even a quarter of the images is kept"
-    assert len(running.server._live._latencies) <= 240
+    assert len(running.server.service.live._latencies) <= 240
 
 
 def test_the_wall_clock_may_jump(start, observe, monkeypatch):

@@ -15,7 +15,7 @@ from sqap import Policy
 from sqap.recipe import Pruning, Recipe
 from sqap.serving import http, server
 from sqap.serving.live import EPISODES, LATENCIES, PICTURE, Live
-from tests.serving.browser import Browser, find_chromium
+from tests.browser import Browser, find_chromium
 from tests.serving.tools import KEY, ask, get, robot
 
 

@@ -334,7 +334,7 @@ def test_health_readiness_and_metrics(start, observe):
     for line in ('sqap_answers_total{outcome="acted"} 1.0', 'sqap_answers_total{outcome="invalid"} 1.0',
                  "sqap_ready 1.0", "sqap_step_seconds_count 1.0", "sqap_waiting 0.0"):  # fmt: skip
         assert line in text.splitlines()
-    running.server._draining = True
+    running.server.service.draining = True
     assert get(running, "/healthz")[0] == 200
     assert get(running, "/readyz") == (503, "the server is shutting down\n")
     with pytest.raises(InvalidStatus) as refused:
@@ -393,7 +393,7 @@ def test_no_more_robots_are_connected_than_may(start, observe):
         assert b"2 robots are connected, as many as may" in (refused.value.response.body or b"")
         ask(second, observe())
     until = time.monotonic() + 5
-    while running.server._live.robots and time.monotonic() < until:
+    while running.server.service.live.robots and time.monotonic() < until:
         time.sleep(0.01)
     ask(robot(running), observe())
 

@@ -41,7 +41,12 @@ def get(
     running: Any, path: str, authorization: str | None = None, host: str | None = None
 ) -> tuple[int, str]:
     """Status and text of an HTTP request."""
-    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=15)
+    return get_at(running.url, path, authorization, host)
+
+
+def get_at(url: str, path: str, authorization: str | None = None, host: str | None = None) -> tuple[int, str]:
+    """As `get`, of a server that is known by its address."""
+    connection = http.client.HTTPConnection("127.0.0.1", int(url.rpartition(":")[2]), timeout=15)
     headers = {} if authorization is None else {"Authorization": authorization.encode()}
     connection.request("GET", path, headers=headers | ({} if host is None else {"Host": host}))
     response = connection.getresponse()
@@ -109,6 +114,6 @@ class Gate:
 
     def wait_for_line(self, running: Any, waiting: int) -> None:
         until = time.monotonic() + 10
-        while len(running.server._line) < waiting:
+        while len(running.server.service.line) < waiting:
             assert time.monotonic() < until
             time.sleep(0.002)

@@ -25,7 +25,8 @@ from sqap.errors import InputError
 from sqap.kernels.gpu.backend import check_device
 from sqap.models import ModelConfig
 from sqap.observation import Camera, Observation
-from sqap.policy import Policy, check_pruning
+from sqap.policy import Policy
+from sqap.pruning.check import check_pruning
 from sqap.recipe import Pruning, Recipe
 
 INSTRUCTION = "put the carrot on the plate"

@@ -154,6 +154,7 @@ def _describe(row: _Row, rows: dict[str, _Row], kind: str) -> dict[str, Any]:
     exact = rows["torch-fp32"].loaded if "torch-fp32" in rows else None
     return found | {
         "min_ms": min(ms),
+        "step_ms": [round(value, 3) for value in ms],
         "peak_device_bytes" if kind == "cuda" else "peak_rss_bytes": row.peak,
         "weight_bytes": row.loaded.weight_bytes,
         "load_s": row.loaded.load_s,

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sqap.checkpoints.tensors import TensorFile, safetensors_file, torch_file
+from sqap.checkpoints.pickles import torch_file
+from sqap.checkpoints.tensors import TensorFile, safetensors_file
 from sqap.checkpoints.weights import TensorSet
 from sqap.errors import CheckpointError
 from sqap.serialization import read_json

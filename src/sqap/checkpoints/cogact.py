@@ -13,10 +13,11 @@ from typing import Any
 
 from sqap.checkpoints import prismatic
 from sqap.checkpoints.choices import Choices, choose_cameras
+from sqap.checkpoints.dataset_statistics import Dataset, check_length, choose_dataset, read_range
 from sqap.checkpoints.opened import CONFIG, Opened, open_published
+from sqap.checkpoints.pickles import torch_file
 from sqap.checkpoints.prismatic import VLM, VOCABULARY, Backbone, Names
-from sqap.checkpoints.statistics import Dataset, check_length, choose_dataset, read_range
-from sqap.checkpoints.tensors import shorten, torch_file
+from sqap.checkpoints.tensors import shorten
 from sqap.checkpoints.weights import Part, Source, Table, TensorSet, linear_table
 from sqap.config import PolicyConfig
 from sqap.errors import CheckpointError

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from sqap.checkpoints import adapters
 from sqap.checkpoints.choices import Choices
 from sqap.checkpoints.tokenizer import Vocabulary, read_tokenizer
-from sqap.checkpoints.weights import Table, TensorSet, Weights
+from sqap.checkpoints.weights import CheckpointWeights, Table, TensorSet
 from sqap.config import Calibration, Origin, PolicyConfig
 from sqap.models import VLA, empty_model, storage
 from sqap.processing import cropped
@@ -79,4 +79,4 @@ def open_published(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if choices.crop is not None:
         config = replace(config, images=tuple(cropped(steps, choices.crop) for steps in config.images))
-    return Opened(model, config, tokenizer, weights=Weights(tensors, table, shapes, unused))
+    return Opened(model, config, tokenizer, weights=CheckpointWeights(tensors, table, shapes, unused))

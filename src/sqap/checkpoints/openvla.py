@@ -11,13 +11,13 @@ import torch
 
 from sqap.checkpoints import prismatic
 from sqap.checkpoints.choices import Choices, choose_cameras
+from sqap.checkpoints.dataset_statistics import Dataset, choose_dataset, read_range
 from sqap.checkpoints.known_keys import OPENVLA, ROPE, TEXT
 from sqap.checkpoints.opened import CONFIG, Opened, open_published
 from sqap.checkpoints.prismatic import VLM, VOCABULARY, Encoder, Names
 from sqap.checkpoints.processor import check_pixels, normalisation, read_processor
 from sqap.checkpoints.robots import refuse_discrete
 from sqap.checkpoints.settings import MOST, positive
-from sqap.checkpoints.statistics import Dataset, choose_dataset, read_range
 from sqap.checkpoints.tensors import open_safetensors
 from sqap.checkpoints.weights import Part, Source, TensorSet, copied
 from sqap.config import PolicyConfig

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from sqap.checkpoints import openvla, prismatic
 from sqap.checkpoints.choices import Choices, choose_cameras
+from sqap.checkpoints.dataset_statistics import Dataset, check_length, read_range
 from sqap.checkpoints.opened import CONFIG, Opened, open_published
 from sqap.checkpoints.openvla import NAMES, components
+from sqap.checkpoints.pickles import torch_file
 from sqap.checkpoints.prismatic import VLM, VOCABULARY
 from sqap.checkpoints.robots import Platform, check_film, check_proprio, choose_platform
-from sqap.checkpoints.statistics import Dataset, check_length, read_range
-from sqap.checkpoints.tensors import open_safetensors, shorten, torch_file
+from sqap.checkpoints.tensors import open_safetensors, shorten
 from sqap.checkpoints.weights import Part, Source, Table, TensorSet, linear_table
 from sqap.config import PolicyConfig
 from sqap.errors import CheckpointError

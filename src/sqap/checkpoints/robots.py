@@ -17,7 +17,7 @@ from typing import Any
 
 from sqap.checkpoints import adapters
 from sqap.checkpoints.choices import Bounds, Choices
-from sqap.checkpoints.statistics import EXTREMES, PERCENTILES
+from sqap.checkpoints.dataset_statistics import EXTREMES, PERCENTILES
 from sqap.errors import CheckpointError
 
 BOUNDS: dict[Bounds, tuple[str, str]] = {"q99": PERCENTILES, "minmax": EXTREMES}

@@ -143,7 +143,7 @@ class TensorSet:
         }
 
 
-class Weights:
+class CheckpointWeights:
     """Our model's parameters, made of a checkpoint's tensors.
 
     Args:

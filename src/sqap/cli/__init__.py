@@ -8,10 +8,12 @@ import typer
 
 import sqap
 from sqap.cli.bench import bench
+from sqap.cli.capacity import capacity
 from sqap.cli.compress import compress
 from sqap.cli.demo import demo
 from sqap.cli.evaluate import evaluate_command
 from sqap.cli.inspect import inspect
+from sqap.cli.report import report
 from sqap.cli.sensitivity import sensitivity
 from sqap.cli.serve import serve
 from sqap.cli.tune import tune
@@ -47,9 +49,11 @@ app.command()(compress)
 app.command()(sensitivity)
 app.command()(tune)
 app.command("eval")(evaluate_command)
+app.command()(report)
 app.command()(inspect)
 app.command()(bench)
 app.command()(serve)
+app.command()(capacity)
 app.command()(demo)
 
 __all__ = ["app"]

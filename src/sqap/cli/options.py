@@ -22,11 +22,11 @@ from sqap.recipe import Recipe
 from sqap.terminal import logger, progress_bar, user_errors
 
 NONE = Choices()
-PRESETS = {"w4a8": Recipe.w4a8, "w4a4": Recipe.w4a4}
+PRESETS = {"w4a8": Recipe.w4a8, "w8a8": Recipe.w8a8, "w4a4": Recipe.w4a4}
 
 SOURCE = typer.Argument(help="Directory of a policy, org/name on the hub, or a bundled one's name.")
 SourceArgument = Annotated[str, SOURCE]
-RecipeOption = Annotated[str, typer.Option(help="w4a8, w4a4, paper, or a recipe file.")]
+RecipeOption = Annotated[str, typer.Option(help="w4a8, w8a8, w4a4, paper, or a recipe file.")]
 KeepOption = Annotated[float | None, typer.Option(help="Share of visual tokens kept, in (0, 1].")]
 FramesOption = Annotated[int, typer.Option(help="Calibration frames.", min=1)]
 FramesFromOption = Annotated[

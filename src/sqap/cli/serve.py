@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sqap.checkpoints.choices import Choices
 from sqap.cli.options import NONE, SourceArgument, load_policy, load_weights, with_choices
 from sqap.errors import InputError
+from sqap.policy import Policy
 from sqap.terminal import console, user_errors
+
+if TYPE_CHECKING:  # they need an extra
+    from sqap.serving.replicas import Replicas
+    from sqap.serving.settings import ServerSettings
 
 
 @with_choices
@@ -38,6 +44,18 @@ def serve(
     log_requests: Annotated[
         bool, typer.Option("--log-requests", help="Log every observation, not only what goes wrong.")
     ] = False,
+    on_ray: Annotated[
+        bool,
+        typer.Option("--ray", help="Serve by replicas on a Ray cluster, by default one of this machine."),
+    ] = False,
+    address: Annotated[str | None, typer.Option(help="Of the Ray cluster, as ray.init takes it.")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Replicas, always so many: 1.", min=1)] = None,
+    min_replicas: Annotated[int | None, typer.Option(help="Replicas at least.", min=1)] = None,
+    max_replicas: Annotated[int | None, typer.Option(help="Replicas at most.", min=1)] = None,
+    robots_per_replica: Annotated[
+        float | None, typer.Option(help="Robots a replica, on average, above which another is added: 8.")
+    ] = None,
+    cores: Annotated[int | None, typer.Option(help="Cores of a replica: 1.", min=1)] = None,
     choices: Choices = NONE,
 ) -> None:
     """Serve a policy to robots and evaluation harnesses, in openpi's protocol.
@@ -66,7 +84,61 @@ def serve(
             limits=Limits(connections=robots, rate_hz=rate_hz, batch=batch),
         )
         settings.tls_context()  # before weights are read
+        asked = {
+            "--address": address,
+            "--replicas": replicas,
+            "--min-replicas": min_replicas,
+            "--max-replicas": max_replicas,
+            "--robots-per-replica": robots_per_replica,
+            "--cores": cores,
+        }
+        ray = _replicas(on_ray, {name: value for name, value in asked.items() if value is not None})
         loaded = load_policy(policy, choices)
+
+        def started(url: str) -> None:
+            console.print(f"Serving {policy} at {url}", soft_wrap=True)
+
+        if ray is not None:
+            _run_on_ray(loaded, policy, choices, settings, ray, log_requests, started)
+            return
         load_weights(loaded)
         set_up(log_requests)
-        run(loaded, settings, lambda url: console.print(f"Serving {policy} at {url}", soft_wrap=True))
+        run(loaded, settings, started)
+
+
+def _replicas(on_ray: bool, asked: dict[str, Any]) -> Replicas | None:
+    """What the options for Ray ask for; None without ``--ray``."""
+    from sqap.serving.replicas import Replicas
+
+    if not on_ray:
+        if asked:
+            raise InputError(f"{' and '.join(asked)}: for replicas on a Ray cluster; give --ray as well")
+        return None
+    if "--replicas" in asked and ("--min-replicas" in asked or "--max-replicas" in asked):
+        raise InputError("--replicas is a fixed number: give it, or --min-replicas and --max-replicas")
+    if "--robots-per-replica" in asked and "--max-replicas" not in asked:
+        raise InputError("--robots-per-replica says when replicas are added: give --max-replicas as well")
+    least = asked.get("--replicas", asked.get("--min-replicas", 1))
+    most = asked.get("--max-replicas", least)
+    names = {"--robots-per-replica": "robots", "--cores": "cores", "--address": "address"}
+    return Replicas(least, most, **{names[option]: asked[option] for option in names.keys() & asked.keys()})
+
+
+def _run_on_ray(
+    loaded: Policy,
+    source: str,
+    choices: Choices,
+    settings: ServerSettings,
+    replicas: Replicas,
+    log_requests: bool,
+    started: Callable[[str], None],
+) -> None:
+    from sqap.serving.service import check_ensemble
+
+    check_ensemble(loaded, settings)
+    try:
+        from sqap.serving.ray_serve import Served, run
+    except ModuleNotFoundError as error:
+        raise InputError(f'serving on Ray needs {error.name}; pip install "sqap[ray]"') from error
+    place = str(Path(source).resolve()) if Path(source).is_dir() else source
+    run(Served(place, choices, loaded.fingerprint, settings, log_requests), replicas, started)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +12,9 @@ import typer
 
 import sqap
 from sqap import environments
+from sqap import tune as search
 from sqap.build import build_id
-from sqap.checkpoints import fingerprint
+from sqap.checkpoints import fingerprint, locate
 from sqap.checkpoints.card import add_measurement
 from sqap.checkpoints.choices import Choices
 from sqap.checkpoints.place import check_place
@@ -22,32 +24,43 @@ from sqap.cli.options import (
     FramesFromOption,
     FramesOption,
     JsonOption,
-    RecipeOption,
     SourceArgument,
     StateOption,
     calibration_frames,
+    choices_of_each,
     load_policy,
     read_recipe,
     with_choices,
     write_numbers,
 )
-from sqap.compress import reprune
+from sqap.compress import Repruner
 from sqap.errors import InputError
+from sqap.models.storage import stored_bytes
+from sqap.observation import Observation
+from sqap.policy import Policy
 from sqap.quantization import Partial
-from sqap.recipe import Pruning
+from sqap.recipe import Recipe
 from sqap.report import tables
 from sqap.report.evidence import tuned
-from sqap.terminal import console, progress_bar, user_errors
+from sqap.terminal import console, messages, progress_bar, user_errors
+from sqap.tune import Cost, Limits, Setting, candidates, compare, cost_of
 
 DEVELOPMENT, CONFIRMATION = 500_000, 600_000  # first seeds, which no published number uses
+DROP = 3.0  # points, where no limit is given
 
 
 @with_choices
 def tune(
     source: SourceArgument,
     out: Annotated[Path, typer.Option(help="Directory for the policy with the setting that is found.")],
-    max_drop: Annotated[float, typer.Option(help="Points of success that may be lost.", min=0)] = 3.0,
-    recipe: RecipeOption = "w4a8",
+    max_drop: Annotated[
+        float | None, typer.Option(help="Points of success that may be lost; 3 where no limit is given.")
+    ] = None,
+    max_latency: Annotated[float | None, typer.Option(help="Milliseconds of a step on this machine.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Bytes of the weights.")] = None,
+    recipe: Annotated[
+        str, typer.Option(help="Recipes to quantize by, comma-separated: presets or files.")
+    ] = "w4a8,w8a8",
     env: Annotated[str, typer.Option(help="Simulator.")] = "metaworld",
     tasks: Annotated[str | None, typer.Option(help="Comma-separated; default: the env's usual.")] = None,
     confirm: Annotated[int, typer.Option(help="Episodes per task that confirm it.", min=1)] = 20,
@@ -60,56 +73,51 @@ def tune(
     choices: Choices = NONE,
     json_path: JsonOption = None,
 ) -> None:
-    """Find the cheapest pruning setting that loses no more than --max-drop points of success.
+    """Find the recipe and the pruning that suit your limits best, and confirm them on other seeds.
 
-    Settings are compared in pairs on development seeds, and the one that is found is confirmed on others.
+    With --max-drop it is the fastest setting that loses no more success beside the original; else the one of
+    most success within --max-latency and --max-bytes. Settings are compared in pairs on development seeds.
     The same command, interrupted, goes on where it was.
     """
     with user_errors():
-        from sqap.tune import candidates, compare, halve
-
+        if max_drop is None and max_latency is None and max_bytes is None:
+            max_drop = DROP
+        limits = Limits(None if max_drop is None else max_drop / 100, max_latency, max_bytes)
         place = check_place(out)
         chosen = tuple(tasks.split(",")) if tasks else environments.default_tasks(env)
         environments.check_tasks(env, chosen)
-        quantization = dataclasses.replace(read_recipe(recipe, None), pruning=None)
-        with Partial(place.with_name(f".{place.name}.partial")) as partial:
+        recipes = _recipes(recipe)
+        with contextlib.ExitStack() as stack:
+            partials = [
+                stack.enter_context(Partial(place.with_name(f".{place.name}.{i}.partial")))
+                for i in range(len(recipes))
+            ]
             policy = load_policy(source, choices)
             observations = calibration_frames(policy, frames_from, frames, camera, state)
-            with progress_bar("quantizing", percent=True) as advance:
-                small = sqap.compress(policy, quantization, observations, progress=advance, resume=partial)
-            model, saved = policy.config.model, _Saved(work / build_id()["package"][:8], env, chosen, workers)
+            policies = _compressed(policy, recipes, observations, partials)
+            costs = _measured(policies, observations[0], limits)
+            saved = _Saved(work / build_id()["package"][:8], env, chosen, workers, source, choices)
 
-            @functools.cache  # a setting is calibrated once, however many rungs it runs in
-            def pruned(pruning: Pruning | None) -> sqap.Policy:
-                return reprune(policy, small, pruning, observations)
-
-            def play(pruning: Pruning | None, episodes: int, seed: int) -> dict[tuple[str, int], bool]:
-                return saved.play(pruned(pruning), episodes, seed)
+            def play(setting: Setting | None, episodes: int, seed: int) -> dict[tuple[str, int], bool]:
+                return saved.play(None if setting is None else policies[setting], episodes, seed)
 
             standings: list[Any] = []
-            for standings in halve(
-                candidates(model.decoder, model.grid**2),
-                model.decoder,
-                play,
-                max_drop=max_drop / 100,
-                seed=DEVELOPMENT,
-            ):
+            for standings in search.halve(costs, play, max_drop=limits.drop, seed=DEVELOPMENT):
                 console.print(tables.standings_table(standings))
-            good = [standing for standing in standings if standing.difference >= -max_drop / 100]
-            if not good:
+            if limits.drop is not None:
+                standings = [standing for standing in standings if standing.difference >= -limits.drop]
+            if not standings:
                 raise InputError(
                     f"no setting loses {max_drop:g} points or less; nothing was written to {out}"
                 )
-            best = good[0]
+            best = standings[0].setting
             confirmed = compare(
-                best.pruning,
-                model.decoder,
-                play(best.pruning, confirm, CONFIRMATION),
-                play(None, confirm, CONFIRMATION),
+                best, costs[best], play(best, confirm, CONFIRMATION), play(None, confirm, CONFIRMATION)
             )
-            pruned(best.pruning).save(out)
+            policies[best].save(out)
             add_measurement(out, *tuned(confirmed, max_drop, env, chosen, CONFIRMATION))
-            partial.remove()
+            for partial in partials:
+                partial.remove()
         console.print(tables.confirmed_line(confirmed, max_drop), soft_wrap=True)
         console.print(f"The policy is in {out}, episodes are in {saved.place}", soft_wrap=True)
         write_numbers(
@@ -117,7 +125,7 @@ def tune(
             {
                 "source": source,
                 "out": str(out),
-                "max_drop": max_drop,
+                "limits": {"drop": max_drop, "latency_ms": max_latency, "weight_bytes": max_bytes},
                 "seeds": {"development": DEVELOPMENT, "confirmation": CONFIRMATION},
                 "standings": [dataclasses.asdict(standing) for standing in standings],
                 "confirmed": dataclasses.asdict(confirmed),
@@ -125,30 +133,82 @@ def tune(
         )
 
 
+def _recipes(names: str) -> dict[str, Recipe]:
+    """The recipes that ``--recipe`` names, their pruning left out: that is what is looked for."""
+    listed = names.split(",")
+    if len(set(listed)) < len(listed):
+        raise InputError(f"--recipe {names} names one recipe twice")
+    return {name: dataclasses.replace(read_recipe(name, None), pruning=None) for name in listed}
+
+
+def _compressed(
+    policy: Policy, recipes: Mapping[str, Recipe], frames: Sequence[Observation], partials: Sequence[Partial]
+) -> dict[Setting, Policy]:
+    """The policy quantized by each recipe and pruned by each candidate."""
+    model, found = policy.config.model, {}
+    prunings = candidates(model.decoder, model.grid**2)
+    for (name, recipe), partial in zip(recipes.items(), partials, strict=True):
+        with progress_bar(f"quantizing by {name}", percent=True) as advance:
+            small = sqap.compress(policy, recipe, frames, progress=advance, resume=partial)
+        repruner = Repruner(policy, small, frames)
+        with progress_bar("calibrating pruners") as advance:
+            for done, pruning in enumerate(prunings, start=1):
+                found[Setting(name, pruning)] = repruner.prune(pruning)
+                advance(done, len(prunings))
+    return found
+
+
+def _measured(
+    policies: Mapping[Setting, Policy], observation: Observation, limits: Limits
+) -> dict[Setting, Cost]:
+    """What the settings cost that are within the limits; how many are not is said."""
+    messages.print(f"timing steps of {len(policies)} settings in turns")
+    times = search.step_times(list(policies.values()), observation)
+    costs = {
+        setting: cost_of(own, stored_bytes(policy.model))
+        for (setting, policy), own in zip(policies.items(), times, strict=True)
+    }
+    left = limits.within(costs)
+    if len(left) < len(costs):
+        messages.print(f"{len(costs) - len(left)} of {len(costs)} settings are beyond the limits")
+    return left
+
+
 class _Saved:
     """Policies and episodes on disk, so that nothing is run twice."""
 
-    def __init__(self, place: Path, env: str, tasks: tuple[str, ...], workers: int) -> None:
+    def __init__(
+        self, place: Path, env: str, tasks: tuple[str, ...], workers: int, source: str, choices: Choices
+    ) -> None:
         self.place, self._env, self._tasks, self._workers = place, env, tasks, workers
+        directory = locate(source)
+        self._choices = choices_of_each([directory], choices)
+        with progress_bar("reading weights", percent=True) as advance:
+            self._original = source, fingerprint(directory, self._choices[0], advance)
 
-    def play(self, policy: sqap.Policy, episodes: int, seed: int) -> dict[tuple[str, int], bool]:
-        """Success by task and seed."""
+    def play(self, policy: Policy | None, episodes: int, seed: int) -> dict[tuple[str, int], bool]:
+        """Success by task and seed; None is the original."""
         from sqap.evaluation import executors
         from sqap.evaluation.log import log_name
         from sqap.evaluation.settings import current_settings
 
-        directory = self.place / "policy"
-        policy.save(directory)
-        mark = fingerprint(directory)
-        settings = current_settings(self._env, workers=self._workers)
+        named: str | Path
+        if policy is None:
+            (named, mark), choices = self._original, self._choices
+        else:
+            named, choices = self.place / "policy", [NONE]
+            policy.save(named)
+            mark = fingerprint(named)
+        settings = current_settings(self._env, workers=self._workers, choices=choices)
         with progress_bar("episodes") as advance:
             (run,) = executors.evaluate(
-                [directory],
+                [named],
                 self._env,
                 self._tasks,
                 episodes,
                 seed,
                 fingerprints=[mark],
+                choices=choices,
                 log=self.place / log_name(settings, [mark]),
                 workers=self._workers,
                 progress=lambda _, done, total: advance(done, total),

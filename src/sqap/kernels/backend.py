@@ -110,8 +110,8 @@ class LayerSpec:
 class FusedLayer(Protocol):
     """A whole transformer layer that is bound to a backend."""
 
-    def takes(self, x: Tensor, first: int = 0) -> bool:
-        """Whether it can run on ``x`` ``(batch, tokens, width)`` with this ``first``."""
+    def takes(self, x: Tensor, first: int = 0, past: int = 0) -> bool:
+        """Whether it can run on ``x`` ``(batch, tokens, width)`` with ``first``, behind ``past`` tokens."""
 
     def __call__(
         self,
@@ -121,14 +121,15 @@ class FusedLayer(Protocol):
         kept: tuple[Tensor, Tensor] | None = None,
         first: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
-        """``x`` ``(batch, tokens, width)`` to the same, and what ``rows`` attend to ``(batch, tokens)``.
+        """``x`` ``(batch, tokens, width)`` to the same, and what ``rows`` attend to ``(batch, keys)``.
 
         Args:
             x: hidden states.
             rope: cosines and sines of the rotary positions, ``(batch, tokens, head_dim)``, or ``(1, tokens,
                 head_dim)`` where they are the same for the whole batch.
             rows: ``(rows,)`` indices of the tokens whose attention is wanted, averaged over heads and rows.
-            kept: to be filled with keys and values ``(batch, kv_heads, tokens, head_dim)``.
+            kept: keys and values ``(batch, kv_heads, past + tokens, head_dim)``. The first ``past`` are those
+                of earlier tokens, which every token attends to; the tokens' own are written behind them.
             first: tokens before it give keys and values alone, and are missing in what is returned.
         """
 

@@ -158,12 +158,14 @@ class DecoderLayer(nn.Module):
         rows: Tensor | None = None,
         first: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
-        if self.fused is not None and (cache is None or cache.is_empty(layer)):
-            kept = None if cache is None else self.self_attn.empty_kv(x)
+        if self.fused is not None and isinstance(self.self_attn.kv_format, FloatKV):
+            kept = None
+            if cache is not None:
+                kept = cast(tuple[Tensor, Tensor], cache.reserve(layer, self.self_attn.empty_kv(x)))
             done = self.fused(self, x, rope, rows, kept, first)
             if done is not None:
-                if cache is not None and kept is not None:
-                    cache.extend(layer, kept)
+                if cache is not None:
+                    cache.commit(layer, x.shape[1])
                 return done
         # PyTorch's products of a few rows depend on where in memory these are, so a step would not repeat bit
         # for bit: the last tokens are cut out of the whole.

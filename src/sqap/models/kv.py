@@ -50,28 +50,38 @@ class KVCache:
         """Memory taken by all that is stored."""
         return sum(tensor.nbytes for i in range(len(self._buffers)) for tensor in self.stored(i))
 
-    def is_empty(self, layer: int) -> bool:
-        """Whether nothing is stored yet."""
-        return not self._buffers[layer]
-
     def stored(self, layer: int) -> tuple[Tensor, ...]:
         """What a layer's format holds of all tokens so far."""
         return tuple(buffer[:, :, : self._lengths[layer]] for buffer in self._buffers[layer])
 
     def extend(self, layer: int, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Append tensors ``(batch, kv_heads, tokens, ...)`` and return all that is stored."""
+        room, length = self.reserve(layer, new), self._lengths[layer]
+        for place, x in zip(room, new, strict=True):
+            if place is not x:
+                place[:, :, length:] = x
+        self.commit(layer, new[0].shape[2])
+        return room
+
+    def reserve(self, layer: int, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """All that is stored, with room behind it for tokens of the shapes and types of ``like``.
+
+        It is ``like`` itself where nothing is stored and nothing can come later. `commit` says that the room
+        has been written to; until then nothing new is stored.
+        """
         length = self._lengths[layer]
-        total = length + new[0].shape[2]
+        total = length + like[0].shape[2]
         if not length and not self._room:
-            self._buffers[layer] = new
-        elif not length or total > self._buffers[layer][0].shape[2]:
+            self._buffers[layer] = like
+            return like
+        if not length or total > self._buffers[layer][0].shape[2]:
             room = total + self._room
-            grown = tuple(x.new_empty(*x.shape[:2], room, *x.shape[3:]) for x in new)
+            grown = tuple(x.new_empty(*x.shape[:2], room, *x.shape[3:]) for x in like)
             for buffer, old in zip(grown, self.stored(layer), strict=False):
                 buffer[:, :, :length] = old
             self._buffers[layer] = grown
-        if self._buffers[layer] is not new:
-            for buffer, x in zip(self._buffers[layer], new, strict=True):
-                buffer[:, :, length:total] = x
-        self._lengths[layer] = total
-        return self.stored(layer)
+        return tuple(buffer[:, :, :total] for buffer in self._buffers[layer])
+
+    def commit(self, layer: int, tokens: int) -> None:
+        """Count so many ``tokens`` as stored: those that `reserve` made room for."""
+        self._lengths[layer] += tokens

@@ -29,8 +29,8 @@ from sqap.processing.images import (
     stretched,
     window,
 )
+from sqap.processing.normalization import Clamp, MeanStd, Range
 from sqap.processing.state import Pad, StateStep, normalize_state, state_dim
-from sqap.processing.statistics import Clamp, MeanStd, Range
 from sqap.processing.text import EndWith, Lower, PromptConfig, Spaces, Template, TextStep, prompt_ids
 
 __all__ = [

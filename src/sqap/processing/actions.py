@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from sqap.errors import InputError
-from sqap.processing.statistics import Clamp, MeanStd, Range
+from sqap.processing.normalization import Clamp, MeanStd, Range
 
 
 @dataclass(frozen=True)

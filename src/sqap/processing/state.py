@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sqap.errors import InputError
-from sqap.processing.statistics import Clamp, MeanStd, Range
+from sqap.processing.normalization import Clamp, MeanStd, Range
 
 
 @dataclass(frozen=True)

@@ -96,11 +96,13 @@ def run_fused(
 ) -> tuple[Tensor, Tensor | None] | None:
     """What the layer makes of ``x`` ``(batch, tokens, width)`` behind ``first``, and what ``rows`` attend to.
 
-    ``kept`` is filled with keys and values. None where it takes the modules: the backend cannot run the layer
-    on such tokens, a linear is not quantized, modules in the layer have hooks, or something needs a gradient.
+    ``kept`` has earlier tokens' keys and values, and is filled with those of ``x`` behind them. None where it
+    takes the modules: the backend cannot run the layer on such tokens, a linear is not quantized, modules in
+    the layer have hooks, or something needs a gradient.
     """
     found = _found(layer, x)
-    if found is None or found.fused is None or not found.fused.takes(x, first):
+    past = 0 if kept is None else kept[0].shape[2] - x.shape[1]
+    if found is None or found.fused is None or not found.fused.takes(x, first, past):
         return None
     return found.fused(x, rope, rows, kept, first)
 

@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 RECIPE_VERSION = 2
+_W4A8 = Scheme(4, 8)
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,12 @@ class Recipe:
         0.4 of the visual tokens is the smallest share measured whose success, minus that without pruning, has
         an interval above -5 points on both bundled policies (docs/pruning.md).
         """
-        return cls(_whole(Scheme(4, 8)), _pruning(keep))
+        return cls(_whole(_W4A8), _pruning(keep))
+
+    @classmethod
+    def w8a8(cls, keep: float = 0.4) -> Recipe:
+        """8-bit weights and activations, the whole policy: for policies that 4 bits hurt."""
+        return cls(_whole(Scheme(8, 8), rest=Scheme(8, 8)), _pruning(keep))
 
     @classmethod
     def w4a4(cls, keep: float = 0.6) -> Recipe:
@@ -120,9 +126,8 @@ def _unknown(version: Any) -> str:
     return f"this sqap reads recipe versions 1 and {RECIPE_VERSION}, the recipe is {version}"
 
 
-def _whole(decoder: Scheme) -> Quantization:
+def _whole(decoder: Scheme, rest: Scheme = _W4A8) -> Quantization:
     """The quantizer that measured best; see docs/quantizer.md."""
-    rest = Scheme(4, 8)
     return Quantization(
         decoder, vision=rest, projector=rest, head=rest, rounding="gptq", clip=True, rotation_seed=0
     )

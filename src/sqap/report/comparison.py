@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from sqap import environments
 from sqap.policy import Policy
-from sqap.report.video import Clip, record_episode
+from sqap.report.clips import Clip, record_episode
 
 
 def label(policy: Policy) -> str:

@@ -40,12 +40,13 @@ def paired_success(summary: Mapping[str, Any]) -> Entry:
     )
 
 
-def tuned(standing: Standing, max_drop: float, env: str, tasks: Sequence[str], seed: int) -> Entry:
-    """What `sqap tune` has confirmed of a pruning setting."""
-    title = f"Success in {code(env)}, beside the same quantized policy unpruned"
+def tuned(standing: Standing, max_drop: float | None, env: str, tasks: Sequence[str], seed: int) -> Entry:
+    """What `sqap tune` has confirmed of a setting."""
+    title = f"Success in {code(env)}, beside the original"
+    allowed = "" if max_drop is None else f"; {max_drop:g} points were allowed"
     return title, (
-        f"{tables.confirmed_line(standing, max_drop)}; {max_drop:g} points were allowed. Run were "
-        f"{_tasks(tasks)}, each from seed {seed} on. The original itself was not run."
+        f"{tables.confirmed_line(standing, max_drop)}{allowed}. Run were {_tasks(tasks)}, each from seed "
+        f"{seed} on."
     )
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # only `sqap tune` needs what it imports
 
 Column = tuple[str, Mapping[str, Any]]  # label, and a summary as `sqap.evaluation.summary` makes it
 
+UNANSWERED = ("refused", "superseded", "late")
+
 
 def percent(share: float) -> str:
     """0.123 as 12.3 %."""
@@ -44,26 +46,31 @@ def success_table(columns: Sequence[Column]) -> Table:
 
 
 def standings_table(standings: Sequence[Standing]) -> Table:
-    """One row for each pruning setting that is still in, the most promising first."""
+    """One row for each setting that is still in, the most promising first."""
     table = Table(title="Settings that go on", title_justify="left")
-    first = "keep / after layer"
-    for column in (first, "decoder cost", "pairs", "minus unpruned", "95 % interval"):
-        table.add_column(column, justify="left" if column == first else "right", no_wrap=True)
+    left = ("recipe", "keep")
+    for column in (*left, "step p50", "weights", "pairs", "minus original", "95 % interval"):
+        table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
     for s in standings:
         interval = f"{100 * s.low:+.1f} to {100 * s.high:+.1f}"
-        cuts = ", ".join(f"{cut.keep_ratio} / {cut.after_layer}" for cut in s.pruning.cuts)
-        table.add_row(cuts, percent(s.cost), str(s.episodes), f"{100 * s.difference:+.1f}", interval)
+        cost = duration(s.cost.latency_ms), size(s.cost.weight_bytes)
+        difference = f"{100 * s.difference:+.1f}"
+        table.add_row(s.setting.recipe, s.setting.kept, *cost, str(s.episodes), difference, interval)
     return table
 
 
-def confirmed_line(standing: Standing, max_drop: float) -> str:
+def confirmed_line(standing: Standing, max_drop: float | None) -> str:
     """What other seeds say about the setting that was found."""
-    says = "bears that out" if standing.difference >= -max_drop / 100 else "does not bear that out"
     interval = f"{100 * standing.low:+.1f} to {100 * standing.high:+.1f} at 95 %"
-    return (
-        f"Keep {standing.name}: on {standing.episodes} pairs of other seeds "
-        f"{100 * standing.difference:+.1f} points ({interval}), which {says}"
+    cost = standing.cost
+    says = (
+        f"{standing.setting.name}: a step of {duration(cost.latency_ms)} ({duration(cost.fastest_ms)} to "
+        f"{duration(cost.slowest_ms)}), {size(cost.weight_bytes)}; on {standing.episodes} pairs of other "
+        f"seeds {100 * standing.difference:+.1f} points ({interval})"
     )
+    if max_drop is None:
+        return says
+    return f"{says}, which {'bears' if standing.difference >= -max_drop / 100 else 'does not bear'} that out"
 
 
 def cost_table(columns: Sequence[Column], extra: Mapping[str, Sequence[str]] | None = None) -> Table:
@@ -195,6 +202,31 @@ def gpus_table(found: Mapping[str, Any]) -> Table:
         table.add_row(gpu["name"], gpu["capability"], memory, backend, gpu["reason"])
     table.caption = found["reason"]
     return table
+
+
+def capacity_table(found: Mapping[str, Any]) -> Table:
+    """`sqap.capacity.planning.plan` as a table: a row for each number of replicas that was simulated."""
+    load, rows = found["load"], found["rows"]
+    lost = [name for name in UNANSWERED if any(row["unanswered"][name] for row in rows)]
+    table = Table(title=f"{load['robots']} robots at {load['rate_hz']:g} Hz, in ms", title_justify="left")
+    for column in ("replicas", "p50", "p99", "95 %", "Hz", "busy", "a step", *lost):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            str(row["replicas"]),
+            *(_milliseconds(row[f"p{q}_ms"]) for q in (50, 99)),
+            "-".join(map(_milliseconds, row["p99_ci95_ms"])) if row["p99_ms"] else "",
+            f"{row['rate_hz']:.2f}",
+            f"{100 * row['utilisation']:.0f} %",
+            f"{row['robots_a_step']:.1f}",
+            *(percent(row["unanswered"][name]) for name in lost),
+            style="bold" if row["replicas"] == found["replicas"] else None,
+        )
+    return table
+
+
+def _milliseconds(value: float | None) -> str:
+    return "never" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def bench_tables(report: Mapping[str, Any]) -> list[Table]:

@@ -48,7 +48,7 @@ class Engine:
     """
 
     def __init__(
-        self, policy: Policy, line: Line, late: Callable[[Job], None], done: Callable[[Done], None]
+        self, policy: Policy, line: Line[Job], late: Callable[[Job], None], done: Callable[[Done], None]
     ) -> None:
         self._policy, self._line, self._late, self._done = policy, line, late, done
         # PyTorch and the kernels keep threads and buffers for each thread that calls them.
@@ -112,16 +112,19 @@ def act(policy: Policy, jobs: Sequence[Job]) -> list[Outcome]:
 def warm_up(policy: Policy) -> None:
     """Read the weights, and act on noise `WARMUP_STEPS` times."""
     policy.load_weights()
+    for _ in range(WARMUP_STEPS):
+        policy.step(noise(policy), seed=0)
+
+
+def noise(policy: Policy, seed: int = 0) -> Observation:
+    """An observation of random pixels with all that one can have; what lacks would be warned of."""
     size, state = policy.config.model.vision[0].image_size, policy.config.state_dim
-    noise = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    # With all that an observation can have: what a robot's observations lack is said when they lack it.
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
     camera = Camera(np.array([[size, 0, size / 2], [0, size, size / 2], [0, 0, 1]]), np.eye(4))
-    observation = Observation(
-        dict.fromkeys(policy.config.cameras, noise),
+    return Observation(
+        dict.fromkeys(policy.config.cameras, pixels),
         "warm up",
         np.zeros(state) if state else None,
         dict.fromkeys(policy.config.cameras, camera),
         np.array([0.0, 0.0, 1.0]),
     )
-    for _ in range(WARMUP_STEPS):
-        policy.step(observation, seed=0)

@@ -15,14 +15,13 @@ from http import HTTPStatus
 from importlib.resources import files
 from typing import Any
 
-from websockets.asyncio.server import ServerConnection
 from websockets.http11 import Request, Response
 
 from sqap.serving.live import Live
 from sqap.serving.logs import event
 from sqap.serving.metrics import CONTENT_TYPE_LATEST, Metrics
-from sqap.serving.pages import authorized, is_our_name, is_robot, path_of, query, respond
-from sqap.serving.sessions import Line
+from sqap.serving.pages import authorized, is_our_name, path_of, peer, query, respond
+from sqap.serving.sessions import Job, Line
 from sqap.serving.settings import ServerSettings
 
 EVENT_SECONDS = 2.0  # after which the page is told that nothing is new; well within a handshake's time
@@ -52,7 +51,7 @@ class Http:
         settings: ServerSettings,
         family: str,
         live: Live,
-        line: Line,
+        line: Line[Job],
         metrics: Metrics,
         not_ready: Callable[[], str | None],
     ) -> None:
@@ -61,17 +60,23 @@ class Http:
         folder = files("sqap.serving") / "page"
         self._assets = {path: ((folder / name).read_bytes(), kind) for path, (name, kind) in ASSETS.items()}
 
-    async def answer(self, connection: ServerConnection, request: Request) -> Response | None:
-        """The response to a request; None lets a robot's handshake go on."""
-        refusal = self._refuse(request)
+    async def answer(self, address: Any, request: Request, robot: bool) -> Response | None:
+        """The response to a request; None lets a robot's handshake go on.
+
+        Args:
+            address: whose it is.
+            request: what is asked.
+            robot: it is a WebSocket handshake.
+        """
+        refusal = self._refuse(request, robot)
         if refusal is not None:
             status = int(refusal.status_code)
             self._metrics.connections.labels(str(status)).inc()
-            event(logging.WARNING, "refused", peer=peer(connection), status=status)
+            event(logging.WARNING, "refused", peer=peer(address), status=status)
             return refusal
-        return None if is_robot(request) else await self._page(request)
+        return None if robot else await self._page(request)
 
-    def _refuse(self, request: Request) -> Response | None:
+    def _refuse(self, request: Request, robot: bool) -> Response | None:
         settings, robots = self._settings, len(self._live.robots)
         if not authorized(request, settings.key):
             return respond(
@@ -81,8 +86,10 @@ class Http:
             )
         if settings.key is None and settings.loopback and not is_our_name(request):
             return respond(HTTPStatus.FORBIDDEN, "Without a key this server answers to localhost alone.\n")
-        if not is_robot(request):
+        if not robot:
             return None
+        if "Origin" in request.headers:  # robots have none
+            return respond(HTTPStatus.FORBIDDEN, "Browsers are not let in as robots.\n")
         why = self._not_ready()
         if why is None and robots >= settings.limits.connections:
             why = f"{robots} robots are connected, as many as may"
@@ -125,31 +132,3 @@ class Http:
             state["shown"] = await asyncio.to_thread(self._live.picture, *seen_by)  # robots do not wait
         text = f"retry: {RETRY_MS}\ndata: {json.dumps(state)}\n\n"
         return respond(HTTPStatus.OK, text, "text/event-stream")
-
-
-def peer(connection: ServerConnection) -> str:
-    """Address and port, of a connection that may be gone already."""
-    return ":".join(map(str, (connection.remote_address or ("unknown",))[:2]))
-
-
-def limited_connection(most: int, refused: Callable[[], None]) -> type[ServerConnection]:
-    """A connection of which only ``most`` exist at a time, finished handshake or not; others end at once."""
-
-    class Limited(ServerConnection):
-        there = 0
-        counted = False
-
-        def connection_made(self, transport):  # type: ignore[no-untyped-def]
-            super().connection_made(transport)
-            if Limited.there >= most:
-                refused()
-                transport.abort()
-            else:
-                Limited.there, self.counted = Limited.there + 1, True
-
-        def connection_lost(self, exc):  # type: ignore[no-untyped-def]
-            if self.counted:
-                Limited.there, self.counted = Limited.there - 1, False
-            super().connection_lost(exc)
-
-    return Limited

@@ -6,6 +6,7 @@ import base64
 import binascii
 import hmac
 from http import HTTPStatus
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from websockets.datastructures import Headers
@@ -73,6 +74,11 @@ def is_our_name(request: Request) -> bool:
     except ValueError:  # a bracket that is not closed
         return False
     return name is not None and is_loopback(name)
+
+
+def peer(address: Any) -> str:
+    """Host and port, of a connection that may be gone already."""
+    return ":".join(map(str, (address or ("unknown",))[:2]))
 
 
 def path_of(request: Request) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from sqap.policy import Policy
 from sqap.serving.server import Server
@@ -31,12 +32,21 @@ def run(policy: Policy, settings: ServerSettings, started: Callable[[str], None]
 
 
 async def _run(server: Server, started: Callable[[str], None]) -> None:
+    with signals() as told:
+        await server.start()
+        started(server.url)
+        await told.wait()
+    await server.stop()
+
+
+@contextmanager
+def signals() -> Iterator[asyncio.Event]:
+    """An event that SIGTERM or SIGINT sets. Behind it, either ends the process at once, as ever."""
     loop, told = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)
-    await server.start()
-    started(server.url)
-    await told.wait()
-    for number in (signal.SIGTERM, signal.SIGINT):  # a second one ends the process at once
-        loop.remove_signal_handler(number)
-    await server.stop()
+    try:
+        yield told
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from sqap.evaluation.ensemble import AdaptiveEnsemble
 from sqap.pruning.memory import Memory
@@ -119,7 +120,20 @@ class Job:
         self.finish(Refused(reason))
 
 
-class Line:
+class InLine(Protocol):
+    """What the line looks at of a job."""
+
+    @property
+    def session(self) -> Hashable: ...
+
+    @property
+    def deadline(self) -> float | None: ...
+
+
+W = TypeVar("W", bound=InLine)
+
+
+class Line(Generic[W]):
     """Robots whose observation waits, in the order in which they came; each has one place.
 
     Args:
@@ -128,12 +142,12 @@ class Line:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._jobs: dict[Session, Job] = {}
+        self._jobs: dict[Hashable, W] = {}
 
     def __len__(self) -> int:
         return len(self._jobs)
 
-    def put(self, job: Job) -> Job | None:
+    def put(self, job: W) -> W | None:
         """Let an observation wait. One that waits already for the same robot gives it its place.
 
         Returns:
@@ -148,11 +162,11 @@ class Line:
         self._jobs[job.session] = job
         return before
 
-    def take(self, now: float | None = None) -> tuple[list[Job], list[Job]]:
+    def take(self, now: float | None = None) -> tuple[list[W], list[W]]:
         """Those to act on next, and those before them that are too late."""
         now = time.monotonic() if now is None else now
-        batch: list[Job] = []
-        late: list[Job] = []
+        batch: list[W] = []
+        late: list[W] = []
         for session, job in list(self._jobs.items()):
             if len(batch) == self._limits.batch:
                 break
@@ -160,6 +174,6 @@ class Line:
             (late if job.deadline is not None and now > job.deadline else batch).append(job)
         return batch, late
 
-    def drop(self, session: Session) -> Job | None:
+    def drop(self, session: Hashable) -> W | None:
         """Forget what a robot that is gone waited for."""
         return self._jobs.pop(session, None)

@@ -1,6 +1,6 @@
 """Compiles the programs for a GPU that is not there, and prints as JSON what their machine code has.
 
-    TRITON_INTERPRET=0 python offline.py CAPABILITY
+    TRITON_INTERPRET=0 python offline.py CAPABILITY [CAPABILITY ...]
 
 A process of its own: Triton interprets programs or compiles them, whichever it was told when it was imported.
 """
@@ -35,7 +35,11 @@ NORM: Arguments = {
     "h": "*bf16", "gain": "*bf16", "shift": "*bf16", "x": "*i8", "x_scale": "*fp32", "eps": "fp32",
 }  # fmt: skip
 ACTIVATION: Arguments = {"h": "*bf16", "factor": "*bf16", "x": "*i8", "x_scale": "*fp32"}
-ROTATE: Arguments = {"x": "*bf16", "cos": "*bf16", "sin": "*bf16", "tokens": "i32"}
+HEADS = {"HEADS": 32, "KV_HEADS": 32, "HEAD": 128, "TURNED": 64, "BLOCK": 64}
+STEPS = "first", "tokens", "angles", "q_row", "kv_row", "batch_step", "head_step", "token_step"
+PLACE: Arguments = dict.fromkeys(("q", "k", "v", "cos", "sin", "keys", "values"), "*bf16") | dict.fromkeys(
+    STEPS, "i32"
+)
 
 
 def build(
@@ -105,10 +109,10 @@ def activation(capability: int, k: int, function: int, factor: bool, block: int)
     return build("activation_quantize", ACTIVATION, constants, capability, warps(k))
 
 
-if __name__ == "__main__":
-    capability = int(sys.argv[1])
+def compile_all(capability: int) -> list[dict[str, Any]]:
+    """What is found in the programs for sm_``capability``."""
     tiles = TABLE[capability // 10]
-    found = [
+    return [
         *(product(capability, tile) for tile in tiles),
         product(capability, tiles[2], bits=8),
         product(capability, tiles[2], k=4304),
@@ -118,6 +122,9 @@ if __name__ == "__main__":
         activation(capability, 4304, 2, False, 1),
         activation(capability, 2560, 1, True, 512),
         activation(capability, 28672, 0, False, 1),  # the widest: OpenVLA-OFT's head
-        build("rotate", ROTATE, {"HEAD": 128, "BLOCK": 64}, capability, 1),
+        build("place", PLACE, HEADS, capability, 1),
     ]
-    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    print(json.dumps({capability: compile_all(int(capability)) for capability in sys.argv[1:]}))

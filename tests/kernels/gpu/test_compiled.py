@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.once import once
+
 pytest.importorskip("triton", reason="Triton is there for Linux alone")
 
 SHARED = 99 << 10  # bytes that one program may have on sm_86, 89 and 120, the least among the cards
@@ -18,18 +20,25 @@ SHARED = 99 << 10  # bytes that one program may have on sm_86, 89 and 120, the l
 MATRIX = {80: "IMMA.16832.S8", 90: "IGMMA.64x", 120: "IMMA.16832.S8"}
 
 
-@pytest.fixture(scope="module", params=MATRIX, ids="sm_{}".format)
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Any]:
+@pytest.fixture(scope="session")
+def machine_code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """By capability, its programs; compiled once, which takes a minute."""
+
+    def compile_all(place: Path) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("offline.py")), *map(str, MATRIX)]
+        fresh = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": f"{place}.triton"}
+        done = subprocess.run(command, env=os.environ | fresh, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        place.write_text(done.stdout)
+
+    found: dict[str, Any] = json.loads(once(tmp_path_factory, "machine-code", compile_all).read_text())
+    return found
+
+
+@pytest.fixture(params=MATRIX, ids="sm_{}".format)
+def compiled(request: pytest.FixtureRequest, machine_code: dict[str, Any]) -> tuple[int, Any]:
     """A capability, and its programs."""
-    fresh = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("offline.py")), str(request.param)],
-        env=os.environ | fresh,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return request.param, json.loads(done.stdout)
+    return request.param, machine_code[str(request.param)]
 
 
 def test_no_register_is_spilled_and_the_smallest_card_has_the_memory(compiled: tuple[int, Any]) -> None:

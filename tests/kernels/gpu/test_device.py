@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -109,3 +110,22 @@ def test_without_triton_a_linear_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "sqap.kernels.gpu.linear", None)
     with pytest.raises(InputError, match="the kernels for GPUs need Triton, which comes with PyTorch"):
         GpuBackend().linear(packed)
+
+
+BEHIND_OSMESA = """
+import ctypes, ctypes.util, sys
+ctypes.CDLL(ctypes.util.find_library("OSMesa"), mode=ctypes.RTLD_GLOBAL)
+from sqap.kernels.gpu.backend import load
+flags = sys.getdlopenflags()
+load()
+import triton
+print(triton.__name__, sys.getdlopenflags() == flags)
+"""
+
+
+@pytest.mark.skipif(ctypes.util.find_library("OSMesa") is None, reason="OSMesa is not installed")
+def test_triton_is_imported_behind_osmesa() -> None:
+    """Its calls would go to OSMesa's LLVM, and the process would end with a signal."""
+    pytest.importorskip("triton", reason="Triton is there for Linux alone")
+    found = subprocess.run([sys.executable, "-c", BEHIND_OSMESA], capture_output=True, text=True)
+    assert found.stdout == "triton True\n", (found.returncode, found.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from sqap.kernels.reference import ReferenceBackend
 from sqap.models.config import DecoderConfig
 from sqap.models.decoder import Decoder, DecoderLayer, rope_angles
 from sqap.models.heads.diffusion import DiTBlock
+from sqap.models.kv import KVCache
 from sqap.models.stream import Stream
 from sqap.models.vision import Block
 from sqap.quantization.fused import fuse, run_fused
@@ -38,10 +40,11 @@ def rope_of(config: DecoderConfig, batch: int, tokens: int) -> tuple[Tensor, Ten
     return rope_angles(torch.randint(0, 500, (batch, tokens)).sort()[0], config, torch.float32)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("batch", "heads"), [(1, (4, 2)), (2, (3, 1)), (1, (2, 2))])
+@pytest.mark.parametrize(
+    ("batch", "heads", "causal"), [(1, (4, 2), False), (2, (3, 1), True), (1, (2, 2), True)]
+)
 def test_a_decoder_layer(
-    monkeypatch: pytest.MonkeyPatch, causal: bool, batch: int, heads: tuple[int, int]
+    monkeypatch: pytest.MonkeyPatch, batch: int, heads: tuple[int, int], causal: bool
 ) -> None:
     layer, config = decoder_layer(*heads, causal=causal)
     x, rope, rows = torch.randn(batch, 13, 64), rope_of(config, batch, 13), torch.tensor([2, 11, 12])
@@ -61,8 +64,7 @@ def test_a_decoder_layer(
         assert_near(part, wanted)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("first", [1, 9, 12, 13])
+@pytest.mark.parametrize(("causal", "first"), [(True, 1), (False, 9), (True, 12), (False, 13)])
 def test_the_last_tokens_alone(monkeypatch: pytest.MonkeyPatch, causal: bool, first: int) -> None:
     layer, config = decoder_layer(causal=causal)
     x, rope = torch.randn(1, 13, 64), rope_of(config, 1, 13)
@@ -76,6 +78,70 @@ def test_the_last_tokens_alone(monkeypatch: pytest.MonkeyPatch, causal: bool, fi
         assert_near(done[0], expected)
     assert all(torch.equal(a, b) for a, b in zip(whole, part, strict=True))
     assert run_fused(layer, x.expand(2, -1, -1), rope, first=first) is None
+
+
+@pytest.mark.parametrize(("batch", "heads", "causal"), [(1, (4, 2), True), (2, (3, 1), False)])
+def test_later_tokens(
+    monkeypatch: pytest.MonkeyPatch, batch: int, heads: tuple[int, int], causal: bool
+) -> None:
+    """They attend to earlier keys and values, and leave their own behind them."""
+    layer, config = decoder_layer(*heads, causal=causal)
+    x, (cos, sin), rows = torch.randn(batch, 9, 64), rope_of(config, batch, 9), torch.tensor([0, 2])
+    caches = KVCache(1, room=4), KVCache(1, room=4)
+    for part in slice(0, 5), slice(5, 6), slice(6, 9):
+        given = x[:, part], (cos[:, part], sin[:, part])
+        asked = rows if part.stop == 9 else None
+        expected, scores = by_modules(monkeypatch, layer, *given, 0, caches[0], asked)
+        kept = caches[1].reserve(0, layer.self_attn.empty_kv(given[0]))
+        done = run_fused(layer, *given, asked, kept)
+        assert done is not None
+        caches[1].commit(0, given[0].shape[1])
+        assert_near(done[0], expected)
+        if scores is not None:
+            torch.testing.assert_close(done[1], scores, atol=2e-3, rtol=0)
+    for found, wanted in zip(caches[1].stored(0), caches[0].stored(0), strict=True):
+        assert found.shape == (batch, heads[1], 9, 24)
+        assert_near(found, wanted)
+
+
+def test_the_last_of_later_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, config = decoder_layer()
+    x, rope, cache = torch.randn(1, 8, 64), rope_of(config, 1, 8), KVCache(1)
+    expected, _ = by_modules(monkeypatch, layer, x, rope)
+    parts = [(x[:, part], tuple(angles[:, part] for angles in rope)) for part in (slice(4), slice(4, 8))]
+    layer.fused = run_fused
+    layer(*parts[0], 0, cache)
+    kept = cache.reserve(0, layer.self_attn.empty_kv(parts[1][0]))
+    done = run_fused(layer, *parts[1], None, kept, 2)  # type: ignore[arg-type]
+    assert done is not None
+    assert_near(done[0], expected[:, 6:])
+
+
+def test_a_decoder_goes_on_where_its_cache_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy decoding: every layer of every later token in one call, at the position that comes next."""
+    decoder = Decoder(DecoderConfig(8, 64, 2, 4, 2, 24, 112))
+    for layer in decoder.layers:
+        quantize(layer)
+    nn.init.normal_(decoder.embed_tokens.weight)
+    x, calls = decoder.embed(torch.randint(0, 8, (1, 5))), Counter[bool]()
+
+    def run(cache: KVCache) -> Tensor:
+        return torch.cat([decoder(part, cache=cache) for part in x.split([3, 1, 1], dim=1)], dim=1)
+
+    def counted(*given: Any) -> Any:
+        done = run_fused(*given)
+        calls[done is not None] += 1
+        return done
+
+    with torch.inference_mode():
+        expected = by_modules(monkeypatch, run, KVCache(2))  # type: ignore[arg-type]
+        fuse(decoder)
+        for layer in decoder.layers:
+            layer.fused = counted  # type: ignore[assignment]
+        found = run(KVCache(2, room=2))
+    assert calls == {True: 6}
+    for token in range(5):
+        assert_near(found[:, token], expected[:, token])
 
 
 @pytest.mark.parametrize("layer", [Block(VISION, 0), DiTBlock(48, 2)], ids=["vit", "dit"])

@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton", reason="Triton is there for Linux alone")
 from sqap.errors import InputError  # noqa: E402
 from sqap.kernels import FUNCTIONS, Grids, Norm, Packed  # noqa: E402
 from sqap.kernels.gpu import GpuBackend  # noqa: E402
-from sqap.kernels.gpu.linear import Levels, Linear  # noqa: E402
+from sqap.kernels.gpu.linear import GpuLinear, Levels  # noqa: E402
 from sqap.kernels.hadamard import block_hadamard  # noqa: E402
 from sqap.kernels.levels import quantize_activation  # noqa: E402
 from sqap.kernels.reference import ACTIVATIONS, ReferenceLinear  # noqa: E402
@@ -81,7 +81,7 @@ def test_a_linear_is_the_references(
 ) -> None:
     torch.manual_seed(seed)
     given_, x = packed(k, n, scheme, bias=bias, tensor=tensor), torch.randn(m, k)
-    expected, found = ReferenceLinear(given_)(x), Linear(given_)(x)
+    expected, found = ReferenceLinear(given_)(x), GpuLinear(given_)(x)
     assert found.shape == (m, n)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()) if m else 0)
 
@@ -103,7 +103,7 @@ def test_sums_are_exact(scheme: str) -> None:
     if given_.grids.weight_bits == 4:
         weight = torch.cat([weight & 15, weight >> 4], 1) - 8
     expected = (q.long() @ weight.T).float()
-    torch.testing.assert_close(Linear(given_).multiply(levels, torch.float32), expected, rtol=0, atol=0)
+    torch.testing.assert_close(GpuLinear(given_).multiply(levels, torch.float32), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,7 +113,7 @@ def test_the_epilogue(dtype: torch.dtype, gain: bool, residual: bool) -> None:
     torch.manual_seed(0)
     m, k, n = 19, 96, 70
     given_ = packed(k, n, "w4a8")
-    linear, x = Linear(given_), torch.randn(m, k).to(dtype)
+    linear, x = GpuLinear(given_), torch.randn(m, k).to(dtype)
     levels = linear.quantize(x)
     plain = linear.multiply(levels, torch.float32)
     by, base = torch.randn(n).to(dtype) if gain else None, torch.randn(m, n).to(dtype) if residual else None
@@ -128,11 +128,11 @@ def test_types_of_inputs() -> None:
     given_ = packed(128, 24, "w4a8")
     for dtype in DTYPES:
         x = torch.randn(2, 3, 128).to(dtype)
-        torch.testing.assert_close(Linear(given_)(x), ReferenceLinear(given_)(x), rtol=1e-2, atol=1e-4)
+        torch.testing.assert_close(GpuLinear(given_)(x), ReferenceLinear(given_)(x), rtol=1e-2, atol=1e-4)
     with pytest.raises(ValueError, match="do not fit a weight of 128 channels"):
-        Linear(given_)(torch.randn(2, 3, 128).double())
+        GpuLinear(given_)(torch.randn(2, 3, 128).double())
     with pytest.raises(ValueError, match="do not fit a weight of 128 channels"):
-        Linear(given_)(torch.randn(2, 64))
+        GpuLinear(given_)(torch.randn(2, 64))
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -147,7 +147,7 @@ def test_an_activation_quantized(function: Any, k: int, block: int) -> None:
     x, times = torch.randn(3, k), torch.randn(3, k)
     for factor in (None, times):
         wide = ACTIVATIONS[function](x) * (1 if factor is None else factor)
-        assert_levels(Linear(given_).quantize(x, function, factor), given_, block_hadamard(wide, block))
+        assert_levels(GpuLinear(given_).quantize(x, function, factor), given_, block_hadamard(wide, block))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -163,14 +163,14 @@ def test_a_norm_quantized(scheme: str, k: int, rms: bool, affine: bool) -> None:
         norm = Norm(weight, None, EPS, rms=True)
     else:
         expected, norm = torch.nn.functional.layer_norm(x, (k,), weight, bias, EPS), Norm(weight, bias, EPS)
-    assert_levels(Linear(given_).normed(x, norm), given_, expected)
+    assert_levels(GpuLinear(given_).normed(x, norm), given_, expected)
 
 
 def test_ties_and_zeros() -> None:
     """Halves go to the even level; a token of zeros has a scale above zero."""
     given_ = packed(6, 1, "w8a8")
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5], [0.0] * 6])
-    levels = Linear(given_).quantize(x)
+    levels = GpuLinear(given_).quantize(x)
     assert levels.q.tolist() == [[127, 0, 2, 2, 0, -2], [0] * 6]
     assert levels.scale[0] == 1
     assert levels.scale[1] > 0
@@ -181,7 +181,7 @@ def test_what_is_not_finite_is_seen_behind_the_product(value: float) -> None:
     for scheme in SCHEMES:
         x = torch.randn(3, 64)
         x[1, 7] = value
-        linear = Linear(packed(64, 8, scheme))
+        linear = GpuLinear(packed(64, 8, scheme))
         for levels in (linear.quantize(x), linear.normed(x, Norm(None, None, 1e-6))):
             found = linear.multiply(levels, torch.float32)
             assert not found[1].isfinite().any()
@@ -201,7 +201,7 @@ def test_every_byte_is_two_levels() -> None:
 def test_grids_without_a_kernel_are_refused() -> None:
     plain = packed(128, 32, "w4a8")
     backend = GpuBackend()
-    assert isinstance(backend.linear(plain), Linear)
+    assert isinstance(backend.linear(plain), GpuLinear)
     groups = replace(plain, scale=torch.ones(32, 4))
     for given_, words in (
         (groups, "weights with a scale per group of 32 channels have no kernel"),
@@ -225,8 +225,8 @@ GUARDED = """
 import torch
 from sqap.kernels import Grids, Norm, Packed
 from sqap.kernels.gpu import linear as module
-from sqap.kernels.gpu.layer import rotated
-from sqap.kernels.gpu.linear import Linear
+from sqap.kernels.gpu.layer import placed
+from sqap.kernels.gpu.linear import GpuLinear
 from tests.kernels.guarded import guarded
 
 class Empty:
@@ -243,11 +243,15 @@ for bits in (4, 8):
         weight = weight if bits == 4 else weight.view(torch.int8)
         one, scale, x = guarded(torch.ones(k)), guarded(torch.ones(n, 1)), guarded(torch.randn(m, k))
         gain, bias, residual = guarded(torch.ones(n)), guarded(torch.ones(n)), guarded(torch.ones(m, n))
-        linear = Linear(Packed(weight, scale, bias, Grids(bits, 8, True, k, 2)))
+        linear = GpuLinear(Packed(weight, scale, bias, Grids(bits, 8, True, k, 2)))
         assert linear.scale.data_ptr() == scale.data_ptr()
         linear.multiply(linear.quantize(x, "silu", x), torch.float32, gain=gain, residual=residual)
         linear.normed(x, Norm(one, one, 1e-6))
-rotated(guarded(torch.randn(6, 30)), 10, [guarded(torch.ones(1, 3, 10))] * 2, 2)
+q, k, v, angles = (guarded(torch.randn(*shape)) for shape in ((6, 30), (6, 10), (6, 10), (1, 3, 10)))
+placed(q, k, v, (3, 1, 10), 2, (angles, angles))
+kept = [guarded(torch.zeros(2, 1, 5, 10)) for _ in range(2)]
+placed(q, k, v, (3, 1, 10), 2, (angles, angles), kept)
+placed(guarded(torch.randn(2, 30)), k, v, (3, 1, 10), 1, None, [guarded(torch.zeros(1, 1, 6, 10))] * 2)
 print("done")
 """
 

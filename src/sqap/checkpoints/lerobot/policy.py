@@ -8,16 +8,7 @@ from pathlib import Path
 from sqap.checkpoints import hub
 from sqap.checkpoints.choices import Choices
 from sqap.checkpoints.lerobot.config import ACTION, STATE, LeRobotConfig, choose_cameras
-from sqap.checkpoints.lerobot.processors import (
-    BEFORE,
-    NORMALIZE,
-    STATE_TEXT,
-    UNNORMALIZE,
-    Processors,
-    Step,
-    read_processors,
-)
-from sqap.checkpoints.lerobot.statistics import (
+from sqap.checkpoints.lerobot.normalizers import (
     EPSILON,
     IDENTITY,
     INPUTS,
@@ -31,6 +22,15 @@ from sqap.checkpoints.lerobot.statistics import (
     identity,
     read_statistics,
     statistics_inside,
+)
+from sqap.checkpoints.lerobot.processors import (
+    BEFORE,
+    NORMALIZE,
+    STATE_TEXT,
+    UNNORMALIZE,
+    Processors,
+    ProcessorStep,
+    read_processors,
 )
 from sqap.checkpoints.tokenizer import FILE
 from sqap.checkpoints.weights import TensorSet
@@ -176,14 +176,16 @@ def _prompt(processors: Processors) -> PromptConfig:
     return PromptConfig(STATE_PROMPT, processors.longest)
 
 
-def _normalizer(processors: Processors, name: str) -> Step:
+def _normalizer(processors: Processors, name: str) -> ProcessorStep:
     steps = processors.before if name == NORMALIZE else processors.after
     if name not in steps:
         raise CheckpointError(f"{processors.path.parent} has no {name} among its processors' steps")
     return steps[name]
 
 
-def _normalization(config: LeRobotConfig, step: Step, feature: str, defaults: Defaults) -> Normalization:
+def _normalization(
+    config: LeRobotConfig, step: ProcessorStep, feature: str, defaults: Defaults
+) -> Normalization:
     """How a normalizer's step treats a feature.
 
     Raises:

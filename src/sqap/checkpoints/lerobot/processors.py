@@ -44,7 +44,7 @@ KNOWN = {*CLASSES.values()}
 
 
 @dataclass(frozen=True)
-class Step:
+class ProcessorStep:
     """One step.
 
     Args:
@@ -71,8 +71,8 @@ class Processors:
     """
 
     path: Path
-    before: Mapping[str, Step]
-    after: Mapping[str, Step]
+    before: Mapping[str, ProcessorStep]
+    after: Mapping[str, ProcessorStep]
 
     @property
     def renamed(self) -> dict[str, str]:
@@ -89,7 +89,7 @@ class Processors:
         return any(name in self.before for name in NEW_LINES)
 
     @property
-    def tokenizer(self) -> Step:
+    def tokenizer(self) -> ProcessorStep:
         """The step that makes token ids.
 
         Raises:
@@ -117,7 +117,7 @@ class Processors:
         return name if isinstance(name, str) else None
 
     @property
-    def relative(self) -> Step | None:
+    def relative(self) -> ProcessorStep | None:
         """The step by which actions are relative to the robot's state; None if they are not.
 
         Raises:
@@ -149,11 +149,11 @@ def read_processors(directory: Path) -> Processors | None:
     return Processors(paths[0], before, after)
 
 
-def _steps(path: Path) -> dict[str, Step]:
+def _steps(path: Path) -> dict[str, ProcessorStep]:
     listed = read_object(path, CheckpointError).get("steps")
     if not isinstance(listed, list):
         raise CheckpointError(f"{path} has no list of steps")
-    steps: dict[str, Step] = {}
+    steps: dict[str, ProcessorStep] = {}
     for i, entry in enumerate(listed):
         step = _step(path, i, entry)
         if step.name in steps:
@@ -168,14 +168,14 @@ def _steps(path: Path) -> dict[str, Step]:
     return steps
 
 
-def _step(path: Path, number: int, entry: Any) -> Step:
+def _step(path: Path, number: int, entry: Any) -> ProcessorStep:
     entry = entry if isinstance(entry, dict) else {}
     name, kind, config = entry.get("registry_name"), entry.get("class"), entry.get("config", {})
     if name is None and isinstance(kind, str):
         name = CLASSES.get(kind.rpartition(".")[2], kind)
     if not isinstance(name, str) or not isinstance(config, dict):
         raise CheckpointError(f"{path}: steps[{number}] must have a registry_name or a class, and a config")
-    return Step(name, config, _state_file(path, entry.get("state_file")), f"{path}: {name}")
+    return ProcessorStep(name, config, _state_file(path, entry.get("state_file")), f"{path}: {name}")
 
 
 def _state_file(path: Path, name: Any) -> Path | None:

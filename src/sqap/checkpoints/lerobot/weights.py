@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sqap.checkpoints.lerobot.statistics import INSIDE
+from sqap.checkpoints.lerobot.normalizers import INSIDE
 from sqap.checkpoints.prismatic import LAYER
 from sqap.checkpoints.tensors import open_safetensors
 from sqap.checkpoints.weights import Part, Source, Table, TensorSet, same, stacked

@@ -32,7 +32,7 @@ NATIVE = torch.float32, torch.bfloat16
 PORTABLE, REFERENCE = "portable", "reference"
 VARIABLE = "SQAP_KERNELS"
 NEEDS = {
-    "amx": "AMX-INT8: Intel's servers since Sapphire Rapids",
+    "amx": "AMX-INT8 and AMX-BF16: Intel's servers since Sapphire Rapids",
     "avx512vnni": "AVX512-VNNI: Intel since Ice Lake, AMD since Zen 4",
     "avxvnni": "AVX-VNNI: Intel since Alder Lake, AMD since Zen 5",
     "avx2": "AVX2: nearly every x86 processor",
@@ -110,7 +110,7 @@ def _difference(path: str) -> str | None:
     return difference(path)
 
 
-class Linear:
+class CpuLinear:
     """A packed weight, checked once and multiplied often.
 
     Args:

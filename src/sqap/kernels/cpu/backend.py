@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sqap.kernels import cpu
 from sqap.kernels.backend import Attention, FusedLayer, Grids, LayerSpec, Packed
-from sqap.kernels.cpu.layer import LANES, Layer, look
+from sqap.kernels.cpu.layer import LANES, CpuLayer, look
 
 
 class CpuBackend:
@@ -24,14 +24,14 @@ class CpuBackend:
     def fits(self, device: torch.device, grids: Grids) -> bool:
         return device.type == "cpu" and self.name != cpu.REFERENCE
 
-    def linear(self, packed: Packed) -> cpu.Linear:
-        return cpu.Linear(packed)
+    def linear(self, packed: Packed) -> cpu.CpuLinear:
+        return cpu.CpuLinear(packed)
 
-    def layer(self, spec: LayerSpec) -> Layer | None:
+    def layer(self, spec: LayerSpec) -> CpuLayer | None:
         """None where parameters are not float32, or heads are not a multiple of `LANES` wide."""
         if spec.heads[2] % LANES or any(p.dtype != torch.float32 for p in spec.parameters):
             return None
-        return Layer(spec)
+        return CpuLayer(spec)
 
     def look(
         self, layers: Sequence[FusedLayer], x: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor
@@ -39,7 +39,7 @@ class CpuBackend:
         """None for a batch, and for another type than float32."""
         if len(x) != 1 or not all(layer.takes(x) for layer in layers):
             return None
-        return look(cast(Sequence[Layer], layers), x, rope, rows)
+        return look(cast(Sequence[CpuLayer], layers), x, rope, rows)
 
     def attention(self, device: torch.device, dtype: torch.dtype) -> Attention | None:
         """In bfloat16, on every path."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sqap.kernels import cpu
 from sqap.kernels.backend import Function, Grids, LayerSpec, Norm, Packed
-from sqap.kernels.cpu.layer import Layer, look
+from sqap.kernels.cpu.layer import CpuLayer, look
 
 CHANNELS, OUTPUTS, GROUP = 64, 40, 32
 TOKENS = 3, 37  # rows are multiplied one by one for few tokens, in tiles for many
@@ -61,7 +61,7 @@ class _Grids:
         bits = f"W{self.weight_bits}A{self.activation_bits}"
         return f"a {bits} linear, scales per {self.weights} and per {self.inputs}{zero}"
 
-    def linear(self, path: str, inputs: int = CHANNELS, outputs: int = OUTPUTS) -> cpu.Linear:
+    def linear(self, path: str, inputs: int = CHANNELS, outputs: int = OUTPUTS) -> cpu.CpuLinear:
         """The same weights for every path."""
         shape = {"channel": (outputs, 1), "group": (outputs, inputs // GROUP), "tensor": (1, 1)}
         size = {"token": inputs, "group": GROUP, "tensor": 0}[self.inputs]
@@ -71,7 +71,7 @@ class _Grids:
             _floats(outputs),
             Grids(self.weight_bits, self.activation_bits, self.symmetric, size, self.hadamard),
         )
-        return cpu.Linear(packed, path)
+        return cpu.CpuLinear(packed, path)
 
 
 @cache
@@ -157,7 +157,7 @@ def _seen() -> tuple[tuple[Tensor, Tensor], Tensor]:
     return (angles.cos(), angles.sin()), torch.tensor([3, TOKENS[-1] - 1], device="cpu")
 
 
-def _bound(decoder: bool, path: str) -> Layer:
+def _bound(decoder: bool, path: str) -> CpuLayer:
     """A decoder's layer, or a block of an encoder."""
     heads, width = 4, HEAD
     kv_heads = 2 if decoder else heads
@@ -176,7 +176,7 @@ def _bound(decoder: bool, path: str) -> Layer:
         heads=(heads, kv_heads, width),
         causal=decoder,
     )
-    return Layer(spec)
+    return CpuLayer(spec)
 
 
 @cache

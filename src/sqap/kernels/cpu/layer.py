@@ -15,7 +15,7 @@ from sqap.kernels.cpu import _native, array
 LANES = 8  # heads are multiples of this many channels wide
 
 
-class Layer:
+class CpuLayer:
     """A `sqap.kernels.backend.FusedLayer` whose parameters are contiguous float32.
 
     Raises:
@@ -23,8 +23,10 @@ class Layer:
     """
 
     def __init__(self, spec: LayerSpec) -> None:
-        inputs, up = ([cast(cpu.Linear, linear) for linear in linears] for linears in (spec.inputs, spec.up))
-        out, down = cast(cpu.Linear, spec.out), cast(cpu.Linear, spec.down)
+        inputs, up = (
+            [cast(cpu.CpuLinear, linear) for linear in linears] for linears in (spec.inputs, spec.up)
+        )
+        out, down = cast(cpu.CpuLinear, spec.out), cast(cpu.CpuLinear, spec.down)
         for parameter in spec.parameters:
             _check("a norm's or branch's parameter", parameter, (out.out_features,))
         self.path, self.head_dim, self._heads = out.path, spec.heads[2], spec.heads
@@ -42,9 +44,9 @@ class Layer:
             spec.causal,
         )
 
-    def takes(self, x: Tensor, first: int = 0) -> bool:
-        """Float32 on the CPU; behind a ``first`` token, of one observation."""
-        return x.is_cpu and x.dtype == torch.float32 and (not first or len(x) == 1)
+    def takes(self, x: Tensor, first: int = 0, past: int = 0) -> bool:
+        """Float32 on the CPU, the first tokens there are; behind a ``first`` token, of one observation."""
+        return x.is_cpu and x.dtype == torch.float32 and (not first or len(x) == 1) and not past
 
     def __call__(
         self,
@@ -76,7 +78,7 @@ class Layer:
         return y, received
 
 
-def look(layers: Sequence[Layer], x: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
+def look(layers: Sequence[CpuLayer], x: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
     """What ``rows`` would attend to in later layers, were ``x`` ``(1, tokens, width)`` their input.
 
     As `sqap.kernels.backend.Backend.look`, of float32 and layers with linears of their own for queries and

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
@@ -16,8 +19,8 @@ from sqap.kernels.backend import Attention, FusedLayer, Grids, LayerSpec, Packed
 from sqap.kernels.cpu import REFERENCE, VARIABLE
 
 if TYPE_CHECKING:
-    from sqap.kernels.gpu.layer import Layer
-    from sqap.kernels.gpu.linear import Linear
+    from sqap.kernels.gpu.layer import GpuLayer
+    from sqap.kernels.gpu.linear import GpuLinear
 
 OLDEST = 8, 0  # compute capability: the first with the int8 matrix instructions that Triton emits
 LARGEST = 32768  # values of a token that one program holds in registers
@@ -33,7 +36,7 @@ class GpuBackend:
         """Grids that have no kernel fit, too: `linear` refuses them, since the reference would be slow."""
         return device.type == "cuda" and not reference()
 
-    def linear(self, packed: Packed) -> Linear:
+    def linear(self, packed: Packed) -> GpuLinear:
         """As `Backend.linear`.
 
         Raises:
@@ -42,26 +45,26 @@ class GpuBackend:
         check_device(packed.weight.device)
         check_grids(packed)
         load()
-        from sqap.kernels.gpu.linear import Linear
+        from sqap.kernels.gpu.linear import GpuLinear
 
-        return Linear(packed)
+        return GpuLinear(packed)
 
-    def layer(self, spec: LayerSpec) -> Layer | None:
+    def layer(self, spec: LayerSpec) -> GpuLayer | None:
         """None where linears of the same tokens quantize them differently."""
-        from sqap.kernels.gpu.layer import Layer
+        from sqap.kernels.gpu.layer import GpuLayer
 
         for linears in (spec.inputs, spec.up):
-            kinds = {cast("Linear", linear).grids for linear in linears}
+            kinds = {cast("GpuLinear", linear).grids for linear in linears}
             if len(kinds) > 1:
                 return None
-        return Layer(spec)
+        return GpuLayer(spec)
 
     def look(
         self, layers: Sequence[FusedLayer], x: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor
     ) -> Tensor | None:
         if not all(layer.takes(x) for layer in layers):
             return None
-        return torch.stack([cast("Layer", layer).look(x, rope, rows) for layer in layers]).mean(0)
+        return torch.stack([cast("GpuLayer", layer).look(x, rope, rows) for layer in layers]).mean(0)
 
     def attention(self, device: torch.device, dtype: torch.dtype) -> Attention | None:
         return None
@@ -73,18 +76,35 @@ def reference() -> bool:
 
 
 def load() -> None:
-    """Import the kernels, and Triton with them: it crashes behind OSMesa, since both bring an LLVM.
+    """Import the kernels, and Triton with them.
 
     Raises:
         InputError: Triton is not installed.
     """
     try:
-        import sqap.kernels.gpu.linear  # noqa: F401
+        with own_llvm():
+            import sqap.kernels.gpu.linear  # noqa: F401
     except ImportError as problem:
         raise InputError(
             f"the kernels for GPUs need Triton, which comes with PyTorch for CUDA on Linux ({problem}): "
             f"install it, or set {VARIABLE}={REFERENCE} for PyTorch's slow arithmetic"
         ) from problem
+
+
+@contextmanager
+def own_llvm() -> Iterator[None]:
+    """Let libraries that are loaded here call their own LLVM, whichever is there for all.
+
+    OSMesa's is, once MuJoCo has drawn by it. Triton crashed as it was imported then, since its own calls went
+    there.
+    """
+    flags = sys.getdlopenflags()
+    if hasattr(ctypes.CDLL(None), "LLVMContextCreate"):
+        sys.setdlopenflags(flags | getattr(os, "RTLD_DEEPBIND", 0))
+    try:
+        yield
+    finally:
+        sys.setdlopenflags(flags)
 
 
 def check_device(device: torch.device) -> None:

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from sqap.kernels.backend import LayerSpec, Norm
 from sqap.kernels.gpu import programs
-from sqap.kernels.gpu.linear import FLOATS, Levels, Linear
+from sqap.kernels.gpu.linear import FLOATS, GpuLinear, Levels
 from sqap.kernels.received import attention_received
 
 Rope = tuple[Tensor, Tensor]
 
 
-class Layer:
+class GpuLayer:
     """A `sqap.kernels.backend.FusedLayer`.
 
     Norms are computed as their tokens are quantized, which queries, keys and values share, as gate and up do.
@@ -28,12 +28,12 @@ class Layer:
     def __init__(self, spec: LayerSpec) -> None:
         self.spec = spec
         self._inputs, self._up = (
-            [cast(Linear, linear) for linear in linears] for linears in (spec.inputs, spec.up)
+            [cast(GpuLinear, linear) for linear in linears] for linears in (spec.inputs, spec.up)
         )
-        self._out, self._down = cast(Linear, spec.out), cast(Linear, spec.down)
+        self._out, self._down = cast(GpuLinear, spec.out), cast(GpuLinear, spec.down)
 
-    def takes(self, x: Tensor, first: int = 0) -> bool:
-        """Floats; behind a ``first`` token, of one observation."""
+    def takes(self, x: Tensor, first: int = 0, past: int = 0) -> bool:
+        """Floats, whatever came before; behind a ``first`` token, of one observation."""
         return x.dtype in FLOATS and (not first or len(x) == 1)
 
     def __call__(
@@ -46,12 +46,12 @@ class Layer:
     ) -> tuple[Tensor, Tensor | None]:
         """As `FusedLayer.__call__`."""
         spec, (batch, tokens, width), (heads, _, head_dim) = self.spec, x.shape, self.spec.heads
-        q, k, v = self._project(x, rope, first)
-        if kept is not None:
-            kept[0].copy_(k)
-            kept[1].copy_(v)
-        received = None if rows is None else attention_received(q[:, :, rows], k, rows, causal=spec.causal)
-        mixed = attend(q, k, v, spec.causal, first).transpose(1, 2).reshape(-1, heads * head_dim)
+        q, k, v = self._project(x, rope, kept, first)
+        past = k.shape[2] - tokens
+        received = None
+        if rows is not None:
+            received = attention_received(q[:, :, rows], k, rows + past, causal=spec.causal)
+        mixed = attend(q, k, v, spec.causal, past + first).transpose(1, 2).reshape(-1, heads * head_dim)
         flat = x[:, first:].reshape(-1, width)
         gain, inner_gain = spec.gains
         flat = self._out.multiply(self._out.quantize(mixed), x.dtype, gain=gain, residual=flat)
@@ -76,28 +76,26 @@ class Layer:
     def _head_dim(self) -> int:
         return self.spec.heads[2]
 
-    def _project(self, x: Tensor, rope: Rope | None, first: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries behind ``first``, keys and values, rotated: ``(batch, heads, tokens, head_dim)`` each."""
-        batch, tokens, width = x.shape
-        levels = normed(self._inputs[0], x.reshape(-1, width), self.spec.norms[0])
+    def _project(
+        self, x: Tensor, rope: Rope | None, kept: tuple[Tensor, Tensor] | None, first: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries behind ``first`` ``(batch, heads, tokens, head_dim)``; all keys and values."""
+        heads, kv_heads, head_dim = self.spec.heads
+        levels = normed(self._inputs[0], x.reshape(-1, x.shape[-1]), self.spec.norms[0])
         if len(self._inputs) == 1:
-            made = self._inputs[0].multiply(levels, x.dtype).view(batch, tokens, 3, -1, self._head_dim)
-            q, k, v = made.permute(2, 0, 3, 1, 4)
-            return q[:, :, first:], k, v
-        behind = levels.rows(slice(first, None)) if first else levels
-        q, k, v = (
-            linear.multiply(given, x.dtype)
-            for linear, given in zip(self._inputs, (behind, levels, levels), strict=True)
-        )
-        turn = None if rope is None else cast(Rope, tuple(part[:, first:] for part in rope))
-        return (
-            rotated(q, self._head_dim, turn, batch),
-            rotated(k, self._head_dim, rope, batch),
-            v.view(batch, tokens, -1, self._head_dim).transpose(1, 2),
-        )
+            made = self._inputs[0].multiply(levels, x.dtype)
+            q, k, v = torch.split(made, [heads * head_dim, *[kv_heads * head_dim] * 2], 1)
+            q = q[first:]
+        else:
+            behind = levels.rows(slice(first, None)) if first else levels
+            q, k, v = (
+                linear.multiply(given, x.dtype)
+                for linear, given in zip(self._inputs, (behind, levels, levels), strict=True)
+            )
+        return placed(q, k, v, self.spec.heads, len(x), rope, kept)
 
 
-def normed(linear: Linear, x: Tensor, norm: Norm) -> Levels:
+def normed(linear: GpuLinear, x: Tensor, norm: Norm) -> Levels:
     """A norm of ``x`` ``(tokens, width)`` as the levels that ``linear`` multiplies."""
     if linear.grids.hadamard_block == 1:
         return linear.normed(x, norm)
@@ -107,31 +105,58 @@ def normed(linear: Linear, x: Tensor, norm: Norm) -> Levels:
     return linear.quantize(F.layer_norm(wide, width, norm.weight, norm.bias, norm.eps))
 
 
-def rotated(x: Tensor, head_dim: int, rope: Rope | None, batch: int) -> Tensor:
-    """``x`` ``(batch * tokens, heads * head_dim)`` as ``(batch, heads, tokens, head_dim)``, rotated in place.
+def rotated(x: Tensor, head_dim: int, rope: Rope, batch: int) -> Tensor:
+    """``(batch * tokens, heads * head_dim)``, rotated in place, to ``(batch, heads, tokens, head_dim)``."""
+    _, k, _ = placed(x[:0], x, x, (0, x.shape[1] // head_dim, head_dim), batch, rope)
+    return k
+
+
+def placed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: tuple[int, int, int],
+    batch: int,
+    rope: Rope | None = None,
+    kept: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values as attention takes them, ``(batch, heads, tokens, head_dim)``.
 
     Args:
-        x: a product's result.
-        head_dim: channels of a head.
-        rope: cosines and sines ``(batch or 1, tokens, head_dim)``.
+        q: ``(rows, heads * head_dim)`` of the last tokens of the batch, rotated in place.
+        k, v: ``(batch * tokens, kv_heads * head_dim)``; keys are rotated in place unless they are kept.
+        heads: query heads, key and value heads, and the width of each.
         batch: observations.
+        rope: cosines and sines ``(batch or 1, tokens, head_dim)``.
+        kept: as `FusedLayer.__call__` has them; they are returned.
     """
-    m, heads = len(x), x.shape[1] // head_dim
-    if rope is not None and m:
-        cos, sin = (part.contiguous() for part in rope)
-        block = triton.next_power_of_2(max(1, head_dim // 2))
-        programs.rotate[(m, heads)](
-            x, cos, sin, cos.shape[0] * cos.shape[1], HEAD=head_dim, BLOCK=block, num_warps=1
-        )
-    return x.view(batch, m // batch, heads, head_dim).transpose(1, 2)
+    count, kv_count, head_dim = heads
+    m, own = len(k), (_by_heads(k, batch, head_dim), _by_heads(v, batch, head_dim))
+    tokens = m // batch
+    keys, values = own if kept is None else (part[:, :, part.shape[2] - tokens :] for part in kept)
+    if m and (rope is not None or kept is not None):
+        cos, sin = (k, k) if rope is None else (part.contiguous() for part in rope)
+        programs.place[(m, count + kv_count * (1 if kept is None else 2))](
+            q, k, v, cos, sin, keys, values, m - len(q), tokens, cos.shape[:-1].numel(),
+            q.stride(0), k.stride(0), *keys.stride()[:3],
+            HEADS=count, KV_HEADS=kv_count, HEAD=head_dim, TURNED=0 if rope is None else count + kv_count,
+            BLOCK=triton.next_power_of_2(max(1, head_dim // 2)), num_warps=1,
+        )  # fmt: skip
+    keys, values = kept or own
+    return _by_heads(q, batch, head_dim), keys, values
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, first: int) -> Tensor:
-    """Softmax attention of queries behind ``first`` over all keys: ``(batch, heads, queries, head_dim)``."""
+def _by_heads(x: Tensor, batch: int, head_dim: int) -> Tensor:
+    """``(batch * tokens, heads * head_dim)`` to ``(batch, heads, tokens, head_dim)``."""
+    return x.view(batch, -1, x.shape[1] // head_dim, head_dim).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, before: int) -> Tensor:
+    """Softmax attention ``(batch, heads, queries, head_dim)``; ``before`` keys precede the queries' own."""
     queries, keys = q.shape[2], k.shape[2]
     mask = None
-    if causal and first and queries > 1:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(first)
+    if causal and before and queries > 1:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(before)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal and not first, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=mask, is_causal=causal and not before, enable_gqa=q.shape[1] != k.shape[1]
     )

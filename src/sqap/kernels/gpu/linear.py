@@ -35,7 +35,7 @@ class Levels:
         return Levels(self.q[rows], self.scale[rows])
 
 
-class Linear:
+class GpuLinear:
     """A `sqap.kernels.backend.Linear` of grids that `backend.check_grids` lets pass.
 
     Args:
@@ -97,6 +97,7 @@ class Linear:
         m, n = len(x.q), self.out_features
         y = torch.empty(m, n, dtype=dtype, device=x.q.device)
         tile, bias = choose(m, n, self._major), self.bias
+        residual = None if residual is None else residual.contiguous()
         if m:
             programs.product[(triton.cdiv(n, tile.outputs), triton.cdiv(m, tile.tokens))](
                 x.q, x.scale, self.weight, self.scale, self.scale if bias is None else bias,

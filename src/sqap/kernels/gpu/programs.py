@@ -225,22 +225,47 @@ def activation_quantize(
 
 
 @triton.jit
-def rotate(x, cos, sin, tokens, HEAD: tl.constexpr, BLOCK: tl.constexpr):
-    """Rotary positions of ``x`` ``(M, heads, HEAD)``, in place; one program for each head of each token.
+def place(
+    q, k, v, cos, sin, keys, values,
+    first, tokens, angles, q_row, kv_row, batch_step, head_step, token_step,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, TURNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rotary positions of queries, in place, and of keys on their way to ``keys``; values go to ``values``.
 
-    ``cos`` and ``sin`` ``(tokens, HEAD)`` begin anew after so many ``tokens``. BLOCK is a power of two, HEAD
-    / 2 or more; halves of a head are paired.
+    One program for each token, and of it for each head of queries, of keys and, if the grid is so large, of
+    values. Halves of a head are paired.
+
+    Args:
+        q: ``(M - first, HEADS * HEAD)``, rows ``q_row`` apart, of the tokens behind ``first``.
+        k, v: ``(M, KV_HEADS * HEAD)``, rows ``kv_row`` apart.
+        cos, sin: ``(angles, HEAD)``, which begin anew behind the last; for the first TURNED heads.
+        keys, values: ``(M / tokens, KV_HEADS, tokens, HEAD)``, by these steps; they may be ``k`` and ``v``.
+        BLOCK: a power of two, HEAD / 2 or more.
     """
-    token = tl.program_id(0)
+    token, head = tl.program_id(0), tl.program_id(1)
     at = tl.arange(0, BLOCK)
-    inside = at < HEAD // 2
-    turn = token % tokens * HEAD + at
-    place = x + (token.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * HEAD + at
-    first = tl.load(place, mask=inside, other=0).to(tl.float32)
-    second = tl.load(place + HEAD // 2, mask=inside, other=0).to(tl.float32)
-    c = tl.load(cos + turn, mask=inside, other=0).to(tl.float32)
-    s = tl.load(sin + turn, mask=inside, other=0).to(tl.float32)
-    tl.store(place, (first * c - second * s).to(x.dtype.element_ty), mask=inside)
-    c = tl.load(cos + turn + HEAD // 2, mask=inside, other=0).to(tl.float32)
-    s = tl.load(sin + turn + HEAD // 2, mask=inside, other=0).to(tl.float32)
-    tl.store(place + HEAD // 2, (second * c + first * s).to(x.dtype.element_ty), mask=inside)
+    row, inside = token.to(tl.int64), at < HEAD // 2
+    if head < HEADS:
+        source = q + (row - first) * q_row + head * HEAD
+        target = source
+        inside = inside & (token >= first)
+    else:
+        own = (head - HEADS) % KV_HEADS
+        step = row // tokens * batch_step + own * head_step + row % tokens * token_step
+        source, target = k + row * kv_row + own * HEAD, keys + step
+        if head >= HEADS + KV_HEADS:
+            source, target = v + row * kv_row + own * HEAD, values + step
+    x = tl.load(source + at, mask=inside, other=0).to(tl.float32)
+    y = tl.load(source + HEAD // 2 + at, mask=inside, other=0).to(tl.float32)
+    if head < TURNED:
+        turn = token % angles * HEAD + at
+        c = tl.load(cos + turn, mask=inside, other=0).to(tl.float32)
+        s = tl.load(sin + turn, mask=inside, other=0).to(tl.float32)
+        first_half = x * c - y * s
+        c = tl.load(cos + turn + HEAD // 2, mask=inside, other=0).to(tl.float32)
+        s = tl.load(sin + turn + HEAD // 2, mask=inside, other=0).to(tl.float32)
+        y = y * c + x * s
+        x = first_half
+    tl.store(target + at, x.to(keys.dtype.element_ty), mask=inside)
+    tl.store(target + HEAD // 2 + at, y.to(keys.dtype.element_ty), mask=inside)

@@ -13,33 +13,30 @@
 namespace sqap {
 namespace {
 
-constexpr int64_t QUERIES = 6;       // at a time
-constexpr int64_t TILE = 2 * LANES;  // keys, or channels, at a time
-constexpr int64_t CHUNK = 72;        // queries per task
-constexpr float HIDDEN = -1e30f;     // the score of a key that a query must not see
+constexpr int64_t QUERIES = LANES == 16 ? 12 : 6;  // at a time: twice as many sums, of 32 registers or of 16
+constexpr int64_t TILE = 2 * LANES;                // keys, or channels, at a time
+constexpr int64_t CHUNK = 72;                      // queries per task, at least
+constexpr float HIDDEN = -1e30f;                   // the score of a key that a query must not see
 
 struct Attention {
     const float *q, *k, *v;  // rows of every token, `q_stride` and `kv_stride` apart, head after head
     int64_t q_stride, kv_stride;
-    int64_t heads, kv_heads, head_dim;  // head_dim a multiple of LANES
+    int64_t heads, kv_heads, head_dim;  // head_dim a multiple of 8
     bool causal;
     float* mixed;       // a row (heads * head_dim) for each query; null where only what rows attend to is wanted
     int64_t first = 0;  // the token whose query comes first in q, and its row in mixed
 };
 
 inline Floats multiply_add(Floats a, Floats b, Floats c) {
-#if defined(__FMA__)
+#if defined(__AVX512F__)
+    return reinterpret_cast<Floats>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b),
+                                                    reinterpret_cast<__m512>(c)));
+#elif defined(__FMA__)
     return reinterpret_cast<Floats>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b),
                                                     reinterpret_cast<__m256>(c)));
 #else
     return a * b + c;
 #endif
-}
-
-inline Floats load(const float* x) {
-    Floats v;
-    std::memcpy(&v, x, sizeof v);
-    return v;
 }
 
 inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
@@ -71,12 +68,12 @@ inline void pack_keys(const Attention& a, const Tokens& t, int64_t start, int64_
     }
 }
 
-// Rows of values as tiles (head_dim / TILE, count, TILE), of which the last may be half empty.
+// Rows of values as tiles (head_dim / TILE, count, TILE), of which the last may be empty in part.
 inline void pack_values(const Attention& a, int64_t start, int64_t kv, int64_t count, float* tiles) {
     for (int64_t j = 0; j < count; j++) {
         const float* row = a.v + (start + j) * a.kv_stride + kv * a.head_dim;
-        for (int64_t d = 0; d < a.head_dim; d += LANES) {
-            std::memcpy(tiles + (d / TILE * count + j) * TILE + d % TILE, row + d, LANES * sizeof(float));
+        for (int64_t d = 0; d < a.head_dim; d += 8) {
+            std::memcpy(tiles + (d / TILE * count + j) * TILE + d % TILE, row + d, 8 * sizeof(float));
         }
     }
 }
@@ -88,15 +85,15 @@ inline void score(const float* queries, const float* tiles, int64_t head_dim, in
         Floats sums[QUERIES][2] = {};
         for (int64_t d = 0; d < head_dim; d++) {
             const float* tile = tiles + j * head_dim + d * TILE;
-            const Floats first = load(tile), second = load(tile + LANES);
-#pragma GCC unroll 8
+            const Floats first = load_floats(tile), second = load_floats(tile + LANES);
+#pragma GCC unroll 12
             for (int64_t r = 0; r < QUERIES; r++) {
                 const Floats q = spread(queries[r * head_dim + d]);
                 sums[r][0] = multiply_add(q, first, sums[r][0]);
                 sums[r][1] = multiply_add(q, second, sums[r][1]);
             }
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int64_t r = 0; r < QUERIES; r++) {
             store(scores + r * padded + j, sums[r][0]);
             store(scores + r * padded + j + LANES, sums[r][1]);
@@ -107,15 +104,15 @@ inline void score(const float* queries, const float* tiles, int64_t head_dim, in
 // e^(score - the largest) in place, next to nothing from `visible` on; returns what makes them add up to one.
 inline float softmax(float* scores, int64_t visible, int64_t keys) {
     for (int64_t j = visible; j < keys; j++) scores[j] = HIDDEN;
-    Floats highest = load(scores), sums = {};
+    Floats highest = load_floats(scores), sums = {};
     for (int64_t j = LANES; j < keys; j += LANES) {
-        const Floats v = load(scores + j);
+        const Floats v = load_floats(scores + j);
         highest = v > highest ? v : highest;
     }
     float most = highest[0], sum = 0;
     for (int i = 1; i < LANES; i++) most = highest[i] > most ? highest[i] : most;
     for (int64_t j = 0; j < keys; j += LANES) {
-        const Floats v = exponential(load(scores + j) - most);
+        const Floats v = exponential(load_floats(scores + j) - most);
         store(scores + j, v);
         sums += v;
     }
@@ -123,23 +120,23 @@ inline float softmax(float* scores, int64_t visible, int64_t keys) {
     return 1.0f / sum;
 }
 
-// `count` rows of a tile of values, weighted by each query's row of weights (QUERIES, padded).
+// `count` rows of the first V vectors of a tile of values, weighted by each query's row of weights (QUERIES, padded).
+template <int V>
 inline void mix(const float* weights, int64_t padded, const float* tile, int64_t count, const float* inverse,
                 Floats (&mixed)[QUERIES][2]) {
-    Floats sums[QUERIES][2] = {};
+    Floats sums[QUERIES][V] = {};
     for (int64_t j = 0; j < count; j++) {
-        const Floats first = load(tile + j * TILE), second = load(tile + j * TILE + LANES);
-#pragma GCC unroll 8
+        Floats values[V];
+        for (int v = 0; v < V; v++) values[v] = load_floats(tile + j * TILE + v * LANES);
+#pragma GCC unroll 12
         for (int64_t r = 0; r < QUERIES; r++) {
             const Floats weight = spread(weights[r * padded + j]);
-            sums[r][0] = multiply_add(weight, first, sums[r][0]);
-            sums[r][1] = multiply_add(weight, second, sums[r][1]);
+            for (int v = 0; v < V; v++) sums[r][v] = multiply_add(weight, values[v], sums[r][v]);
         }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int64_t r = 0; r < QUERIES; r++) {
-        mixed[r][0] = sums[r][0] * inverse[r];
-        mixed[r][1] = sums[r][1] * inverse[r];
+        for (int v = 0; v < V; v++) mixed[r][v] = sums[r][v] * inverse[r];
     }
 }
 
@@ -171,7 +168,9 @@ inline void attend(const Attention& a, const Tokens& t, int64_t batch, int64_t h
         }
         for (int64_t d = 0; a.mixed != nullptr && d < dim; d += TILE) {
             Floats mixed[QUERIES][2];
-            mix(weights, padded, value_tiles + d * keys, seen, inverse, mixed);
+            const float* tile = value_tiles + d * keys;
+            dim - d > LANES ? mix<2>(weights, padded, tile, seen, inverse, mixed)
+                            : mix<1>(weights, padded, tile, seen, inverse, mixed);
             for (int64_t r = 0; r < count; r++) {
                 float* to = a.mixed + (start + i + r - a.first) * a.heads * dim + head * dim + d;
                 std::memcpy(to, mixed[r], least(TILE, dim - d) * sizeof(float));
@@ -202,18 +201,27 @@ inline void look_at(const Attention& a, const Tokens& t, int64_t last, float sha
     }
 }
 
+// Queries per task of bidirectional attention: as many as leave four tasks for each thread, since each task packs all keys.
+inline int64_t shared_chunk(const Attention& a, const Tokens& t, int64_t step) {
+    const int64_t heads = t.batch * a.heads, parts = (4 * threads() + heads - 1) / heads;
+    return round_up((t.tokens - a.first + parts - 1) / parts, step);
+}
+
 inline void attention(const Attention& a, const Tokens& t) {
     if (t.keys != nullptr) keep(a, t);
-    const int64_t chunks = (t.tokens - a.first + CHUNK - 1) / CHUNK, tasks = t.batch * a.heads * chunks;
+    // What rows attend to is added up task by task, so the tasks must be the same for any number of threads.
+    const int64_t shared = a.causal || t.rows != nullptr ? 0 : shared_chunk(a, t, QUERIES);
+    const int64_t chunk = shared > CHUNK ? shared : CHUNK;
+    const int64_t chunks = (t.tokens - a.first + chunk - 1) / chunk, tasks = t.batch * a.heads * chunks;
     float* received = nullptr;
     if (t.rows != nullptr) {
         received = buffer<float>(Slot::received, tasks * t.tokens);
         std::memset(received, 0, tasks * t.tokens * sizeof(float));
     }
     parallel(tasks, [&](int64_t task) {
-        const int64_t first = a.first + task % chunks * CHUNK, head = task / chunks % a.heads, batch = task / chunks / a.heads;
+        const int64_t first = a.first + task % chunks * chunk, head = task / chunks % a.heads, batch = task / chunks / a.heads;
         float* sums = received != nullptr ? received + task * t.tokens : nullptr;
-        attend(a, t, batch, head, first, least(t.tokens, first + CHUNK), sums);
+        attend(a, t, batch, head, first, least(t.tokens, first + chunk), sums);
     });
     if (t.rows == nullptr) return;
     int64_t rows = 0;

@@ -34,6 +34,12 @@ void multiply_all(const float* x, int64_t m, const Before& before, const Linear*
     }
 }
 
+// How an `Isa` attends: in 32 bits, unless specialised.
+template <class Isa>
+struct Attends {
+    static void run(const Attention& a, const Tokens& t) { attention(a, t); }
+};
+
 template <class Isa>
 void layer(const Layer& l, const Tokens& t) {
     const int64_t m = t.batch * t.tokens, n = m - t.first, hidden = l.up[0].weight.n;
@@ -55,7 +61,7 @@ void layer(const Layer& l, const Tokens& t) {
         multiply_all<Isa>(t.x, m, {&l.norm1}, l.in + 1, ins + 1, 2);
         if (n > 0) multiply_all<Isa>(x, n, {&l.norm1}, l.in, ins, 1);
     }
-    attention({q, k, v, q_stride, kv_stride, l.heads, l.kv_heads, l.head_dim, l.causal, mixed, t.first}, t);
+    Attends<Isa>::run({q, k, v, q_stride, kv_stride, l.heads, l.kv_heads, l.head_dim, l.causal, mixed, t.first}, t);
     if (n == 0) return;
     const Output out{t.y, Dtype::f32, l.out.bias, l.gain1, x};
     multiply_all<Isa>(mixed, n, {}, &l.out, &out, 1);

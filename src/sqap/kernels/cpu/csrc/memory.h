@@ -10,7 +10,7 @@ enum class Slot {
     row, rows, levels, scales, zero_points, token_scales, token_zeros, packed, sums,  // of the activations
     tile_scales, tile_offsets,
     panel, panel_scales, panel_sums, acc, total,                  // of the output channels at work
-    in, mixed, hidden, received, keys, values, queries, weights,  // of a layer
+    in, mixed, hidden, received, keys, values, queries, weights, chunk,  // of a layer
     count
 };
 

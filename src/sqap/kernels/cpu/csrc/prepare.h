@@ -4,19 +4,31 @@
 
 #include <cmath>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "numbers.h"
 #include "path.h"
 
 namespace sqap {
 namespace {
 
+// The widest vectors of 32-bit lanes that the path has.
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16;
+#else
 constexpr int64_t LANES = 8;
-typedef float Floats __attribute__((vector_size(32)));
-typedef int32_t Ints __attribute__((vector_size(32)));
-typedef int8_t Bytes __attribute__((vector_size(8)));
+#endif
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+typedef float Eight __attribute__((vector_size(32)));
 
 inline Bytes to_bytes(Ints x) {
-#if defined(__AVX2__)  // GCC would take them one by one
+#if defined(__AVX512F__)
+    return reinterpret_cast<Bytes>(_mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(x)));
+#elif defined(__AVX2__)  // GCC would take them one by one
     typedef int8_t Four __attribute__((vector_size(32)));
     Four bytes;
     std::memcpy(&bytes, &x, sizeof x);
@@ -30,7 +42,7 @@ inline Bytes to_bytes(Ints x) {
 #endif
 }
 
-inline Floats spread(float x) { return Floats{x, x, x, x, x, x, x, x}; }
+inline Floats spread(float x) { return x - Floats{}; }
 
 inline Floats nearest(Floats x) {
     const Floats shift = spread(12582912.0f);
@@ -75,8 +87,13 @@ inline Floats activate(Function function, Floats x) {
     }
 }
 
-template <class T>
-Floats load_floats(const T* x) {
+inline Floats load_floats(const float* x) {
+    Floats v;
+    std::memcpy(&v, x, sizeof v);
+    return v;
+}
+
+inline Floats load_floats(const uint16_t* x) {
     Floats v;
     for (int i = 0; i < LANES; i++) v[i] = to_float(x + i);
     return v;
@@ -102,8 +119,8 @@ void apply(const T* x, const T* times, int64_t count, float* to) {
 }
 
 // Sums and differences of pairs of lanes, as the three smallest of Sylvester's matrices go together.
-inline Floats hadamard_of_eight(Floats v) {
-    const Floats ones = {1, -1, 1, -1, 1, -1, 1, -1}, twos = {1, 1, -1, -1, 1, 1, -1, -1},
+inline Eight hadamard_of_eight(Eight v) {
+    const Eight ones = {1, -1, 1, -1, 1, -1, 1, -1}, twos = {1, 1, -1, -1, 1, 1, -1, -1},
                  fours = {1, 1, 1, 1, -1, -1, -1, -1};
     v = SQAP_SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6) + v * ones;
     v = SQAP_SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5) + v * twos;
@@ -111,10 +128,10 @@ inline Floats hadamard_of_eight(Floats v) {
 }
 
 inline void butterfly(float* a, float* b) {
-    Floats x, y;
+    Eight x, y;
     std::memcpy(&x, a, sizeof x);
     std::memcpy(&y, b, sizeof y);
-    const Floats sum = x + y, difference = x - y;
+    const Eight sum = x + y, difference = x - y;
     std::memcpy(a, &sum, sizeof sum);
     std::memcpy(b, &difference, sizeof difference);
 }
@@ -122,7 +139,7 @@ inline void butterfly(float* a, float* b) {
 // One block times the orthonormal Sylvester-Hadamard matrix of its size, a power of two, in place.
 inline void hadamard(float* x, int64_t size) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(size));
-    if (size < LANES) {
+    if (size < 8) {
         for (int64_t half = 1; half < size; half *= 2) {
             for (int64_t j = 0; j < size; j++) {
                 if (j & half) continue;
@@ -133,15 +150,15 @@ inline void hadamard(float* x, int64_t size) {
         for (int64_t j = 0; j < size; j++) x[j] *= scale;
         return;
     }
-    for (int64_t j = 0; j < size; j += LANES) {
-        Floats v;
+    for (int64_t j = 0; j < size; j += 8) {
+        Eight v;
         std::memcpy(&v, x + j, sizeof v);
         v = hadamard_of_eight(v) * scale;
         std::memcpy(x + j, &v, sizeof v);
     }
-    for (int64_t half = LANES; half < size; half *= 2) {
+    for (int64_t half = 8; half < size; half *= 2) {
         for (int64_t start = 0; start < size; start += 2 * half) {
-            for (int64_t j = start; j < start + half; j += LANES) butterfly(x + j, x + j + half);
+            for (int64_t j = start; j < start + half; j += 8) butterfly(x + j, x + j + half);
         }
     }
 }

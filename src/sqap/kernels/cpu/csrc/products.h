@@ -43,6 +43,7 @@ constexpr int64_t BLOCK = 1024;  // most input channels unpacked at a time
 struct ByQuads {
     static constexpr int64_t DEPTH = 4;          // input channels of a token that are adjacent in packed activations
     static constexpr bool SIXTEEN_ROWS = false;  // whether Isa::columns transposes sixteen rows at a time
+    static constexpr bool WHOLE_ROWS = false;    // whether Isa::pack_row packs DEPTH channels, Isa::first_tile sums from zero
     struct Session {};                           // constructed before a thread's first tile, destroyed after its last
 };
 
@@ -166,9 +167,9 @@ class Products {
             }
             for (int64_t t = 0; t < tiles_; t++) {
                 for (int64_t s = first; s < last; s++) {
-                    start(t, s, acc);
-                    for (int plane = 0; plane < planes(); plane++) {
-                        if (plane == 1) times_sixteen(acc);
+                    begin_tile(t, s, panel + (s - first) * padded_ * NR, padded_ / 4, acc);
+                    for (int plane = 1; plane < planes(); plane++) {
+                        times_sixteen(acc);
                         const uint8_t* weights = panel + (plane * BLOCK + (s - first) * padded_) * NR;
                         Isa::tile(weights, packed(t, s), padded_ / 4, acc);
                     }
@@ -184,14 +185,17 @@ class Products {
         auto* panel = buffer<uint8_t>(Slot::panel, 2 * BLOCK * NR);
         auto* acc = buffer<int32_t>(Slot::acc, tiles_ * MR * NR);
         for (int64_t s = 0; s < segments_; s++) {
-            for (int64_t t = 0; t < tiles_; t++) start(t, s, acc + t * MR * NR);
             for (int plane = 0; plane < planes(); plane++) {
                 for (int64_t t = 0; plane == 1 && t < tiles_; t++) times_sixteen(acc + t * MR * NR);
                 for (int64_t k = 0; k < padded_; k += BLOCK) {
                     const int64_t quads = least(BLOCK, padded_ - k) / 4;
                     unpack(n0, count, s * segment_ + k, segment_ - k, quads, take(plane), panel);
                     for (int64_t t = 0; t < tiles_; t++) {
-                        Isa::tile(panel, packed(t, s) + k * MR, quads, acc + t * MR * NR);
+                        if (plane == 0 && k == 0) {
+                            begin_tile(t, s, panel, quads, acc + t * MR * NR);
+                        } else {
+                            Isa::tile(panel, packed(t, s) + k * MR, quads, acc + t * MR * NR);
+                        }
                     }
                 }
             }
@@ -203,8 +207,18 @@ class Products {
     void start(int64_t tile, int64_t s, int32_t* acc) const {
         const int32_t offset = !Isa::UNSIGNED ? 0 : w_.bits == 4 ? 8 : planes() == 1 ? 128 : 128 / 16;
         for (int64_t r = 0; r < MR; r++) {
-            const int32_t value = -offset * sums_[(tile * MR + r) * segments_ + s];
+            const int32_t value = offset == 0 ? 0 : -offset * sums_[(tile * MR + r) * segments_ + s];
             for (int64_t j = 0; j < NR; j++) acc[r * NR + j] = value;
+        }
+    }
+
+    // A tile's first products, with what the sums start from.
+    void begin_tile(int64_t tile, int64_t s, const uint8_t* panel, int64_t quads, int32_t* acc) const {
+        if constexpr (Isa::WHOLE_ROWS) {
+            Isa::first_tile(panel, packed(tile, s), quads, acc);
+        } else {
+            start(tile, s, acc);
+            Isa::tile(panel, packed(tile, s), quads, acc);
         }
     }
 
@@ -304,7 +318,7 @@ class Products {
     }
 
     // Packs a tile of MR tokens as (segments, padded_ / DEPTH, MR, DEPTH), with zeros where there is no token or
-    // channel, and sums each token's levels per segment.
+    // channel, and sums each token's levels per segment where weights are stored without a sign.
     void pack(int64_t tile) {
         for (int64_t s = 0; s < segments_; s++) {
             const int8_t* from = q_ + tile * MR * w_.k + s * segment_;
@@ -312,6 +326,12 @@ class Products {
             for (int64_t r = 0; r < MR;) {
                 const bool four = DEPTH == 4 && r + 4 <= least(MR, m_ - tile * MR);
                 int64_t done = 0;
+                if constexpr (Isa::WHOLE_ROWS) {
+                    const int64_t whole = tile * MR + r < m_ ? segment_ / DEPTH * DEPTH : 0;
+                    for (; done < whole; done += DEPTH) {
+                        Isa::pack_row(from + r * w_.k + done, w_.bits, to + done * MR + r * DEPTH);
+                    }
+                }
                 for (; four && done + 16 <= segment_; done += 16) {
                     pack_four(from + r * w_.k + done, to + done * MR + r * DEPTH);
                 }
@@ -319,8 +339,8 @@ class Products {
                     const int64_t token = tile * MR + r, count = token < m_ ? segment_ : 0;
                     pack_one(from + r * w_.k, done, count, to + r * DEPTH);
                     int32_t sum = 0;
-                    for (int64_t j = 0; j < count; j++) sum += from[r * w_.k + j];
-                    sums_[token * segments_ + s] = sum;
+                    for (int64_t j = 0; Isa::UNSIGNED && j < count; j++) sum += from[r * w_.k + j];
+                    if (Isa::UNSIGNED) sums_[token * segments_ + s] = sum;
                 }
             }
         }

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sqap.checkpoints.statistics import EXTREMES, LARGEST, PERCENTILES
+from sqap.checkpoints.dataset_statistics import EXTREMES, LARGEST, PERCENTILES
 from sqap.checkpoints.tensors import safetensors_file, shorten
 from sqap.checkpoints.weights import TensorSet
 from sqap.errors import CheckpointError
