@@ -81,7 +81,7 @@ def check(server: Server, policy: Any, robots: int, options: argparse.Namespace)
     seen, timed = Seen(), []
     for _ in range(options.slices):
         timed.append(measure(policy, rounds=ROUNDS, warmups=1))
-        part = asyncio.run(load(server.url, observations, options.seconds, 1 / options.rate_hz))
+        part = asyncio.run(load(server, observations, options.seconds, 1 / options.rate_hz))
         for name, values in vars(part).items():
             setattr(seen, name, getattr(seen, name) + values)
     apart, inside = merged(timed), steps_of(seen)

@@ -8,7 +8,9 @@ periods after its observation (`sqap.control.simulated`). Four ways to control, 
 - ``switch, 4``: the same, with a new chunk every 4 actions.
 - ``blend, 4``: the same, and the new chunk takes over from the rest of the old one over 3 actions.
 
-Episodes are kept in the file, and the same command goes on from what is in it.
+Every way is compared with ``switch, 4`` on the same tasks, seeds and delays: wins and losses, and the
+difference of success with its 95 % interval. Time is simulated, so that a busy machine changes nothing but
+how long the benchmark takes. Episodes are kept in the file, and the same command goes on from what is in it.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from sqap.build import build_id
 from sqap.control import ActionLimits, Hold, Loop
 from sqap.control.simulated import Delayed, SimulatedClock
 from sqap.environments import Environment
-from sqap.evaluation.statistics import wilson
+from sqap.evaluation.statistics import jerk, paired_difference, wilson
 from sqap.files import whole_file, write_json
 from sqap.observation import Observation
 from sqap.policy import Policy
@@ -52,7 +54,8 @@ class Way:
     wait: bool = False
 
 
-WAYS = (Way("wait", wait=True), Way("switch"), Way("switch, 4", 4), Way("blend, 4", 4, 3))
+RIVAL = "switch, 4"
+WAYS = (Way("wait", wait=True), Way("switch"), Way(RIVAL, 4), Way("blend, 4", 4, 3))
 
 
 class Simulated:
@@ -61,6 +64,7 @@ class Simulated:
     def __init__(self, env: Environment, seed: int) -> None:
         self._env, self._now = env, env.reset(seed)
         self.ticks, self.success, self.over = 0, False, False
+        self.actions: list[np.ndarray] = []
 
     def observe(self) -> Observation:
         return self._now if self.ticks == 0 else self._env.observe()
@@ -69,6 +73,7 @@ class Simulated:
         if self.over:
             return
         result = self._env.step(action)
+        self.actions.append(action)
         self.ticks += 1
         self.success, self.over = result.success, result.success or result.truncated
 
@@ -78,7 +83,8 @@ class Simulated:
 
 def episode(policy: Policy, env: Environment, way: Way, delay: int, seed: int) -> dict[str, Any]:
     """One episode with a delay in periods."""
-    robot, clock, hz = Simulated(env, seed), SimulatedClock(), environments.action_units("metaworld").hz
+    units = environments.action_units("metaworld")
+    robot, clock, hz = Simulated(env, seed), SimulatedClock(), units.hz
     loop = Loop(
         policy,
         Waiting(robot, delay) if way.wait else robot,
@@ -99,6 +105,7 @@ def episode(policy: Policy, env: Environment, way: Way, delay: int, seed: int) -
         "seed": seed,
         "success": robot.success,
         "steps": robot.ticks,
+        "jerk": round(jerk(np.stack(robot.actions), units.metres, hz), 1),
         "held": report.held,
         "late": report.counts["late"],
     }
@@ -135,10 +142,29 @@ def summarize(episodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 wins = sum(e["success"] for e in chosen)
                 low, high = wilson(wins, len(chosen))
                 steps = float(np.mean([e["steps"] for e in chosen]))
+                rough = float(np.mean([e["jerk"] for e in chosen]))
                 rows.append(
                     {"way": way.name, "delay": delay, "episodes": len(chosen), "success": wins / len(chosen),
-                     "low": low, "high": high, "steps": round(steps, 1)}
+                     "low": low, "high": high, "steps": round(steps, 1), "jerk": round(rough, 1)}
                 )  # fmt: skip
+    return rows
+
+
+def compare(episodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every way against `RIVAL` on the same tasks, seeds and delays, all delays together."""
+    outcomes = {(e["way"], e["delay"], e["task"], e["seed"]): bool(e["success"]) for e in episodes}
+    rows = []
+    for way in (way.name for way in WAYS if way.name != RIVAL):
+        shared = [key for key in outcomes if key[0] == way and (RIVAL, *key[1:]) in outcomes]
+        ours, theirs = [outcomes[key] for key in shared], [outcomes[(RIVAL, *key[1:])] for key in shared]
+        if shared:
+            wins = sum(a and not b for a, b in zip(ours, theirs, strict=True))
+            losses = sum(b and not a for a, b in zip(ours, theirs, strict=True))
+            difference, low, high = paired_difference(ours, theirs)
+            rows.append(
+                {"way": way, "against": RIVAL, "pairs": len(shared), "wins": wins, "losses": losses,
+                 "difference": difference, "low": low, "high": high}
+            )  # fmt: skip
     return rows
 
 
@@ -173,11 +199,21 @@ def plot(rows: list[dict[str, Any]], hz: float, path: Path) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    shown = Table("way", "delay", "success", "95 % interval", "steps", "episodes")
+    shown = Table("way", "delay", "success", "95 % interval", "steps", "jerk, m/s³", "episodes")
     for row in rows:
         interval = f"{row['low']:.1%} to {row['high']:.1%}"
         success, steps = f"{row['success']:.1%}", f"{row['steps']:.1f}"
-        shown.add_row(row["way"], str(row["delay"]), success, interval, steps, str(row["episodes"]))
+        rough, count = f"{row['jerk']:.0f}", str(row["episodes"])
+        shown.add_row(row["way"], str(row["delay"]), success, interval, steps, rough, count)
+    return shown
+
+
+def pairs(rows: list[dict[str, Any]]) -> Table:
+    shown = Table("way", "against", "wins", "losses", "difference", "95 % interval", "pairs")
+    for row in rows:
+        interval = f"{row['low']:+.1%} to {row['high']:+.1%}"
+        counts = str(row["wins"]), str(row["losses"]), f"{row['difference']:+.1%}"
+        shown.add_row(row["way"], row["against"], *counts, interval, str(row["pairs"]))
     return shown
 
 
@@ -209,12 +245,12 @@ def main() -> None:
                 for way in WAYS:
                     if (way.name, delay, task, seed) not in done:
                         episodes.append(episode(policy, env, way, delay, seed))
-            rows = summarize(episodes)
-            write_json(options.json, build | {"rows": rows, "episodes": episodes})
+            found = {"rows": summarize(episodes), "pairs": compare(episodes), "episodes": episodes}
+            write_json(options.json, build | found)
         env.close()
         console.print(f"{task}: done")
     rows = summarize(episodes)
-    console.print(table(rows))
+    console.print(table(rows), pairs(compare(episodes)))
     if options.plot is not None:
         plot(rows, environments.action_units("metaworld").hz, options.plot)
 

@@ -9,15 +9,19 @@ which sends its next observation when it has its last answer. Candidates:
 
 Printed for each: answers a second, the round trip's p50 and p99 as a robot measures it, the p99 of the round
 trip without waiting and policy (``beyond``), the server's processor time an answer, robots a step, refusals,
-and in the file the growth of the server's memory.
+and what the server's memory grew by from the first to the last quarter of the time; the file has `SAMPLES` of
+it. At the end: how many answers ``batch=16`` gave for each of ``batch=1``.
 
 ``--connects N`` opens and leaves as many connections, a third of them with a handshake, and then asks once.
+``--candidates null --robots 16 --seconds 1800`` is the run that shows whether memory is flat. Rows are kept
+in the file, and the same command goes on with those that are not in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import multiprocessing
 import os
 import random
@@ -43,6 +47,7 @@ from sqap.serving import AsyncPolicyClient, Limits, PolicyClient, Refused, Serve
 from sqap.serving.engine import noise
 
 WARM_UP_SECONDS = 1.0
+SAMPLES = 40  # of the server's memory in a run
 HANDSHAKE = (
     b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
@@ -80,6 +85,7 @@ class Seen:
     beyond: list[float] = field(default_factory=list)
     infer: list[float] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
+    memory: list[int] = field(default_factory=list)  # of the server, in bytes
     refusals: int = 0
 
 
@@ -152,11 +158,23 @@ async def robot(url: str, observation: Observation, until: float, period: float,
                 await asyncio.sleep(due - time.monotonic())
 
 
-async def load(url: str, observations: list[Observation], seconds: float, period: float) -> Seen:
-    """All robots at once."""
+async def load(server: Server, observations: list[Observation], seconds: float, period: float) -> Seen:
+    """All robots at once, while the server's memory is looked at."""
     seen, until = Seen(), time.monotonic() + seconds
-    await asyncio.gather(*(robot(url, o, until, period, seen) for o in observations))
+
+    async def watch() -> None:
+        for _ in range(SAMPLES):
+            await asyncio.sleep(seconds / SAMPLES)
+            seen.memory.append(server.resident)
+
+    await asyncio.gather(watch(), *(robot(server.url, o, until, period, seen) for o in observations))
     return seen
+
+
+def growth(memory: list[int]) -> int:
+    """Bytes from the median of the first quarter of the samples to that of the last."""
+    quarter = max(1, len(memory) // 4)
+    return int(np.median(memory[-quarter:]) - np.median(memory[:quarter]))
 
 
 def measure(
@@ -165,9 +183,9 @@ def measure(
     """The row of one candidate and number of robots."""
     observations = [noise(LOCAL, seed) for seed in range(robots)]
     period = 1 / null_hz if candidate.null else 0.0
-    asyncio.run(load(server.url, observations, WARM_UP_SECONDS, period))
-    before, used, begin = server.resident, server.processor_ms, time.monotonic()
-    seen = asyncio.run(load(server.url, observations, seconds, period))
+    asyncio.run(load(server, observations, WARM_UP_SECONDS, period))
+    used, begin = server.processor_ms, time.monotonic()
+    seen = asyncio.run(load(server, observations, seconds, period))
     took = time.monotonic() - begin
     p50, p99 = np.percentile(seen.round_trips, [50, 99])
     return {
@@ -182,7 +200,18 @@ def measure(
         "processor_ms": round((server.processor_ms - used) / len(seen.round_trips), 2),
         "robots_a_step": round(float(np.mean(seen.batches)), 2),
         "refusals": seen.refusals,
-        "memory_growth_bytes": server.resident - before,
+        "memory_growth_bytes": growth(seen.memory),
+        "memory_bytes": seen.memory,
+    }
+
+
+def batching(rows: list[dict[str, Any]]) -> dict[int, float]:
+    """Answers of ``batch=16`` for each of ``batch=1``, by the number of robots."""
+    rates = {(row["candidate"]["name"], row["robots"]): row["answers_per_second"] for row in rows}
+    return {
+        robots: round(rate / rates["batch=1", robots], 2)
+        for (name, robots), rate in rates.items()
+        if name == "batch=16" and ("batch=1", robots) in rates
     }
 
 
@@ -200,8 +229,8 @@ def connect_often(server: Server, count: int) -> dict[str, Any]:
     took = time.monotonic() - begin
     with PolicyClient(server.url, None, timeout=60) as client:
         client.infer(noise(LOCAL))
-    growth = server.resident - before
-    return {"connects": count, "refused": refused, "seconds": round(took, 1), "memory_growth_bytes": growth}
+    grown = server.resident - before
+    return {"connects": count, "refused": refused, "seconds": round(took, 1), "memory_growth_bytes": grown}
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -215,6 +244,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
         "CPU ms",
         "robots a step",
         "refused",
+        "memory, MB",
     )
     shown = Table(*titles)
     for row in rows:
@@ -228,6 +258,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{row['processor_ms']:.2f}",
             f"{row['robots_a_step']:.1f}",
             str(row["refusals"]),
+            f"{row['memory_growth_bytes'] / 1e6:+.1f}",
         )
     return shown
 
@@ -247,28 +278,48 @@ def main() -> None:
     parser.add_argument("--connects", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    console = Console()
+    console = Console(width=max(Console().width, 110))  # columns need room in a file too
     global LOCAL
     LOCAL = sqap.load(options.policy)
-    rows: list[dict[str, Any]] = []
-    connects = None
+    settings = {"policy": options.policy, "threads": options.threads, "null_hz": options.null_hz,
+                "seconds": options.seconds}  # fmt: skip
+    about = {"build": build_id(), "settings": settings}
+    found = kept(options.json, about)
+    rows: list[dict[str, Any]] = found["rows"]
     for name in options.candidates.split(","):
         candidate = (
             Candidate(name, 16, True) if name == "null" else Candidate(name, int(name.removeprefix("batch=")))
         )
         for robots in map(int, options.robots.split(",")):
+            if any((row["candidate"]["name"], row["robots"]) == (name, robots) for row in rows):
+                continue
             with Server(options.policy, candidate, robots, options.threads) as server:
                 rows.append(measure(server, candidate, robots, options.seconds, options.null_hz))
                 console.print(table(rows[-1:]))
-                if options.connects and connects is None:
-                    connects = connect_often(server, options.connects)
-                    console.print(connects)
+                if options.connects and found["connects"] is None:
+                    found["connects"] = connect_often(server, options.connects)
+                    console.print(found["connects"])
+            if options.json is not None:
+                write_json(options.json, about | found | {"batching": batching(rows)})
     console.print(table(rows))
-    if options.json is not None:
-        settings = {"policy": options.policy, "threads": options.threads, "null_hz": options.null_hz}
-        write_json(
-            options.json, {"build": build_id(), "settings": settings, "rows": rows, "connects": connects}
+    for robots, gain in batching(rows).items():
+        console.print(
+            f"{robots} robots: batches of up to 16 give {gain:.2f} answers for each of one at a time"
         )
+
+
+def kept(path: Path | None, about: dict[str, Any]) -> dict[str, Any]:
+    """The rows that a file holds, and the result of ``--connects``.
+
+    Raises:
+        SystemExit: they are of another build or other settings.
+    """
+    if path is None or not path.exists():
+        return {"rows": [], "connects": None}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if {key: found.get(key) for key in about} != about:
+        raise SystemExit(f"{path} is of another build or other settings; name another file")
+    return {"rows": found["rows"], "connects": found["connects"]}
 
 
 LOCAL: Policy

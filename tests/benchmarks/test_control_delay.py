@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from control_delay import WAYS, episode, plot, summarize
+from control_delay import RIVAL, WAYS, compare, episode, plot, summarize
 from PIL import Image
 
 from sqap import Observation
@@ -55,3 +55,15 @@ def test_waiting_takes_the_delay_again_for_every_chunk_and_the_loop_once(tmp_pat
     assert all(row["success"] == 1 and row["low"] < 1 for row in rows)
     plot(rows, 40, tmp_path / "delay.png")
     assert Image.open(tmp_path / "delay.png").size == (900, 520)
+
+
+def test_ways_are_compared_on_the_same_seeds_and_delays():
+    def outcome(way: str, delay: int, seed: int, success: bool) -> dict[str, object]:
+        return {"way": way, "delay": delay, "task": "line", "seed": seed, "success": success}
+
+    rival = [outcome(RIVAL, 0, seed, seed < 2) for seed in range(4)]
+    blended = [outcome("blend, 4", 0, seed, seed > 0) for seed in range(4)]
+    (row,) = compare([*rival, *blended, outcome("blend, 4", 9, 0, True)])  # nobody else had a delay of 9
+    assert (row["way"], row["pairs"], row["wins"], row["losses"]) == ("blend, 4", 4, 2, 1)
+    assert row["difference"] == 0.25
+    assert row["low"] < 0 < row["high"]

@@ -72,7 +72,7 @@ def simulate(observe, delays: Callable[[], float] | float, ticks: int, prepare=l
 
 
 def numbers(robot: Counter) -> list[int]:
-    return [int(action[0]) for action in robot.sent]
+    return [round(float(action[0])) for action in robot.sent]
 
 
 @pytest.mark.parametrize("delay", [0, 1, 2, 3.5, 4])
@@ -97,6 +97,7 @@ def test_a_policy_slower_than_its_chunks_is_held_for_between_them(observe):
     assert moving == list(range(1, len(moving) + 1))
     assert report.held == 60 - len(moving)
     assert report.counts["late"] > 0
+    assert report.counts["obsolete"] == 1, "before it is known how long a step takes"
     held = [action for action in robot.sent[11:] if not action[0]]
     assert held
     assert all(action.tolist() == [0, 0, 0, 1] for action in held), "the gripper stays as it was"
@@ -124,6 +125,16 @@ def test_with_execute_the_rest_of_a_chunk_bridges_a_late_one(observe):
     assert numbers(robot) == [0, *range(1, 50)]
     assert report.held == 1
     assert report.counts["late"] == 0
+
+
+def test_a_new_chunk_takes_over_from_the_rest_of_the_old_one_evenly_unless_told_not_to(observe):
+    def tens(robot: Counter) -> None:
+        robot.change = lambda call, chunk: np.full_like(chunk, 10 * call)
+
+    blended, _ = simulate(observe, 0, 3, tens, execute=1)
+    assert [action[0] for action in blended.sent] == [10, 12.5, 0.75 * 15 + 0.25 * 30]
+    switched, _ = simulate(observe, 0, 3, tens, execute=1, blend=0)
+    assert [action[0] for action in switched.sent] == [10, 20, 30]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1001.0])

@@ -20,6 +20,7 @@ from sqap.pruning.memory import Memory
 
 RECENT = 8  # delays by which the next is foreseen
 FAULTS = 1000  # of which a report tells
+BLEND = 3  # smoother than switching, and as successful: docs/serve.md
 
 
 class Robot(Protocol):
@@ -146,7 +147,7 @@ class Loop:
         hold: Hold | None,
         stop_after_s: float | None = None,
         execute: int | None = None,
-        blend: int = 0,
+        blend: int = BLEND,
         seed: int | None = None,
         clock: Clock | None = None,
         executor: Executor | None = None,
@@ -198,7 +199,7 @@ class Loop:
         report, due = self.report, self._clock.now()
         while (ticks is None or report.ticks < ticks) and not until():
             self._collect()
-            if self._asked is None and self._plan.due <= self._foreseen():
+            if self._asked is None and self._must_ask():
                 self._ask()
                 self._collect()
             action = self._next()
@@ -222,10 +223,16 @@ class Loop:
             self._clock.sleep(due - now)
         return due
 
-    def _foreseen(self) -> int:
-        """Periods that the next step will take."""
+    def _must_ask(self) -> bool:
+        """Whether the next step has to begin now, by the periods that it will take.
+
+        One that takes as long as its chunk lasts begins when no action is left: if actions were executed
+        meanwhile, nothing would be left of its chunk.
+        """
         recent = list(self.report.delays)[-RECENT:]
-        return max(recent, default=self._first or 0)
+        if recent and max(recent) >= self._plan.horizon:
+            return not len(self._plan)
+        return self._plan.due <= max(recent, default=self._first or 0)
 
     def _ask(self) -> None:
         observation, memory, call = self._robot.observe(), self._memory, self._calls

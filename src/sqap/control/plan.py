@@ -85,6 +85,7 @@ class Plan:
         self._since = 0  # actions executed since the chunk took over
         self._wanted = 0  # after which the next one should
         self.executed = 0  # actions in all
+        self.horizon = 0  # actions of the latest chunk, with those that were left out
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -119,6 +120,6 @@ class Plan:
         if overlap := min(self._blend, len(self._rows), len(fresh)):
             weight = (np.arange(1, overlap + 1, dtype=np.float32) / (overlap + 1))[:, None]
             fresh[:overlap] = (1 - weight) * self._rows[:overlap] + weight * fresh[:overlap]
-        self._rows, self._since = fresh, 0
+        self._rows, self._since, self.horizon = fresh, 0, len(chunk)
         self._wanted = len(fresh) if self._execute is None else min(self._execute, len(fresh))
         return True
