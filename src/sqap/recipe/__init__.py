@@ -64,7 +64,7 @@ class Recipe:
         """4-bit weights, 8-bit activations, the whole policy; fast on CPUs.
 
         0.4 of the visual tokens is the smallest share measured whose success, minus that without pruning, has
-        an interval above -5 points on both bundled policies (docs/pruning.md).
+        an interval above -5 points on `reference` and `reference-smollm` (docs/pruning.md).
         """
         return cls(_whole(_W4A8), _pruning(keep))
 
