@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from sqap import Camera, Observation, Policy
 from sqap.config import PolicyConfig
 from sqap.errors import InputError
+from sqap.models import VLA
 from sqap.processing import Clamp, Range, stretched
 from sqap.pruning import criteria
 from sqap.quantization import quantize_model
@@ -28,20 +30,20 @@ PRUNINGS = {
 }
 
 
-def make_policy(family: str, pruning: Pruning | None, quantized: bool = False) -> Policy:
-    """A small policy of ``family`` with random weights."""
-    config, recipe = family_config(family), Recipe(pruning=pruning)
+EIGHT = Scheme(8, 8)
+QUANTIZATION = Quantization(Scheme(4, 8), vision=EIGHT, projector=EIGHT, head=EIGHT, sensitive=EIGHT)
+
+
+@cache
+def make_model(family: str, quantized: bool) -> VLA:
+    config = family_config(family)
     model = random_model(config)
-    if quantized:
-        eight = Scheme(8, 8)
-        recipe = dataclasses.replace(
-            recipe,
-            quantization=Quantization(
-                Scheme(4, 8), vision=eight, projector=eight, head=eight, sensitive=eight
-            ),
-        )
-        assert recipe.quantization is not None
-        model = quantize_model(model, recipe.quantization, [random_inputs(config, 1)])
+    return quantize_model(model, QUANTIZATION, [random_inputs(config, 1)]) if quantized else model
+
+
+def make_policy(family: str, pruning: Pruning | None, quantized: bool = False) -> Policy:
+    """A small policy of ``family`` with random weights, which it shares with all others of the family."""
+    config, recipe = family_config(family), Recipe(QUANTIZATION if quantized else None, pruning)
     words = ("<unk>", "<s>", "</s>", "open", "close", "the", "drawer", "and")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -54,7 +56,7 @@ def make_policy(family: str, pruning: Pruning | None, quantized: bool = False) -
     actions = Clamp(), Range(*(values[:4] for values in bounds))
     images = tuple(stretched(vision.image_size) for vision in config.vision)
     about = PolicyConfig("small", config, cameras, images, actions, state=state)
-    return Policy(model, about, tokenizer, recipe)
+    return Policy(make_model(family, quantized), about, tokenizer, recipe)
 
 
 def observe(policy: Policy, seed: int) -> Observation:

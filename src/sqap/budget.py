@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sqap.errors import InputError
+from sqap.models.storage import Progress
 from sqap.policy import Policy
 from sqap.recipe import Override, Quantization
-from sqap.sensitivity import ActionError, Progress, Replay, alone, blocks, grid, kept_apart, linears
+from sqap.sensitivity import ActionError, Replay, alone, blocks, grid, kept_apart, linears
 
 
 def fit(

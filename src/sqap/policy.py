@@ -20,7 +20,7 @@ from sqap.graph import Feed, Graphs, fetch, running
 from sqap.kernels.gpu.backend import check_device, load, reference
 from sqap.models import VLA, ModelInputs
 from sqap.models.stages import stages
-from sqap.models.storage import Rounded, Weights, fill, narrow, unify, widen
+from sqap.models.storage import Progress, Rounded, Weights, fill, narrow, unify, widen
 from sqap.models.through import Through, direct
 from sqap.observation import Observation
 from sqap.prepare import find_effector, prepare, read_images, read_state
@@ -33,8 +33,6 @@ from sqap.pruning.memory import Memory
 from sqap.pruning.step import draw
 from sqap.recipe import Recipe
 
-# Weights read, and weights in all.
-Progress = Callable[[int, int], None]
 # Of all policies: one of its own could be neither copied nor sent to another process.
 _loading = threading.Lock()
 

@@ -8,7 +8,7 @@ task is still done, only closed loop tells (`sqap.evaluation`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,15 +18,13 @@ from sqap.compress import Ranker, Ranking, compress, model_inputs
 from sqap.config import PolicyConfig
 from sqap.errors import InputError
 from sqap.models.stages import stages
-from sqap.models.storage import stored_bytes
+from sqap.models.storage import Progress, stored_bytes
 from sqap.observation import Observation
 from sqap.policy import Policy
 from sqap.pruning.calibration import overlap_curve
 from sqap.quantization import wanted
 from sqap.recipe import Override, Pruning, Quantization, Recipe, Scheme
 from sqap.recipe.pruning import SHARED
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

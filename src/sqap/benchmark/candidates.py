@@ -144,17 +144,14 @@ def _compiled(policy: Policy) -> Policy:
     return policy
 
 
-def _exported(tool: Callable[..., Any], bits: int) -> Callable[[Policy], Policy]:
+def _elsewhere(about: str, tool: Callable[..., Any], bits: int) -> Candidate:
+    """One that runs in a tool of `tools`, whose environment has its name, on CPUs."""
+
     def make(policy: Policy) -> Policy:
         observation = example(policy)
         return export(policy, partial(tool, bits=bits), unpack, lambda p: p.act(observation, seed=0))
 
-    return make
-
-
-def _elsewhere(about: str, tool: Callable[..., Any], bits: int) -> Candidate:
-    """One that runs in a tool of `tools`, whose environment has its name, on CPUs."""
-    return Candidate(about, _exported(tool, bits), environment=tool.__name__, kinds=("cpu",))
+    return Candidate(about, make, environment=tool.__name__, kinds=("cpu",))
 
 
 CANDIDATES = {

@@ -19,13 +19,12 @@ from sqap.benchmark.candidates import Subject, check
 from sqap.benchmark.timing import Bench, Loaded, Timed
 from sqap.errors import InputError, SqapError
 from sqap.kernels import cpu, gpu
+from sqap.models.storage import Progress
 from sqap.process import Worker, available_cores
 
 OURS = "sqap"
 PERCENTILES = (50, 90, 99)
 PAUSE_S = 0.05  # between turns: other tools' threads spin for a while after a step
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass

@@ -12,9 +12,9 @@ from pathlib import Path
 from sqap.checkpoints import hub, native, published
 from sqap.checkpoints.card import read_license
 from sqap.checkpoints.choices import Bounds, Choices
-from sqap.checkpoints.weights import Progress
 from sqap.config import Origin
 from sqap.errors import CheckpointError
+from sqap.models.storage import Progress
 from sqap.policy import Policy
 
 _PACKAGE = Path(__file__).parent.parent

@@ -258,7 +258,8 @@ def _calibration(found: Calibration | None) -> str:
 
 
 def _use(config: PolicyConfig) -> str:
-    images = ", ".join(f"{_literal(camera)}: image" for camera in config.cameras)
+    names = [json.dumps(one_line(camera), ensure_ascii=False) for camera in config.cameras]
+    images = ", ".join(f"{name}: image" for name in names)
     state = ", state" if config.state is not None else ""
     return (
         "```python\n"
@@ -269,8 +270,3 @@ def _use(config: PolicyConfig) -> str:
         "Images are uint8 RGB arrays of any size. In LeRobot, with the plug-in `lerobot_policy_sqap`: "
         f"`lerobot-eval --policy.path={PLACE} ...`."
     )
-
-
-def _literal(text: str) -> str:
-    """A Python string, on one line."""
-    return json.dumps(one_line(text), ensure_ascii=False)

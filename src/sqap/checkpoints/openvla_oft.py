@@ -66,7 +66,10 @@ def open(directory: Path, choices: Choices) -> Opened:
         prompt=prismatic.prompt(prismatic.SPACE, prismatic.EOS),
         state=(proprio, Clamp()) if proprio else None,
     )
-    table = vlm.table | _head_table(head) | (_proprio_table() if proprio else {})
+    table = vlm.table | _head_table(head)
+    if proprio:
+        for i in (0, 1):
+            table |= linear_table(f"proprio.layers.{i}.", f"{PROPRIO}fc{i + 1}.")
     unused = (*vlm.unused, f"{NAMES.llm}lm_head.weight")
     return open_published(directory, choices, policy, VOCABULARY, tensors, table, unused)
 
@@ -125,7 +128,8 @@ def _adapt(vlm: VLM, tensors: TensorSet) -> VLM:
     for i, (prefix, config) in enumerate(zip(NAMES.vision(len(vision)), vision, strict=True)):
         table |= _film_table(config, f"vision.{i}.", FILM + prefix)
         unused += prismatic.unused_vision(config, FILM + prefix)
-    return replace(vlm, vision=vision, table=_with_lora(table, tensors), unused=tuple(unused))
+    table = {name: _merged(source, tensors) for name, source in table.items()}
+    return replace(vlm, vision=vision, table=table, unused=tuple(unused))
 
 
 def _film_table(config: VisionConfig, ours: str, theirs: str) -> Table:
@@ -137,11 +141,6 @@ def _film_table(config: VisionConfig, ours: str, theirs: str) -> Table:
             linear = linear_table(f"{ours}blocks.{j}.film.{kind}.", f"{theirs}blocks.{j}.{kind}.")
             table |= linear
     return table
-
-
-def _with_lora(table: Table, tensors: TensorSet) -> Table:
-    """Where a linear still has its low-rank update apart, both, to be merged."""
-    return {name: _merged(source, tensors) for name, source in table.items()}
 
 
 def _merged(source: Source, tensors: TensorSet) -> Source:
@@ -194,9 +193,3 @@ def _proprio(tensors: TensorSet, dataset: Dataset, platform: Platform) -> Range 
     wanted = tensors.shape(f"{PROPRIO}fc1.weight", 2)[1]
     check_length(dataset, "states", statistics.width, wanted)
     return statistics
-
-
-def _proprio_table() -> Table:
-    return linear_table("proprio.layers.0.", f"{PROPRIO}fc1.") | linear_table(
-        "proprio.layers.1.", f"{PROPRIO}fc2."
-    )

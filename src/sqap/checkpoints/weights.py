@@ -13,10 +13,10 @@ from torch import Tensor
 
 from sqap.checkpoints.tensors import TensorFile, TensorInfo, shorten
 from sqap.errors import CheckpointError
+from sqap.models.storage import Progress
 
 Shape = tuple[int, ...]
 # Bytes done, and bytes in all.
-Progress = Callable[[int, int], None]
 
 
 def same(tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from types import TracebackType
 from sqap.errors import InputError
 from sqap.evaluation.rollout import Episode
 from sqap.evaluation.settings import Settings
+from sqap.files import sync
 from sqap.serialization import from_json
 
 Key = tuple[str, str, int]  # policy fingerprint, task, seed
@@ -96,7 +97,7 @@ class EpisodeLog:
             self.finished[record.key] = record
         if length < len(content):
             os.ftruncate(file, length)
-        _synchronize(path.parent)  # or a power cut takes the name of a new file
+        sync(path.parent)  # or a power cut takes the name of a new file
 
     def add(self, record: Record) -> None:
         """Keep a finished episode; it is on disk when this returns.
@@ -147,14 +148,6 @@ def _log_prefix(settings: Settings, policies: Sequence[str]) -> str:
     marks = "-".join(mark[:12] for mark in policies)
     averaged = "" if settings.ensemble is None else f"-ensemble{settings.ensemble}"
     return f"{settings.env}-{marks}-workers{settings.workers}{averaged}"
-
-
-def _synchronize(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _parse(path: Path, content: bytes) -> tuple[list[Record], int]:

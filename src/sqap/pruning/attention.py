@@ -1,4 +1,4 @@
-"""Reading the scores: how much attention visual tokens receive, out of the pass that runs anyway."""
+"""Scores of visual tokens: the attention they receive in the forward pass that runs anyway."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sqap.recipe import Pruning, ScoreQueries
 
 
 def score_layers(settings: Pruning) -> tuple[int, ...]:
-    """The decoder layers, counted from 0, whose attention as it is ranks the tokens; none for most methods.
+    """The decoder layers, counted from 0, whose attention scores the tokens; none for most methods.
 
     The last layer before a cut, or those that the settings name for the first cut.
     """
@@ -58,7 +58,7 @@ def per_camera(received: Tensor, cameras: int) -> Tensor:
 
 
 class AttentionWatcher:
-    """A `TokenPruner` that prunes nothing and remembers what the visual tokens receive.
+    """A `TokenPruner` that prunes nothing and records the attention that visual tokens receive.
 
     Args:
         layers: decoder layers to watch, counted from 0.
@@ -82,7 +82,7 @@ class AttentionWatcher:
             self.add(output.received)
 
     def add(self, received: Tensor) -> None:
-        """Remember what a layer's tokens receive, ``(batch, tokens)``."""
+        """Record the attention ``(batch, tokens)`` received in a layer."""
         self.received.append(received[:, self._visual].cpu())
 
     @property

@@ -35,9 +35,8 @@ def overlap_curve(full: Tensor, quantized: Tensor) -> Tensor:
 def choose_k(curve: Tensor, threshold: float) -> int:
     """The largest k whose overlap ``curve[k - 1]`` reaches ``threshold``; 0 if none does.
 
-    Smaller k may fall short: the first few ranks swap among themselves without any harm. By chance
-    alone the overlap is k / N, so the caller cuts the curve at the largest k it would use,
-    ``curve[:limit]``.
+    A smaller k may have a lower overlap: a few top ranks that swap do no harm. Random rankings have an
+    overlap of k / N, so the caller cuts the curve at the largest k it would use, ``curve[:limit]``.
     """
     trusted = (curve >= threshold).nonzero()
     return int(trusted[-1]) + 1 if len(trusted) else 0
@@ -51,7 +50,7 @@ def attention_scores(
     queries: ScoreQueries,
     weights: Weights | None = None,
 ) -> Tensor:
-    """The scores a pruner would see: ``(frames * cameras, tokens of one)``, each row's sum one.
+    """The scores that a pruner would use, ``(frames * cameras, tokens of one)``; rows sum to one.
 
     Args:
         model: full-precision or quantized; nothing of it is pruned. It computes in `VLA.dtype` throughout.

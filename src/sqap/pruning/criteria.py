@@ -1,9 +1,9 @@
-"""The three criteria of SQAP-VLA (arXiv 2509.09090), chance, and a uniform grid.
+"""The three criteria of SQAP-VLA (arXiv 2509.09090), random selection, and a uniform grid.
 
 Visual tokens lie on a square grid of ``N = grid * grid`` patches, row-major from the top left. Image
 coordinates are shares of the image's sides: (0, 0) is its top left corner, (1, 1) the bottom right.
-Ties go to the lower index, or to chance where a generator is given: the same input and the same seed
-always keep the same tokens.
+Ties go to the lower index, or are broken at random where a generator is given: the same input and the same
+seed always keep the same tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 def first(order: Tensor, free: Tensor, count: int | Tensor) -> Tensor:
     """Mask ``(N,)`` of the first ``count`` tokens in ``order`` ``(N,)`` that ``free`` ``(N,)`` marks.
 
-    Where fewer are marked, it is all of them. No shape depends on a value, so no device is waited for.
+    Where fewer are marked, it is all of them. No shape depends on a value, so it does not synchronize.
     """
     marked = free.gather(0, order)
     return torch.zeros_like(free).scatter(0, order, marked & (marked.cumsum(0) <= count))
@@ -38,7 +38,7 @@ def ranked(scores: Tensor) -> Tensor:
 
 
 def places(mask: Tensor, count: int) -> Tensor:
-    """Indices ``(count,)``, ascending, of a mask with ``count`` marks: nonzero() of a shape that is known."""
+    """Indices ``(count,)``, ascending, of a mask with ``count`` marks: nonzero() without synchronizing."""
     return ranked(mask.byte())[:count]
 
 
@@ -67,10 +67,10 @@ def farthest_points(
 ) -> Tensor:
     """Farthest-point sampling (Gonzalez 1985): each next patch is the one farthest from all before it.
 
-    A grid is full of ties, and a policy that looks again and again at the same sample never sees what it
-    leaves out. With a generator, ties are broken at random, and with nothing kept the first pick is too.
+    A grid has many ties, and with the same sample at every step a policy would never see the other patches.
+    With a generator, ties are broken at random, and with nothing kept the first pick is random, too.
 
-    It is computed on the CPU wherever the masks are; `farthest_mask` waits for no device.
+    It is computed on the CPU, whatever the device of the masks; `farthest_mask` does not synchronize.
 
     Args:
         kept: mask ``(N,)`` of the patches to start from; with none and without a generator, the first pick
@@ -78,8 +78,8 @@ def farthest_points(
         count: patches to add, at most those not kept.
         generator: breaks ties; without it they go to the lower index.
         left: mask ``(N,)`` of the patches to choose from; all if not given.
-        rank: what ``generator`` would draw, ``(N,)``: of two patches as far away the one with the higher rank
-            is picked.
+        rank: ``(N,)`` in place of what ``generator`` would draw: of two patches equally far away, the one
+            with the higher rank is picked.
 
     Returns:
         ``(count,)`` indices in the order they were picked; none of them was kept before.
@@ -107,7 +107,7 @@ def farthest_points(
 def farthest_mask(
     grid: int, kept: Tensor, count: Tensor, most: int, rank: Tensor, left: Tensor | None = None
 ) -> Tensor:
-    """The patches that `farthest_points` picks, as tensor operations: no device is waited for.
+    """The patches that `farthest_points` picks, by tensor operations that do not synchronize.
 
     Args:
         kept: mask ``(N,)`` of the patches to start from.
@@ -134,7 +134,7 @@ def farthest_mask(
 
 
 def permutation(tokens: int, generator: torch.Generator | None = None) -> Tensor:
-    """A random order ``(tokens,)``, every one equally likely. It is drawn on the CPU for every device."""
+    """A uniformly random permutation ``(tokens,)``, drawn on the CPU for every device."""
     return torch.randperm(tokens, generator=generator, dtype=torch.int64, device="cpu")
 
 

@@ -1,14 +1,14 @@
-"""Look-ahead: visual tokens ranked by the attention that later layers would pay them.
+"""Look-ahead: ranks visual tokens by the attention that later layers would pay them.
 
-Which tokens the first layers attend to says little about what later ones will read. Right behind a cut, each
-later layer's own norm, query and key projections are therefore applied to the hidden states as they are now.
+Attention in the first layers predicts attention in later ones poorly. Right behind a cut, each later layer's
+own norm, query and key projections are therefore applied to the current hidden states.
 The score of a token is the attention that the text behind the image pays it there, averaged over rows, heads
 and layers (`sqap.models.decoder.Decoder.look_ahead`). With a flow head, whose action expert reads the keys of
 every layer, it is the attention that the action tokens of the first denoising step would pay
-(`sqap.models.heads.flow.ActionQueries`). On a quantized model these are its packed projections,
-so the scores are what the compressed policy thinks. Nothing is trained, and nothing is kept between steps.
+(`sqap.models.heads.flow.ActionQueries`). On a quantized model these are its packed
+projections. Nothing is trained, and nothing is kept between steps.
 
-Layers agree little about what matters, so several are asked: all later ones where that costs next to nothing,
+Layers rank tokens differently, so scores are averaged over several: all later layers where that is cheap,
 else those that calibration finds, as many as `affordable` allows.
 """
 
@@ -108,7 +108,7 @@ def later_attention(
     *,
     layers: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What is seen by looking ahead behind the last cut, and what later layers then attend to.
+    """Look-ahead scores at the last cut, and the attention that later layers then pay.
 
     Args:
         model: run without pruning.

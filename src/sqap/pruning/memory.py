@@ -1,4 +1,4 @@
-"""What a step leaves to the next one of the same robot."""
+"""What one step of a robot passes to its next step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqap.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """What `Policy.step` returns for the next step. It is a value: the policy keeps none of it.
+    """What `Policy.step` returns for the next step. The policy itself keeps none of it.
 
     Args:
         visual: projected visual features ``(cameras, N, width)`` as the decoder read them.
@@ -20,7 +20,7 @@ class Memory:
     visual: Tensor
 
     def change(self, visual: Tensor) -> Tensor:
-        """How far each token has moved since, ``(cameras, N)``: the Euclidean distance of its features.
+        """Euclidean distance ``(cameras, N)`` of each token's features to those in memory.
 
         Raises:
             InputError: the memory is of another policy.

@@ -2,8 +2,8 @@
 
 DivPrune (Alvar et al. 2025, arXiv 2503.02175), DART (Wen et al. 2025, arXiv 2502.11494) and CDPruner (Zhang
 et al. 2025, arXiv 2506.10967), written from the papers and cutting behind the same layer as all other methods
-here. All of them are deterministic; ties go to the lower index. They choose one token after the other in
-Python, on the CPU: with them, a step on a GPU waits for each cut.
+here. All of them are deterministic; ties go to the lower index. They choose tokens one by one on the CPU, so
+that a step on a GPU synchronizes at each cut.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def choose(
 
 
 def diverse(features: Tensor, count: int) -> Tensor:
-    """DivPrune: greedily, whatever is farthest, by cosine, from all chosen so far; ``(count,)`` indices.
+    """DivPrune: greedily the token farthest by cosine from all chosen so far; ``(count,)`` indices.
 
     The first is the one whose nearest other is farthest away.
     """

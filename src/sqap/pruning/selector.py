@@ -1,4 +1,4 @@
-"""From scores and the gripper's place to exactly the budgeted number of visual tokens."""
+"""Selects visual tokens within a budget, by scores and by the position of the end effector."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ from sqap.errors import InputError
 from sqap.pruning import criteria, rivals
 from sqap.pruning.criteria import first, ranked
 from sqap.recipe import Pruning
+from sqap.recipe.pruning import SHARED
 
 logger = logging.getLogger("sqap")
-
-SHARING = "sqap", "lookahead"  # methods that share the budget among a ranking, the ring and the rest
 
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The visual tokens that go on, and why: three disjoint masks ``(N,)`` over the patch grid.
+    """The visual tokens that are kept, as three disjoint masks ``(N,)`` over the patch grid.
 
     Args:
-        top: kept for their rank.
-        ring: kept for being around the end effector.
-        sampled: kept by chance or to cover the rest of the scene, or by a rival that does not rank.
+        top: kept by score.
+        ring: kept because they are around the end effector.
+        sampled: kept at random, by farthest-point sampling, or by a method that does not rank.
         target: the end effector in image coordinates (u, v), if it is known. The image is what the policy
             looks at: a crop's corners are at (0, 0) and (1, 1).
-        scores: ``(N,)`` what tokens were ranked by, if they were.
+        scores: ``(N,)`` by which the tokens were ranked; None if they were not.
     """
 
     top: Tensor
@@ -61,11 +60,11 @@ class Selection:
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """What a selection takes from the CPU: chance, and where the end effector is.
+    """Inputs of a selection that are computed on the CPU: a random order and the end effector's position.
 
     Args:
-        order: a random order ``(N,)`` of the tokens, or the rank that breaks ties of farthest points; None
-            where nothing is left to chance.
+        order: a random permutation ``(N,)`` of the tokens, or the rank that breaks ties between farthest
+            points; None for a deterministic selection.
         nearest: ``(N,)`` indices, the nearest to the end effector first; None without a ring.
         inside: mask ``(N,)`` of the ring.
     """
@@ -82,7 +81,7 @@ class Draws:
 
 @dataclass
 class Selector:
-    """Applies one pruning setting to the visual tokens of one camera. One serves all steps of a policy.
+    """Applies a recipe's pruning to the visual tokens of one camera. It keeps no state between steps.
 
     Args:
         settings: the recipe's pruning.
@@ -110,7 +109,7 @@ class Selector:
 
     @property
     def captures(self) -> bool:
-        """Whether all that it does between `draw` and its result is on the device, as a CUDA graph needs."""
+        """Whether `select` computes on the device alone, so that a CUDA graph can capture it."""
         return self.settings.method not in (*rivals.BY_FEATURES, "uniform")
 
     def draw(
@@ -120,15 +119,15 @@ class Selector:
         *,
         changed: bool = False,
     ) -> Draws:
-        """What `select` takes from the CPU, for one cut and camera; the arguments are those of `select`.
+        """The inputs of `select` that are computed on the CPU, for one cut and camera.
 
         Args:
-            target: the end effector.
-            generator: of chance.
-            changed: whether it will be known how much the tokens have changed.
+            target: as of `select`.
+            generator: as of `select`.
+            changed: whether `select` will be given ``change``.
         """
         settings, order = self.settings, None
-        shares = settings.method in SHARING
+        shares = settings.method in SHARED
         by_chance = settings.rest == "random" or (settings.rest == "changed" and not changed)
         by_chance |= settings.rest == "farthest" and generator is not None  # ties are
         if settings.method == "random" or (shares and by_chance):
@@ -152,19 +151,19 @@ class Selector:
     ) -> Selection:
         """Choose exactly as many tokens as the budget of a cut.
 
-        Tensors are on one device, which is not waited for, but for the methods `rivals.BY_FEATURES`, and
-        "farthest" points without a generator: these are computed on the CPU.
+        All tensors are on one device, without synchronizing with it. Exceptions are the methods
+        `rivals.BY_FEATURES`, and "farthest" points without a generator, which are computed on the CPU.
 
         Args:
-            scores: ``(N,)`` what the method ranks by.
+            scores: ``(N,)`` by which the method ranks.
             target: the end effector in image coordinates (u, v); without it the ring is left out and
                 its share goes to the rest.
-            generator: of what is left to chance, ties of farthest points included.
+            generator: of random choices, ties between farthest points included.
             features: ``(N, width)`` of the tokens, for methods that compare them with each other.
-            left: mask ``(N,)`` of the tokens that earlier cuts have left; all if not given.
-            cut: the cut's number; the last by default.
-            change: ``(N,)`` how much the tokens have changed since the step before, where that is known.
-            draws: what `draw` returned, on the device of the tensors; drawn now by default.
+            left: mask ``(N,)`` of the tokens that earlier cuts have kept; all by default.
+            cut: index of the cut; the last by default.
+            change: ``(N,)`` how much each token has changed since the previous step, if known.
+            draws: what `draw` returned, on the device of the tensors; computed here by default.
 
         Raises:
             InputError: the method needs scores or features, and there are none.
@@ -219,14 +218,14 @@ class Selector:
         if kept.is_cpu or draws.order is None:
             rest = criteria.farthest_points(self.grid, kept, int(count), left=left, rank=draws.order)
             return self._mask(rest, left)
-        return criteria.farthest_mask(self.grid, kept, count, most, _there(draws.order, kept), left)
+        return criteria.farthest_mask(self.grid, kept, count, most, _copied(draws.order, kept), left)
 
     def _ring(self, draws: Draws, free: Tensor, share: int) -> Tensor:
-        """At most ``share`` ring tokens, nearest to the end effector first: contact is at its fingers."""
+        """At most ``share`` ring tokens, those nearest to the end effector first."""
         if draws.nearest is None or draws.inside is None:
             self._warn_once()
             return torch.zeros_like(free)
-        return first(_there(draws.nearest, free), free & _there(draws.inside, free), share)
+        return first(_copied(draws.nearest, free), free & _copied(draws.inside, free), share)
 
     def _warn_once(self) -> None:
         if self.settings.ring_share and not self._warned:
@@ -239,14 +238,14 @@ class Selector:
     def _mask(self, indices: Tensor, like: Tensor) -> Tensor:
         mask = torch.zeros(self.tokens, dtype=torch.bool, device="cpu")
         mask[indices] = True
-        return _there(mask, like)
+        return _copied(mask, like)
 
 
 def _order(draws: Draws, like: Tensor) -> Tensor:
-    assert draws.order is not None, "what is left to chance has been drawn"
-    return _there(draws.order, like)
+    assert draws.order is not None, "the random order has been drawn"
+    return _copied(draws.order, like)
 
 
-def _there(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor of the CPU on the device of ``like``, without waiting for that."""
+def _copied(tensor: Tensor, like: Tensor) -> Tensor:
+    """A copy of a CPU tensor on the device of ``like``; does not synchronize."""
     return tensor.to(like.device, non_blocking=True)

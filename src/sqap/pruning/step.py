@@ -1,4 +1,4 @@
-"""The pruner of one step: which tokens of the decoder's sequence go on behind each cut."""
+"""The pruner of one step: which tokens of the decoder's sequence are kept at each cut."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class StepPruner:
         length: tokens in the decoder's sequence, visual ones included.
         visual: positions of the visual ones.
         targets: per camera, the end effector in its image's coordinates, if known.
-        generator: of what is left to chance.
-        memory: of the step before, if there was one.
+        generator: of random choices.
+        memory: of the previous step, if there was one.
         device: of the model.
-        draws: what `draw` returned, on that device; drawn now by default.
+        draws: what `draw` returned, on that device; computed here by default.
 
     Attributes:
-        selections: what is left, per camera; empty before the first cut, and if nothing is pruned.
+        selections: the tokens kept of each camera; empty before the first cut, and if nothing is pruned.
         memory: for the next step; None if the settings need none.
     """
 
@@ -58,7 +58,7 @@ class StepPruner:
         self._cuts = {cut.after_layer - 1: i for i, cut in enumerate(settings.cuts)}
         self._watched = score_layers(settings)
         self._rows = query_rows(settings.score_queries or "text", visual, length, device)
-        # Where in the whole sequence the tokens are that are left.
+        # Positions, in the unpruned sequence, of the tokens that are left.
         self._positions = torch.arange(length, dtype=torch.int64, device=device)
         self._left = torch.ones(len(targets), selector.tokens, dtype=torch.bool, device=device)
         self._dropped = 0
@@ -109,7 +109,7 @@ class StepPruner:
         return places[None]
 
     def _scores(self, output: LayerOutput) -> Tensor | None:
-        """``(cameras, N)``, what the method ranks by; None if it does not rank."""
+        """Scores ``(cameras, N)``; None if the method does not rank."""
         method = self._selector.settings.method
         if method == "lookahead":
             actions = self._selector.settings.score_queries == "actions"
@@ -123,21 +123,21 @@ class StepPruner:
         return per_camera(torch.stack(self._received).mean(0), len(self._targets))
 
     def _features(self, output: LayerOutput) -> Tensor | None:
-        """``(cameras, N, width)``, what the method compares tokens by; None if it does not."""
+        """Features ``(cameras, N, width)``; None if the method does not compare tokens."""
         method = self._selector.settings.method
         if method == "dart":
             return self._by_camera(self._visual_of(output.hidden[0]))
         return self._by_camera(output.embedded[0, self._visual]) if method in BY_FEATURES else None
 
     def _change(self, output: LayerOutput) -> Tensor | None:
-        """``(cameras, N)`` since the step before; None if nobody asks, or nothing is known of it."""
+        """Change ``(cameras, N)`` since the previous step; None if it is not used or not known."""
         if self._selector.settings.rest != "changed":
             return None
         self.memory = Memory(self._by_camera(output.embedded[0, self._visual]))
         return None if self._before is None else self._before.change(self.memory.visual)
 
     def _visual_of(self, values: Tensor) -> Tensor:
-        """Of the tokens that are left, the visual ones ``(visual, ...)``; 0 for those dropped."""
+        """The visual tokens' values ``(visual, ...)``, with 0 for tokens that were dropped."""
         if not self._dropped:
             return values[self._visual]
         whole = values.new_zeros(self._length, *values.shape[1:])
@@ -154,7 +154,7 @@ def draw(
     generator: torch.Generator | None,
     memory: Memory | None,
 ) -> list[list[Draws]]:
-    """What a step's selections take from the CPU, for each cut and camera."""
+    """The inputs of a step's selections that are computed on the CPU, for each cut and camera."""
     settings, found = selector.settings, []
     for cut in range(len(settings.cuts)):
         if settings.budget(selector.tokens, cut) == selector.tokens:  # nothing is chosen there

@@ -61,11 +61,12 @@ class QuantizedLinear(nn.Module):
         self.activation_group_size = scheme.activation_group_size
         self.activation_symmetric = scheme.activation_symmetric
         self.hadamard_block = hadamard_block
+        whole = scheme.activation_granularity == "tensor"
         self.grids = kernels.Grids(
             scheme.weight_bits,
             scheme.activation_bits,
             scheme.activation_symmetric,
-            group_size=_channels_per_scale(scheme, in_features),
+            group_size=0 if whole else scheme.activation_group_size or in_features,
             hadamard_block=hadamard_block or 1,
         )
         stored, scales = stored_shapes(in_features, out_features, scheme)
@@ -187,7 +188,3 @@ def stored_shapes(
     width = packed_width(in_features) if scheme.weight_bits == 4 else in_features
     granularity, size = scheme.weight_granularity, scheme.group_size
     return (out_features, width), scale_shape(out_features, in_features, granularity, size)
-
-
-def _channels_per_scale(scheme: Scheme, in_features: int) -> int:
-    return 0 if scheme.activation_granularity == "tensor" else scheme.activation_group_size or in_features

@@ -16,7 +16,7 @@ from sqap.models.config import DecoderConfig
 from sqap.models.decoder import Decoder
 from sqap.models.heads import HeadProtocol
 from sqap.models.stages import fill_around, stages, widen_around
-from sqap.models.storage import STORAGE_DTYPE, Weights, fill, widen
+from sqap.models.storage import STORAGE_DTYPE, Progress, Weights, fill, widen
 from sqap.models.stream import Stream
 from sqap.models.vla import VLA
 from sqap.quantization.embedding import prepare_table, quantize_table, quantizes_table
@@ -34,8 +34,6 @@ from sqap.quantization.rotation import (
 )
 from sqap.quantization.sequential import Sequential, own, prepare, share, wanted
 from sqap.recipe import Quantization
-
-Progress = Callable[[int, int], None]
 
 
 @defaults()

@@ -1,4 +1,4 @@
-"""Which visual tokens go on, and behind which of the decoder's layers the others are dropped."""
+"""Which visual tokens are kept, and after which decoder layers the others are dropped."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Cut:
 
 @dataclass(frozen=True)
 class Pruning:
-    """Which visual tokens go on after decoder layer ``after_layer``.
+    """Which visual tokens are kept after decoder layer ``after_layer``.
 
     The budget is exactly ``round(keep_ratio * N)``. Method ``"lookahead"`` gives most of it to the tokens
-    that the later layers' own projections would attend to (`sqap.pruning.lookahead`), and the rest to chance.
+    that the later layers' own projections would attend to (`sqap.pruning.lookahead`); the rest is random.
     ``"sqap"`` is the mix of SQAP-VLA (arXiv 2509.09090): the top tokens by attention of the quantized model,
     the ring around the end effector, and farthest-point sampling for the rest. The others are rivals:
     ``"attention"`` (FastV), ``"divprune"``, ``"dart"``, ``"cdpruner"`` (`sqap.pruning.rivals`), ``"random"``
@@ -64,9 +64,9 @@ class Pruning:
             is looked at.
         ring_share: largest share of the budget the ring may take; 0 of "lookahead", 0.3 of "sqap" if not
             given.
-        rest: what fills the budget: chance ("random"; of "lookahead" if not given), the points farthest
-            from those kept ("farthest"; of "sqap"), or the tokens whose projected features have changed most
-            since the step before ("changed"; by chance where no memory of it is given).
+        rest: what fills the budget: random tokens ("random"; the default of "lookahead"), the points farthest
+            from those kept ("farthest"; the default of "sqap"), or the tokens whose projected features have
+            changed most since the previous step ("changed"; random where no memory of it is given).
         later: more cuts behind later layers, each of them to fewer tokens.
 
     Raises:

@@ -79,8 +79,8 @@ class Processors:
         """The policy's feature -> what an observation calls it."""
         step = self.before.get(RENAME)
         names = {} if step is None else step.config.get("rename_map", {})
-        if step is not None and not _is_mapping(names):
-            raise CheckpointError(f"{step.where}: rename_map must be an object of names")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise CheckpointError(f"{self.path}: {RENAME}: rename_map must be an object of names")
         return {theirs: ours for ours, theirs in names.items()}
 
     @property
@@ -184,7 +184,3 @@ def _state_file(path: Path, name: Any) -> Path | None:
     if not isinstance(name, str) or Path(name).name != name:
         raise CheckpointError(f"{path} names the state_file {name!r}, which is not a file beside it")
     return path.parent / name
-
-
-def _is_mapping(names: Any) -> bool:
-    return isinstance(names, dict) and all(isinstance(value, str) for value in names.values())
