@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import sqap
+from sqap.cli.ablate import ablate
 from sqap.cli.bench import bench
 from sqap.cli.capacity import capacity
 from sqap.cli.compress import compress
@@ -50,6 +51,7 @@ app.command()(sensitivity)
 app.command()(tune)
 app.command("eval")(evaluate_command)
 app.command()(report)
+app.command()(ablate)
 app.command()(inspect)
 app.command()(bench)
 app.command()(serve)
