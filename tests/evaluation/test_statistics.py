@@ -170,7 +170,7 @@ class TestPower:
         # Connor (1987), page 209: 45 % and 5 % of discordant pairs take 23 pairs, at 5 % and a power of 80 %.
         assert pairs_needed(0.4, 0.5) == 23
 
-    @pytest.mark.parametrize(("change", "discordance", "power"), [(0.1, 0.2, 0.8), (0.15, 0.3, 0.9)])
+    @pytest.mark.parametrize(("change", "discordance", "power"), [(0.05, 0.2, 0.8), (0.06, 0.3, 0.9)])
     def test_so_many_pairs_have_the_power(self, change, discordance, power):
         # The formula is McNemar's chi-square's, without correction for continuity.
         pairs = pairs_needed(change, discordance, power=power)

@@ -56,7 +56,7 @@ class TestFactors:
         ("text", "sentence"),
         [
             ("bits=16,w3a3", "bits has no level 'w3a3'; it has 16, w8a8, w4a8, w4a4"),
-            ("colour=red", "'colour=red' must be FACTOR=LEVEL,LEVEL, of bits, rotation"),
+            ("colour=red", "'colour=red' must be FACTOR=LEVEL,LEVEL; factors: bits, rotation"),
             ("keep", "'keep' must be FACTOR=LEVEL"),
             ("keep=0.5,half", "keep=half must be a number"),
             ("keep=0", r"keep=0 must be in \(0, 1\]"),
@@ -93,7 +93,7 @@ class TestDesign:
     @pytest.mark.parametrize(
         ("factors", "sentence"),
         [
-            ("bits=16 rotation=off,on", "one cell, 16; nothing can be compared"),
+            ("bits=16 rotation=off,on", "one cell, 16; there is nothing to compare"),
             ("keep=0.01", "the baseline 16.lookahead-0.01-after2 cannot be: keep_ratio 0.01 keeps none"),
         ],
     )
@@ -104,11 +104,8 @@ class TestDesign:
 
 class TestContrasts:
     def test_effects_are_means_over_cells_that_differ_in_nothing_else(self) -> None:
-        found, lost = contrasts(
-            design("bits=16,w4a4 rounding=rtn,gptq").cells,
-            parse("bits=16,w4a4 rounding=rtn,gptq"),
-            fraction=False,
-        )
+        made = design("bits=16,w4a4 rounding=rtn,gptq")
+        found, lost = contrasts(made.cells, made.factors, fraction=False)
         assert lost == []
         named = by_name(found)
         # The policy in 16 bits is matched with both ways to round.
@@ -149,15 +146,15 @@ class TestContrasts:
         made = design(text, Fraction(1, 2))
         effects = {"w4a8": -0.1, "w4a4": -0.2, "on": 0.05, "gptq": 0.03, 0.5: -0.07}
         success = {
-            cell.name: np.full(3, 0.8 + sum(effects.get(level, 0.0) for level in cell.levels.values()))  # type: ignore[call-overload]
+            cell.name: np.full(
+                3, 0.8 + sum(v for level, v in effects.items() if level in cell.levels.values())
+            )
             for cell in made.cells
         }
         found, lost = contrasts(made.cells, made.factors, fraction=True)
-        told = {
-            c.level: n["difference"]
-            for c, n in zip(found, estimate([c.weights for c in found], success), strict=True)
-            if c.kind == "effect"
-        }
+        mains = [contrast for contrast in found if contrast.kind == "effect"]
+        numbers = estimate([contrast.weights for contrast in mains], success)
+        told = {c.level: n["difference"] for c, n in zip(mains, numbers, strict=True)}
         assert told == pytest.approx(effects)
         assert lost == []
 

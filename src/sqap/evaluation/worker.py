@@ -90,8 +90,9 @@ class Session:
 
     def __call__(self, request: tuple[str, int]) -> Record:
         task, seed = request
+        env = self._environment(task)  # a simulator that is not there is no failed episode
         try:
-            episode = self._run(task, seed)
+            episode = self._run(env, seed)
         except Exception as problem:
             if not self.spec.keep_going:
                 raise
@@ -110,11 +111,11 @@ class Session:
         if env is not None:
             env.close()
 
-    def _run(self, task: str, seed: int) -> Episode:
+    def _run(self, env: Environment, seed: int) -> Episode:
         settings = self.spec.settings
         return run_episode(
             self._policy,
-            self._environment(task),
+            env,
             seed,
             units=environments.action_units(settings.env),
             execute=settings.execute,

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 import sqap
 from sqap.compress import Ranking, model_inputs, ranking
+from sqap.defaults import defaults
 from sqap.errors import SqapError
 from sqap.files import write_json
 from sqap.models.storage import stored_bytes
@@ -79,7 +79,7 @@ class Measures:
     def _act(self, policy: Policy) -> np.ndarray:
         return np.stack([policy.act(frame, seed=seed) for seed, frame in enumerate(self._frames)])
 
-    @torch.inference_mode()
+    @defaults()
     def _attention(self, small: Policy) -> dict[str, Any] | None:
         pruning, calibration = small.recipe.pruning, small.calibration
         if pruning is None or pruning.method not in RANKING:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from sqap.checkpoints import fingerprint, locate
 from sqap.checkpoints.choices import Choices
 from sqap.errors import InputError
 from sqap.evaluation.clusters import SEED as BOOTSTRAP_SEED
@@ -64,6 +63,7 @@ class Study:
         request: what was asked.
         design: of the cells.
         policy: the original.
+        fingerprint: of the original.
         settings: of the evaluation.
         frames: that policies were calibrated on.
         replay: that they were measured on.
@@ -75,6 +75,7 @@ class Study:
     request: Request
     design: Design
     policy: Policy
+    fingerprint: str
     settings: Settings
     frames: Sequence[Observation]
     replay: Sequence[Observation]
@@ -166,7 +167,7 @@ def _policy(study: Study) -> dict[str, Any]:
     config = study.policy.config
     return {
         "source": study.request.source,
-        "fingerprint": fingerprint(locate(study.request.source), study.request.choices),
+        "fingerprint": study.fingerprint,
         "family": config.family,
         "cameras": list(config.cameras),
         "visual_tokens": config.model.visual_tokens,

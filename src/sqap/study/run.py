@@ -76,12 +76,15 @@ def run_study(
             frames = read_frames(request.frames_from, policy, request.frames, progress=advance)
         replay = collect_frames(policy, request.env, request.tasks, REPLAY_FRAMES, seed=REPLAY_SEED)
         settings = request.settings()
-        prepared = list(_prepare(request, design, policy, frames, settings, progress))
+        original = fingerprint(locate(request.source), request.choices)
+        artefacts = Artefacts(policy, frames, request.out / "policies")
+        prepared = list(_prepare(request, design, artefacts, original, settings, progress))
         measures = _measure(policy, replay, prepared, request.out, progress)
 
         def result() -> dict[str, Any]:
             ran = [_ran(each, measures[each.cell.name], settings, request) for each in prepared]
-            study = Study(request, design, policy, settings, frames, replay, ran, estimate)
+            notes = _unused(request.out, prepared)
+            study = Study(request, design, policy, original, settings, frames, replay, ran, estimate, notes)
             return describe(study)
 
         with _written_anyway(request.out / RESULT, result):
@@ -105,14 +108,12 @@ def _written_anyway(path: Path, result: Callable[[], dict[str, Any]]) -> Iterato
 def _prepare(
     request: Request,
     design: Design,
-    policy: Policy,
-    frames: Sequence[Observation],
+    artefacts: Artefacts,
+    original: str,
     settings: Settings,
     progress: ProgressBar,
 ) -> Iterator[Prepared]:
     """Compress what is not on disk, quantization by quantization."""
-    original = fingerprint(locate(request.source), request.choices)
-    artefacts = Artefacts(policy, frames, request.out / "policies")
     cells = sorted(design.cells, key=lambda cell: _order(design, cell))
     for number, cell in enumerate(cells, 1):
         source: str | Path = request.source
@@ -192,3 +193,15 @@ def _ran(prepared: Prepared, measures: dict[str, Any], settings: Settings, reque
     artefact = None if prepared.artefact is None else str(prepared.artefact.relative_to(request.out))
     where = str(prepared.log.relative_to(request.out))
     return Ran(prepared.cell, artefact, prepared.fingerprint, where, records, measures)
+
+
+def _unused(out: Path, prepared: Sequence[Prepared]) -> list[str]:
+    """A sentence on logs that are in the directory and not in the result."""
+    used = {each.log for each in prepared}
+    others = [path.name for path in sorted(out.glob("episodes/*.jsonl")) if path not in used]
+    if not others:
+        return []
+    return [
+        "not used, as they are of other cells, settings, builds, simulators or processors: "
+        f"{len(others)} logs, as {others[0]}"
+    ]
