@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 
 import numpy as np
+import pytest
 
 from sqap import Camera, Observation, environments
 from sqap.environments import ControlUnits, StepResult
 
 CAMERA = "corner2"
 TASKS = ("open", "close")
-MAX_STEPS = 12
+MAX_STEPS = 8  # as many as a chunk has
 BROKEN: set[tuple[str, int]] = set()  # tasks and seeds that raise
 PAUSE = 0.0  # seconds that a step takes
 
@@ -55,6 +56,12 @@ class Stub:
 
     def close(self) -> None:
         pass
+
+
+def hurry(patch: pytest.MonkeyPatch) -> None:
+    """Few replayed frames, and one thread, which is all that so small a policy can use."""
+    patch.setattr("sqap.study.run.REPLAY_FRAMES", 4)
+    patch.setattr("sqap.evaluation.settings.available_cores", lambda: 1)
 
 
 environments._SUITES["stub"] = environments._Suite(
