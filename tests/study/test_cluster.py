@@ -32,7 +32,6 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     pytest.importorskip("ray", reason='Ray is not installed: pip install "sqap[ray]"')
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "120")  # of a busy machine
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))  # nodes inherit it
     node = {"num_cpus": 1, "object_store_memory": MEMORY}
