@@ -1,7 +1,7 @@
 """A simulator that needs nothing but numpy; importing this registers it as ``stub``.
 
-The policy sees noise, and an episode succeeds if the gripper gets far enough into a direction of its own: how
-often that happens depends on what the policy really does.
+The policy sees noise, and whether an episode succeeds depends on the second decimal of where the gripper ends:
+policies that act a little differently succeed in different episodes, and the same one in the same.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class Stub:
         if (self.task, self._seed) in BROKEN and self._steps > 3:
             raise RuntimeError("the solver diverged")
         self._place += np.clip(action[:3], -1, 1)
-        return StepResult(bool(self._place @ self._direction > 1.0), self._steps >= self.max_steps)
+        over = self._steps >= self.max_steps
+        hundredths = int(100 * abs(self._place @ self._direction))
+        return StepResult(success=over and hundredths % 2 == 0, truncated=over)
 
     def observe(self) -> Observation:
         numbers = np.random.default_rng((self._seed, self._steps))
