@@ -1,6 +1,6 @@
 """A simulator that needs nothing but numpy; importing this registers it as ``stub``.
 
-The policy sees noise, and whether an episode succeeds depends on the second decimal of where the gripper ends:
+The policy sees noise. Whether an episode succeeds is decided by the second decimal of where the gripper ends:
 policies that act a little differently succeed in different episodes, and the same one in the same.
 """
 

@@ -352,7 +352,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(ablate: Ablate, tmp_pa
         (["--executor", "threads"], "--executor must be one of serial, processes, ray"),
         (["--address", "auto"], "--address auto is of a Ray cluster"),
         (["--fraction", "half"], "--fraction half must be a share such as 1/2"),
-        (["--fraction", "1/100"], "leaves 1, but main effects alone need 5"),
+        (["--fraction", "1/100"], "leaves 1, but main effects alone need 4"),
         (["--tasks", "fly"], "unknown stub task 'fly'"),
     ],
 )
