@@ -12,7 +12,7 @@ from typing import Any
 import sqap
 from sqap.checkpoints import is_own
 from sqap.checkpoints.manifest import WEIGHTS, read_manifest
-from sqap.compress import compress, deciding, key, model_inputs, reprune
+from sqap.compress import Repruner, compress, deciding, key, model_inputs
 from sqap.observation import Observation
 from sqap.policy import Policy
 from sqap.recipe import Quantization, Recipe
@@ -36,7 +36,7 @@ class Artefacts:
     policy: Policy
     frames: Sequence[Observation]
     place: Path
-    _latest: tuple[Quantization | None, Policy] | None = field(default=None, init=False, repr=False)
+    _latest: tuple[Quantization | None, Repruner] | None = field(default=None, init=False, repr=False)
 
     def path(self, recipe: Recipe) -> Path:
         """Where the policy is or will be."""
@@ -52,18 +52,18 @@ class Artefacts:
         An interrupted quantization goes on from the stages that it has finished.
 
         Raises:
-            SqapError: as `compress`, `reprune` and `Policy.save`.
+            SqapError: as `compress`, `Repruner` and `Policy.save`.
         """
         directory = self.path(recipe)
         if self.missing(recipe):
             unpruned = self._quantized(recipe.quantization, progress)
             if recipe.pruning is not None:
-                reprune(self.policy, unpruned, recipe.pruning, self.frames).save(directory)
+                unpruned.prune(recipe.pruning).save(directory)
                 _share_weights(self.path(Recipe(recipe.quantization)), directory)
         return directory
 
-    def _quantized(self, quantization: Quantization | None, progress: Progress | None) -> Policy:
-        """The policy quantized and not pruned, which is saved; the latest stays in memory."""
+    def _quantized(self, quantization: Quantization | None, progress: Progress | None) -> Repruner:
+        """Prunes the quantized policy, which is saved without pruning; the latest stays in memory."""
         if self._latest is None or self._latest[0] != quantization:
             recipe = Recipe(quantization)
             directory = self.path(recipe)
@@ -74,7 +74,7 @@ class Artefacts:
                 stages = directory.with_name(f".{directory.name}.partial")
                 found = compress(self.policy, recipe, self.frames, progress=progress, resume=stages)
                 found.save(directory)
-            self._latest = quantization, found
+            self._latest = quantization, Repruner(self.policy, found, self.frames)
         return self._latest[1]
 
     @cached_property

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from sqap.errors import InputError
-from sqap.recipe import Pruning, PruningMethod, Quantization, Recipe, Scheme
+from sqap.recipe import Pruning, PruningMethod, Quantization, Recipe
 
 Level = str | float | int
 Levels = Mapping[str, Level | None]  # factor -> level; None where it means nothing
@@ -108,13 +108,12 @@ def _quantization(levels: Levels) -> Quantization | None:
     bits = levels["bits"]
     if bits == "16":
         return None
-    preset = (Recipe.w4a4 if bits == "w4a4" else Recipe.w4a8)(keep=1).quantization
+    presets = {"w8a8": Recipe.w8a8, "w4a8": Recipe.w4a8, "w4a4": Recipe.w4a4}
+    preset = presets[str(bits)](keep=1).quantization
     assert preset is not None
     changes: dict[str, Any] = {"rounding": "nearest" if levels["rounding"] == "rtn" else "gptq"}
     if levels["rotation"] == "off":
         changes |= {"rotate": False, "rotation_seed": None}
-    if bits == "w8a8":
-        changes |= dict.fromkeys(("decoder", "vision", "projector", "head"), Scheme(8, 8))
     return replace(preset, **changes)
 
 

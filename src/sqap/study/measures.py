@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 import sqap
-from sqap.compress import Ranking, model_inputs, ranking
+from sqap.compress import Ranker, model_inputs
 from sqap.defaults import defaults
 from sqap.errors import SqapError
 from sqap.files import write_json
@@ -19,7 +19,6 @@ from sqap.models.storage import stored_bytes
 from sqap.observation import Observation
 from sqap.policy import Policy, hash_frames
 from sqap.pruning.calibration import overlap_curve
-from sqap.recipe import Pruning
 from sqap.recipe.pruning import SHARED
 from sqap.sensitivity import action_error
 from sqap.serialization import read_object
@@ -42,7 +41,7 @@ class Measures:
     def __init__(self, original: Policy, frames: Sequence[Observation], place: Path) -> None:
         self._original, self._frames, self._place = original, frames, place
         self._mark = hash_frames(frames)[:8]
-        self._full: dict[Pruning, Ranking] = {}
+        self._full: Ranker | None = None
         self._chunks: np.ndarray | None = None
 
     def path(self, fingerprint: str) -> Path:
@@ -85,10 +84,10 @@ class Measures:
         if pruning is None or pruning.method not in RANKING:
             return None
         layers = None if calibration is None else calibration.layers
-        if pruning not in self._full:
-            self._full[pruning] = self._ranking(self._original, pruning, layers)
-        full = self._full[pruning]
-        quantized = self._ranking(small, pruning, full.layers)
+        if self._full is None:
+            self._full = self._ranker(self._original)
+        full = self._full(pruning, layers)
+        quantized = self._ranker(small)(pruning, full.layers)
         best = pruning.budget(full.scores.shape[1])
         return {
             "overlap": float(overlap_curve(full.scores, quantized.scores)[best - 1]),
@@ -100,9 +99,9 @@ class Measures:
             "layers": layers and list(layers),
         }
 
-    def _ranking(self, policy: Policy, pruning: Pruning, layers: tuple[int, ...] | None) -> Ranking:
+    def _ranker(self, policy: Policy) -> Ranker:
         inputs = [model_inputs(self._original, frame, seed) for seed, frame in enumerate(self._frames)]
-        return ranking(policy.model, pruning, inputs, policy.weights, layers)
+        return Ranker(policy.model, inputs, policy.weights)
 
 
 def entropy(scores: Tensor) -> float:
