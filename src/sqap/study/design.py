@@ -10,7 +10,7 @@ from math import prod
 
 from sqap.errors import InputError
 from sqap.models import ModelConfig
-from sqap.policy import check_pruning
+from sqap.pruning.check import check_pruning
 from sqap.recipe import Recipe
 from sqap.study.factors import PRUNING, QUANTIZATION, Level, meaningful, name, recipe
 from sqap.study.fractions import Run, choose

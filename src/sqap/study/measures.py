@@ -16,8 +16,8 @@ from sqap.defaults import defaults
 from sqap.errors import SqapError
 from sqap.files import write_json
 from sqap.models.storage import stored_bytes
-from sqap.observation import Observation
-from sqap.policy import Policy, hash_frames
+from sqap.observation import Observation, hash_frames
+from sqap.policy import Policy
 from sqap.pruning.calibration import overlap_curve
 from sqap.recipe.pruning import SHARED
 from sqap.sensitivity import action_error

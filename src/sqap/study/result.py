@@ -21,8 +21,8 @@ from sqap.evaluation.settings import Settings
 from sqap.evaluation.statistics import detectable, pairs_needed
 from sqap.frames.simulator import CALIBRATION_SEED
 from sqap.models.storage import stored_bytes
-from sqap.observation import Observation
-from sqap.policy import Policy, hash_frames
+from sqap.observation import Observation, hash_frames
+from sqap.policy import Policy
 from sqap.study.contrasts import EFFECT, INTERACTION, cell_interactions, contrasts, estimate
 from sqap.study.design import Cell, Design
 from sqap.study.request import REPLAY_SEED, Request, machine
