@@ -13,16 +13,12 @@ with contextlib.suppress(ImportError):
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import Phase, settings
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import sqap.environments  # noqa: F401 - before any test imports MuJoCo, which then reads MUJOCO_GL
 from sqap import Camera, Observation, Policy
-from sqap.config import PolicyConfig
 from sqap.evaluation import settings as evaluation_settings
-from sqap.models import VLA, DecoderConfig, DiffusionHeadConfig, ModelConfig, VisionConfig
-from sqap.processing import Clamp, Range, stretched
+from tests.tiny import CAMERA, tiny_policy
 
 # By default an example that takes 0.2 s fails, which it may for other work on the machine.
 settings.register_profile("usual", deadline=None)
@@ -44,32 +40,13 @@ os.fsync = lambda descriptor: None
 # `make test` has a process for every core; a worker of `sqap eval` with as many threads waits for itself.
 evaluation_settings.available_cores = lambda: 1
 
-CAMERA = "corner2"
 MakeObservation = Callable[..., Observation]
 
 
 @pytest.fixture
 def policy() -> Policy:
     """16 visual tokens, two decoder layers, random weights; acts on Meta-World's camera."""
-    torch.manual_seed(0)
-    config = ModelConfig(
-        vision=(VisionConfig(image_size=32, patch_size=8, width=16, depth=1, heads=2, mlp_width=32),),
-        projector=(32, 32),
-        decoder=DecoderConfig(
-            vocabulary=8, width=32, depth=4, heads=2, kv_heads=1, head_dim=16, mlp_width=64
-        ),
-        head=DiffusionHeadConfig(action_dim=4, horizon=8, width=16, depth=1, heads=2),
-    )
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "open": 3, "close": 4, "the": 5, "drawer": 6}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    actions = Clamp(), Range(low=(-0.5,) * 4, high=(0.5, 1.0, 2.0, 1.0), mask=(True, True, True, False))
-    return Policy(
-        VLA(config), PolicyConfig("cogact", config, (CAMERA,), (stretched(32),), actions), tokenizer
-    )
+    return tiny_policy()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +90,7 @@ def _compress(
         full = Ranker(original, inputs, weights)(pruning)
     if recipe.quantization is not None:
         if partial is not None:
-            partial.begin(_key(policy, recipe, frames, inputs))
+            partial.begin(key(recipe, deciding(policy, frames, inputs)))
         quantization = recipe.quantization
         model = quantize_model(
             original, quantization, inputs, weights=weights, progress=progress, partial=partial
@@ -275,11 +275,17 @@ def _finished_stages(resume: str | Path | Partial | None) -> Iterator[Partial | 
         partial.remove()
 
 
-def _key(policy: Policy, recipe: Recipe, frames: Sequence[Observation], inputs: Sequence[ModelInputs]) -> str:
-    """Hash of everything that decides the numbers: an interrupted compression shares it with what goes on."""
+def key(recipe: Recipe, decides: Mapping[str, Any]) -> str:
+    """Hash of a recipe and of all else that decides the numbers: what compresses alike shares it."""
+    return hashlib.sha256(
+        json.dumps({"recipe": recipe.to_json(), **decides}, sort_keys=True).encode()
+    ).hexdigest()
+
+
+def deciding(policy: Policy, frames: Sequence[Observation], inputs: Sequence[ModelInputs]) -> dict[str, Any]:
+    """What decides a compressed policy's numbers, besides the recipe."""
     weights = policy.weights
-    decides = {
-        "recipe": recipe.to_json(),
+    return {
         "policy": dataclasses.asdict(policy.config),
         "tokenizer": policy.tokenizer.to_str(),
         "weights": hash_tensors(policy.model.state_dict()) if weights is None else weights.fingerprint,
@@ -287,7 +293,6 @@ def _key(policy: Policy, recipe: Recipe, frames: Sequence[Observation], inputs: 
         "inputs": [_hash_inputs(given) for given in inputs],  # noise is among them
         "build": build_id(),
     }
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 def _hash_inputs(inputs: ModelInputs) -> str:

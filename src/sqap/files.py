@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -67,6 +68,29 @@ def check_file(path: Path) -> None:
         with suppress(OSError):
             for parent in made:
                 parent.rmdir()
+
+
+@contextmanager
+def locked(path: Path, refusal: str) -> Iterator[None]:
+    """Hold the lock of the file at ``path``, which is made if need be and stays.
+
+    The operating system gives the lock back when the process ends, however it does.
+
+    Raises:
+        InputError: another process holds it, which ``refusal`` says, or the file cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as problem:
+        raise InputError(f"cannot write {path}: {reason(problem)}") from problem
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as problem:
+        raise InputError(refusal) from problem
+    finally:
+        os.close(descriptor)
 
 
 class _NotWritten(Exception):

@@ -22,6 +22,10 @@ Answer = Callable[[Any], Any]
 GRACE_SECONDS = 10  # for a process to leave in good order
 
 
+class WorkerDied(SqapError):
+    """A process ended without an answer: it was killed, or ran out of memory."""
+
+
 class Worker:
     """A spawned process that answers requests, one at a time.
 
@@ -57,7 +61,8 @@ class Worker:
         """Wait for the answer.
 
         Raises:
-            SqapError: what went wrong in the process, in its own words, or that it died.
+            WorkerDied: the process ended without an answer.
+            SqapError: what went wrong in the process, in its own words.
             RuntimeError: the process met a bug; the message holds its trace.
         """
         try:
@@ -65,7 +70,7 @@ class Worker:
         except (EOFError, ConnectionResetError) as error:
             assert self._process is not None
             self._process.join()
-            raise SqapError(
+            raise WorkerDied(
                 f"the process that ran {self._name} ended with exit code {self._process.exitcode} "
                 "(-9 usually means that memory ran out)"
             ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -91,6 +92,17 @@ class Dying:
         os._exit(3)
 
 
+class Fragile(Walker):
+    """A walker whose process dies at its fourth look, if no process has before."""
+
+    def step(self, observation: Observation, **given: object) -> SimpleNamespace:
+        deaths = Path(os.environ["FAKE_DEATHS"])
+        if len(self.seeds) == 3 and not deaths.exists():
+            deaths.write_text("one")
+            os._exit(3)
+        return super().step(observation, **given)
+
+
 def load(path: str, choices: object = None, fingerprint: str = "") -> object:
     """What stands for `sqap.load` in worker processes."""
     if path == "missing":
@@ -107,6 +119,7 @@ def load(path: str, choices: object = None, fingerprint: str = "") -> object:
         "hungry": Hungry,
         "buggy": Buggy,
         "dying": Dying,
+        "fragile": Fragile,
         "crawler": lambda: Walker(0.1),
     }
     return kinds[path]()

@@ -14,6 +14,7 @@ import pytest
 from sqap.environments import action_units
 from sqap.errors import CheckpointError, InputError, SqapError
 from sqap.evaluation import evaluate
+from sqap.evaluation.lanes import run_here
 from sqap.evaluation.rollout import run_episode
 from sqap.evaluation.worker import WARMUP_CALLS
 from sqap.process import peak_rss_bytes
@@ -248,3 +249,34 @@ def test_peak_memory_grows_with_what_is_used_and_never_shrinks():
     del held
     # Linux rounds its counters a little differently when memory is freed.
     assert peak_rss_bytes() >= grown - fakes.MEBIBYTE
+
+
+def test_an_evaluation_that_keeps_going_notes_what_failed(tmp_path):
+    """A bug is met once; a process that dies is started again, and after three deaths its episode failed."""
+    log = tmp_path / "log.jsonl"
+    options = {"keep_going": True, "tasks": TASKS[:1]}
+    (buggy, dying) = run(["buggy", "dying"], log, episodes=1, **options)
+    reason = dying.records[0].episode.failure
+    assert (
+        reason == "the process that ran dying ended with exit code 3 (-9 usually means that memory ran out)"
+    )
+    assert buggy.records[0].episode.failure == "ZeroDivisionError: division by zero"
+    assert (buggy.records[0].episode.success, buggy.records[0].episode.latencies_ms) == (False, ())
+    again = run(["buggy", "dying"], log, episodes=1, load=None, **options)
+    assert [each.records for each in again] == [buggy.records, dying.records]
+    assert multiprocessing.active_children() == []
+
+
+def test_a_process_that_dies_once_costs_nothing(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_DEATHS", str(tmp_path / "deaths"))
+    (fragile,) = run(["fragile"], keep_going=True)
+    assert outcomes(fragile) == outcomes(finished[0][0])
+    assert (tmp_path / "deaths").read_text() == "one"
+
+
+def test_here_runs_what_processes_run(finished):
+    (walker,) = run(["walker"], executor=run_here)
+    assert outcomes(walker) == outcomes(finished[0][0])
+    assert [len(r.episode.latencies_ms) for r in walker.records] == [
+        len(r.episode.latencies_ms) for r in finished[0][0].records
+    ]

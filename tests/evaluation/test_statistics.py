@@ -7,7 +7,18 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from sqap.errors import InputError
-from sqap.evaluation.statistics import jerk, mcnemar_exact, mean, paired_difference, percentile, wilson
+from sqap.evaluation.statistics import (
+    detectable,
+    flips,
+    jerk,
+    mcnemar_exact,
+    mean,
+    paired_difference,
+    pairs_needed,
+    path_length,
+    percentile,
+    wilson,
+)
 
 counts = st.integers(1, 200).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 outcomes = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
@@ -142,3 +153,46 @@ class TestJerk:
 
     def test_two_actions_have_none(self):
         assert jerk(np.array([[1.0, 0, 0], [-1, 0, 0]])) == 0.0
+
+
+class TestMotion:
+    def test_the_path_is_as_long_as_its_steps(self):
+        actions = np.array([[3.0, 4, 0, 9], [0, 0, -2, 9], [0, 0, 0, 9]])
+        assert path_length(actions, metres=0.5) == pytest.approx(3.5)
+
+    def test_a_gripper_that_is_told_nothing_does_not_change_its_mind(self):
+        assert flips(np.array([1.0, 0.5, 0, 0.1, -1, 0, -2, 3])) == 2
+        assert flips(np.array([])) == flips(np.zeros(3)) == 0
+
+
+class TestPower:
+    def test_a_published_case(self):
+        # Connor (1987), page 209: 45 % and 5 % of discordant pairs take 23 pairs, at 5 % and a power of 80 %.
+        assert pairs_needed(0.4, 0.5) == 23
+
+    @pytest.mark.parametrize(("change", "discordance", "power"), [(0.05, 0.2, 0.8), (0.06, 0.3, 0.9)])
+    def test_so_many_pairs_have_the_power(self, change, discordance, power):
+        # The formula is McNemar's chi-square's, without correction for continuity.
+        pairs = pairs_needed(change, discordance, power=power)
+        chances = [(discordance + change) / 2, (discordance - change) / 2, 1 - discordance]
+        wins, losses, _ = np.random.default_rng(0).multinomial(pairs, chances, size=20_000).T
+        rejected = (wins - losses) ** 2 > 1.96**2 * (wins + losses)
+        assert rejected.mean() == pytest.approx(power, abs=0.02)
+
+    @settings(deadline=None)
+    @given(st.integers(20, 2000), st.floats(0.05, 1))
+    def test_what_is_detectable_needs_no_more_pairs_than_there_are(self, pairs, discordance):
+        change = detectable(pairs, discordance)
+        if change is None:
+            assert pairs_needed(discordance, discordance) > pairs
+        else:
+            assert pairs_needed(change, discordance) <= pairs
+            assert change < 1e-5 or pairs_needed(0.99 * change, discordance) >= pairs
+
+    def test_pairs_that_never_differ_show_nothing(self):
+        assert detectable(100, 0.0) is None
+
+    @pytest.mark.parametrize(("change", "discordance"), [(0.0, 0.2), (0.3, 0.2), (0.1, 1.2)])
+    def test_impossible_shares_are_refused(self, change, discordance):
+        with pytest.raises(InputError, match=f"got {discordance}"):
+            pairs_needed(change, discordance)

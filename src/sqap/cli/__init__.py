@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import sqap
+from sqap.cli.ablate import ablate
 from sqap.cli.bench import bench
 from sqap.cli.capacity import capacity
 from sqap.cli.compress import compress
@@ -52,6 +53,7 @@ app.command()(tune)
 app.command("eval")(evaluate_command)
 app.command()(report)
 app.command()(replay)
+app.command()(ablate)
 app.command()(inspect)
 app.command()(bench)
 app.command()(serve)

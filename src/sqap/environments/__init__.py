@@ -30,11 +30,13 @@ class ControlUnits:
         metres: displacement of the gripper's target in one control step, per unit of the first three entries.
         hz: control steps per second.
         limit: the environment clips entries to [-limit, limit].
+        gripper: the entry whose sign opens or closes the gripper; None if there is none.
     """
 
     metres: float = 1.0
     hz: float = 1.0
     limit: float = float("inf")
+    gripper: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,10 @@ _SUITES = {
             "handle-press",
         ),
         units=ControlUnits(
-            metres=metaworld.ACTION_METRES * metaworld.ACTION_REPEAT, hz=metaworld.CONTROL_HZ, limit=1.0
+            metres=metaworld.ACTION_METRES * metaworld.ACTION_REPEAT,
+            hz=metaworld.CONTROL_HZ,
+            limit=1.0,
+            gripper=3,
         ),
         describe=metaworld.describe,
     ),

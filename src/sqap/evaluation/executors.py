@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
 
 from sqap import environments
 from sqap.checkpoints.choices import Choices
 from sqap.errors import InputError
+from sqap.evaluation.lanes import Job, run_in_processes
 from sqap.evaluation.log import EpisodeLog, Record
 from sqap.evaluation.rollout import make_ensemble
 from sqap.evaluation.settings import current_settings
-from sqap.evaluation.worker import Load, Make, WorkerSpec, load_policy, start_worker
-from sqap.process import Worker
+from sqap.evaluation.worker import Load, Make, WorkerSpec, load_policy
 
 Progress = Callable[[Record, int, int], None]
-_Job = tuple[str, int, list[int]]  # task, seed, and the policies that have not run there yet
+# Runs jobs for the policies, so many at a time.
+Executor = Callable[[Sequence[WorkerSpec], Sequence[Job], int], Generator[Record, None, None]]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ def evaluate(
     progress: Progress | None = None,
     load: Load = load_policy,
     make: Make = environments.make,
+    executor: Executor = run_in_processes,
+    keep_going: bool = False,
 ) -> tuple[Run, ...]:
     """Run every policy on the same episodes: episode e of each task has seed ``seed + e``.
 
@@ -82,6 +84,9 @@ def evaluate(
             counted, those in the log included.
         load: builds a policy from its path in the worker process.
         make: builds an environment there.
+        executor: where episodes run: `run_in_processes`, `run_here` or a `RayExecutor`.
+        keep_going: an episode that raises, or whose process dies again and again, is a failed one
+            (`Episode.failure`); else it ends the evaluation.
 
     Returns:
         One run a policy, in their order.
@@ -100,7 +105,7 @@ def evaluate(
     )
     grid = [(task, seed + e) for task in tasks for e in range(episodes)]
     specs = [
-        WorkerSpec(_path(policy), fingerprint, settings, chosen, load, make)
+        WorkerSpec(_path(policy), fingerprint, settings, chosen, load, make, keep_going)
         for policy, fingerprint, chosen in zip(policies, fingerprints, choices, strict=True)
     ]
     with EpisodeLog(log, settings, fingerprints) as journal:
@@ -108,7 +113,7 @@ def evaluate(
         pending = [(*cell, missing) for cell in grid if (missing := _missing(cell, fingerprints, journal))]
         total = len(grid) * len(policies)
         done = total - sum(len(missing) for _, _, missing in pending)
-        with contextlib.closing(_run(specs, pending, workers)) as records:
+        with contextlib.closing(executor(specs, pending, workers)) as records:
             for record in records:
                 journal.add(record)
                 done += 1
@@ -134,35 +139,6 @@ def _path(policy: str | Path) -> str:
 def _missing(cell: tuple[str, int], fingerprints: Sequence[str], journal: EpisodeLog) -> list[int]:
     """The policies, by number, that have not run the episode ``cell``, a task and a seed."""
     return [i for i, fingerprint in enumerate(fingerprints) if (fingerprint, *cell) not in journal.finished]
-
-
-def _run(specs: Sequence[WorkerSpec], pending: Sequence[_Job], workers: int) -> Generator[Record, None, None]:
-    """Records in the order they are finished. However this ends, no process is left."""
-    jobs = iter(pending)
-    with contextlib.ExitStack() as stack:
-        lanes = []
-        for _ in range(workers):
-            members = [stack.enter_context(contextlib.closing(start_worker(spec))) for spec in specs]
-            lanes.append(_take_turns(members, jobs))
-        busy = {worker: lane for lane in lanes if (worker := next(lane, None)) is not None}
-        while busy:
-            ready = wait([worker.pipe for worker in busy])
-            for worker in [worker for worker in busy if worker.pipe in ready]:
-                lane = busy.pop(worker)
-                yield worker.receive()
-                if (following := next(lane, None)) is not None:
-                    busy[following] = lane
-
-
-def _take_turns(members: Sequence[Worker], jobs: Iterator[_Job]) -> Iterator[Worker]:
-    """Request one episode after another, one at a time; yields the worker that is at it.
-
-    Resume it only when that worker has been heard.
-    """
-    for task, seed, missing in jobs:
-        for index in missing:
-            members[index].request((task, seed))
-            yield members[index]
 
 
 def _check(

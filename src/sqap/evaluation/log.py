@@ -33,6 +33,7 @@ class Record:
         peak_rss_bytes: largest resident memory of the policy's process until the end of the episode.
         episode: what happened.
         finished: when, in UTC, as ISO 8601 has it; empty in logs from before it was noted.
+        processor: that ran it, which need not be the one of ``settings`` in a cluster; empty likewise.
     """
 
     policy: str
@@ -40,6 +41,7 @@ class Record:
     peak_rss_bytes: int
     episode: Episode
     finished: str = ""
+    processor: str = ""
 
     @property
     def key(self) -> Key:

@@ -13,7 +13,7 @@ import numpy as np
 from sqap.environments import ControlUnits, Environment
 from sqap.errors import InputError
 from sqap.evaluation.ensemble import AdaptiveEnsemble
-from sqap.evaluation.statistics import jerk
+from sqap.evaluation.statistics import flips, jerk, path_length
 from sqap.observation import Observation
 from sqap.pruning.memory import Memory
 from sqap.serialization import from_json
@@ -46,6 +46,10 @@ class Episode:
         steps: control steps executed.
         jerk: of the executed actions, as `sqap.evaluation.statistics.jerk` defines it.
         latencies_ms: wall time of the policy's calls, observation in, actions out, in order.
+        path_length: of the executed displacements, as `sqap.evaluation.statistics.path_length` defines it;
+            None in logs from before it was noted, and of failed episodes.
+        gripper_flips: how often the gripper's command changed; None also where actions have none.
+        failure: why the episode could not be run to its end; None of one that was.
     """
 
     task: str
@@ -54,6 +58,14 @@ class Episode:
     steps: int
     jerk: float
     latencies_ms: tuple[float, ...]
+    path_length: float | None = None
+    gripper_flips: int | None = None
+    failure: str | None = None
+
+    @classmethod
+    def failed(cls, task: str, seed: int, reason: str) -> Episode:
+        """An episode that an error ended: without success, and without anything measured."""
+        return cls(task, seed, success=False, steps=0, jerk=0.0, latencies_ms=(), failure=reason)
 
     @classmethod
     def from_json(cls, data: Any) -> Episode:
@@ -128,13 +140,16 @@ def run_episode(
             if result.success or result.truncated:
                 if watch is not None:
                     watch(env.observe(), step.selection, len(actions))
+                executed = np.stack(actions)
                 return Episode(
                     task=env.task,
                     seed=seed,
                     success=result.success,
                     steps=len(actions),
-                    jerk=jerk(np.stack(actions), units.metres, units.hz),
+                    jerk=jerk(executed, units.metres, units.hz),
                     latencies_ms=tuple(latencies),
+                    path_length=path_length(executed, units.metres),
+                    gripper_flips=None if units.gripper is None else flips(executed[:, units.gripper]),
                 )
         observation = env.observe()
 

@@ -95,7 +95,62 @@ def jerk(actions: np.ndarray, metres: float = 1.0, hz: float = 1.0) -> float:
     return float(np.linalg.norm(third, axis=1).mean() * metres * hz**3)
 
 
+def path_length(actions: np.ndarray, metres: float = 1.0) -> float:
+    """How far the gripper was told to move, in metres, or in action units if ``metres`` is left at 1.
+
+    Args:
+        actions: as of `jerk`.
+        metres: likewise.
+    """
+    moved = np.asarray(actions, dtype=np.float64)[:, :TRANSLATION]
+    return float(np.linalg.norm(moved, axis=1).sum() * metres)
+
+
+def flips(commands: np.ndarray) -> int:
+    """How often the sign of ``commands`` ``(steps,)`` changes; zero is of no sign and changes none."""
+    signs = np.sign(commands)[np.sign(commands) != 0]
+    return int((signs[1:] != signs[:-1]).sum())
+
+
 def _quantile(confidence: float) -> float:
     if not 0 < confidence < 1:
         raise InputError(f"confidence must be between 0 and 1, got {confidence}")
     return NormalDist().inv_cdf(0.5 + confidence / 2)
+
+
+def pairs_needed(change: float, discordance: float, alpha: float = 0.05, power: float = 0.8) -> int:
+    """Pairs that show a ``change`` of success with this ``power``, by McNemar's test at level ``alpha``.
+
+    Connor's formula (1987, "Sample size for testing differences in proportions for the paired-sample design",
+    Biometrics 43).
+
+    Args:
+        change: difference of the two proportions, not zero.
+        discordance: share of pairs of which one alone succeeds; at least the change.
+        alpha: two-sided.
+        power: chance to see it.
+
+    Raises:
+        InputError: a share is out of range.
+    """
+    size = abs(change)
+    if not 0 < size <= discordance <= 1:
+        raise InputError(
+            f"a change of {change} needs a discordance from its size to 1, and not to be 0; got {discordance}"
+        )
+    z, beta = _quantile(1 - alpha), NormalDist().inv_cdf(power)
+    root = z * math.sqrt(discordance) + beta * math.sqrt(discordance - size**2)
+    return math.ceil((root / size) ** 2)
+
+
+def detectable(pairs: int, discordance: float, alpha: float = 0.05, power: float = 0.8) -> float | None:
+    """The smallest change that so many pairs show, by `pairs_needed`; None if they show none at all."""
+    if discordance == 0 or pairs_needed(discordance, discordance, alpha, power) > pairs:
+        return None
+    low, high = 0.0, discordance
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (
+            (low, middle) if pairs_needed(middle, discordance, alpha, power) <= pairs else (middle, high)
+        )
+    return high

@@ -19,10 +19,13 @@ def collect_frames(
     tasks: Sequence[str],
     count: int,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    seed: int = CALIBRATION_SEED,
 ) -> list[Observation]:
     """``count`` observations, spread over ``tasks`` and over the first looks of the policy's episodes.
 
-    Deterministic: the same policy gives the same frames. ``progress`` gets (frames so far, count).
+    Deterministic: the same policy gives the same frames. ``progress`` gets (frames so far, count); episodes
+    have the seeds from ``seed`` on.
 
     Raises:
         InputError: the environment or a task is unknown, or the simulator is not installed.
@@ -33,15 +36,14 @@ def collect_frames(
     for task, share in zip(tasks, shares, strict=True):
         if share:
             with closing(environments.make(env, task)) as simulator:
-                frames += _frames_of_task(policy, simulator, share)
+                frames += _frames_of_task(policy, simulator, share, seed)
         if progress is not None:
             progress(len(frames), count)
     return frames
 
 
-def _frames_of_task(policy: Actor, env: environments.Environment, count: int) -> list[Observation]:
+def _frames_of_task(policy: Actor, env: environments.Environment, count: int, seed: int) -> list[Observation]:
     frames: list[Observation] = []
-    seed = CALIBRATION_SEED
     while len(frames) < count:
         observation, memory = env.reset(seed), None
         for look in range(min(LOOKS_PER_EPISODE, count - len(frames))):

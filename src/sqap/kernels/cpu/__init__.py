@@ -97,7 +97,7 @@ def describe() -> dict[str, Any]:
         path = {"name": name, "needs": NEEDS[name], "runs": name in here, "used": name == used}
         found.append({**path, "checked": checked, "differs": _difference(name) if checked else None})
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "threads": _native.threads() if _native else torch.get_num_threads(),
         "built": _native is not None,
         "paths": found,
@@ -211,7 +211,9 @@ def _check_weight(weight: Tensor) -> None:
         raise ValueError("a packed weight must be contiguous bytes on the CPU")
 
 
-def _processor() -> str:
+@lru_cache(maxsize=1)
+def processor() -> str:
+    """The processor's name, as the system has it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

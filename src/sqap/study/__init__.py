@@ -1,0 +1,1 @@
+"""A study: one policy in many ways, all on the same episodes, with statistics that say what that shows."""
