@@ -51,6 +51,7 @@ def test_it_does_easy_tasks_on_fixed_seeds(which, task, request):
 def test_the_policy_with_an_action_expert_does_an_easy_task_by_the_robots_state():
     policy = sqap.load("reference-smolvla")
     assert policy.config.model.head.has_expert
+    assert policy.config.state_dim == 4
     assert stored_bytes(policy.model) < 60e6
     env = environments.make("metaworld", "drawer-close")
     assert run_episode(policy, env, 200_000).success
