@@ -163,7 +163,7 @@ def test_other_files_are_refused(data, says, tmp_path):
 
 def test_the_command_writes_the_page(study, tmp_path):
     (tmp_path / "study.json").write_text(json.dumps(study))
-    arguments = ["report", str(tmp_path), "--episodes", "0", "--json", str(tmp_path / "r.json")]
+    arguments = ["report", str(tmp_path), "--videos", "0", "--json", str(tmp_path / "r.json")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "16, the baseline, succeeds in 12 of 12 episodes" in " ".join(result.output.split())

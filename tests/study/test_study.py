@@ -139,6 +139,16 @@ def test_the_study_says_what_its_episodes_say(finished: tuple[Path, Any]) -> Non
     }
 
 
+def test_its_page_shows_it_with_videos_of_its_first_episodes(finished: tuple[Path, Any]) -> None:
+    pytest.importorskip("imageio_ffmpeg")
+    out, result = finished
+    page = (out / "report" / "index.html").read_text()
+    study = json.loads((out / "study.json").read_text())
+    assert all(f'<tr id="{cell["name"]}">' in page for cell in study["cells"])
+    assert page.count("data:video/mp4;base64,") == page.count("data:image/png;base64,") == 2
+    assert "its page is" in result.output
+
+
 def test_it_measures_more_than_success(finished: tuple[Path, Any]) -> None:
     cells = {cell["name"]: cell for cell in read(finished[0])["cells"]}
     original, small = cells["16"], cells["w4a8+lookahead-0.5-after2"]

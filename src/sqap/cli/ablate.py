@@ -21,6 +21,7 @@ from sqap.cli.options import (
     with_choices,
     write_numbers,
 )
+from sqap.cli.report import VideosOption, publish
 from sqap.errors import InputError
 from sqap.terminal import console, messages, progress_bar, user_errors
 
@@ -46,6 +47,7 @@ def ablate(
         str | None, typer.Option(help="Where calibration frames come from; default: the simulator.")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before episodes are run.")] = False,
+    videos: VideosOption = 2,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the design and what it takes.")] = False,
     choices: Choices = NONE,
     json_path: JsonOption = None,
@@ -97,7 +99,8 @@ def ablate(
         console.print(cells_table(found), contrasts_table(found))
         for line in findings(found):
             console.print(line, soft_wrap=True)
-        console.print(f"The study is in {out / 'study.json'}", soft_wrap=True)
+        page = publish(found, out, videos, choices)
+        console.print(f"The study is in {out / 'study.json'}, its page is {page}", soft_wrap=True)
         write_numbers(json_path, found)
 
 
