@@ -156,7 +156,7 @@ class TestAnnotate:
 
 class TestRecord:
     class Walk:
-        task, action_dim, max_steps = "walk", 1, 7
+        task, action_dim, max_steps = "walk", 4, 7
 
         def reset(self, seed):
             self.steps = 0
@@ -180,7 +180,7 @@ class TestRecord:
 
         def step(self, observation, *, seed=None, memory=None):
             self.selections.append(selection())
-            return SimpleNamespace(chunk=np.zeros((3, 1)), memory=None, selection=self.selections[-1])
+            return SimpleNamespace(chunk=np.zeros((3, 4)), memory=None, selection=self.selections[-1])
 
     def test_shows_the_camera_and_the_crop_of_the_policy(self):
         images = {name: np.full((4, 4, 3), value, np.uint8) for name, value in (("left", 10), ("wrist", 200))}

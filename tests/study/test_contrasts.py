@@ -44,7 +44,7 @@ class TestFactors:
         assert recipe({"bits": "w4a4", **usual}) == Recipe.w4a4(keep=1)
         plain = recipe({"bits": "w8a8", **usual, "rotation": "off", "rounding": "rtn"}).quantization
         eight = Scheme(8, 8)
-        assert plain == Quantization(eight, eight, eight, eight, clip=True, rotate=False)
+        assert plain == Quantization(eight, eight, eight, eight, clip=True, rotate=False, embedding_bits=None)
 
     def test_criteria_have_their_papers_names(self) -> None:
         found = {c.levels["criteria"]: c.recipe.pruning for c in design(f"{EVERYTHING} keep=0.5").cells}

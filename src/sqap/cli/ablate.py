@@ -61,14 +61,14 @@ def ablate(
         from sqap.study import factors as levels
         from sqap.study.design import plan
         from sqap.study.estimate import estimate, sentences
-        from sqap.study.request import Request
+        from sqap.study.request import StudyRequest
         from sqap.study.result import statistics_library
         from sqap.study.run import run_study
         from sqap.study.tables import cells_table, contrasts_table, design_lines, findings
 
         statistics_library()  # refused now rather than after hours
         chosen = tuple(tasks.split(",")) if tasks else environments.default_tasks(env)
-        request = Request(
+        request = StudyRequest(
             source=policy,
             out=out,
             env=env,

@@ -19,7 +19,7 @@ from sqap.checkpoints import fingerprint, is_own, locate
 from sqap.errors import InputError, SqapError
 from sqap.evaluation.lanes import ATTEMPTS, Job
 from sqap.evaluation.log import Record
-from sqap.evaluation.worker import Session, WorkerSpec
+from sqap.evaluation.worker import EpisodeRunner, WorkerSpec
 from sqap.process import forget_peak
 
 Files = Mapping[str, bytes]  # of an artefact, by name
@@ -100,7 +100,7 @@ def _files(spec: WorkerSpec) -> Files | None:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
-_session: Session | None = None  # of this process's latest policy
+_session: EpisodeRunner | None = None  # of this process's latest policy
 
 
 def _episode(spec: WorkerSpec, files: Files | None, task: str, seed: int) -> Record:
@@ -112,7 +112,7 @@ def _episode(spec: WorkerSpec, files: Files | None, task: str, seed: int) -> Rec
             _session = None
         check_build(spec)
         forget_peak()  # of the policy before
-        _session = Session(replace(spec, path=str(place(spec, files))))
+        _session = EpisodeRunner(replace(spec, path=str(place(spec, files))))
     return _session((task, seed))
 
 

@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection, wait
 import torch
 
 from sqap.evaluation.log import Record
-from sqap.evaluation.worker import Session, WorkerSpec, start_worker
+from sqap.evaluation.worker import EpisodeRunner, WorkerSpec, start_worker
 from sqap.process import Worker, WorkerDied
 
 Job = tuple[str, int, list[int]]  # task, seed, and the policies, by number, that have not run there yet
@@ -42,11 +42,11 @@ def run_here(
     threads = torch.get_num_threads()
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads)
-        sessions: dict[int, Session] = {}
+        sessions: dict[int, EpisodeRunner] = {}
         for task, seed, missing in pending:
             for index in missing:
                 if index not in sessions:
-                    sessions[index] = stack.enter_context(closing(Session(specs[index])))
+                    sessions[index] = stack.enter_context(closing(EpisodeRunner(specs[index])))
                 yield sessions[index]((task, seed))
 
 

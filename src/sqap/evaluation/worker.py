@@ -73,10 +73,10 @@ class WorkerSpec:
 
 def start_worker(spec: WorkerSpec) -> Worker:
     """A process that answers (task, seed) with the `Record` of that episode."""
-    return Worker(spec.path, Session, spec)
+    return Worker(spec.path, EpisodeRunner, spec)
 
 
-class Session:
+class EpisodeRunner:
     """A policy in this process, and the environment of the latest task. Close it."""
 
     def __init__(self, spec: WorkerSpec) -> None:

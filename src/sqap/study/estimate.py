@@ -6,11 +6,11 @@ from typing import Any
 
 from sqap.policy import Policy
 from sqap.study.design import Design
-from sqap.study.request import Request, probe
+from sqap.study.request import StudyRequest, probe
 from sqap.study.result import CHANGES, power
 
 
-def estimate(request: Request, design: Design, policy: Policy) -> dict[str, Any]:
+def estimate(request: StudyRequest, design: Design, policy: Policy) -> dict[str, Any]:
     """``estimate`` of ``docs/ablate.md``: from one episode of the original, which is run and not kept.
 
     Episodes in the logs of this build and these settings are counted by their lines; whether they are the
@@ -36,7 +36,7 @@ def estimate(request: Request, design: Design, policy: Policy) -> dict[str, Any]
     }
 
 
-def sentences(expected: dict[str, Any], request: Request) -> list[str]:
+def sentences(expected: dict[str, Any], request: StudyRequest) -> list[str]:
     """The estimate and what so many pairs can show, in words."""
     known = f", {expected['from_log']} of them in the log" if expected["from_log"] else ""
     shown = power({}, request.pairs)

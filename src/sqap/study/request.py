@@ -26,7 +26,7 @@ REPLAY_SEED, REPLAY_FRAMES = 520_000, 24  # of frames that policies are measured
 
 
 @dataclass(frozen=True)
-class Request:
+class StudyRequest:
     """Which policy runs which episodes, where, and what it is calibrated on.
 
     Args:
@@ -83,7 +83,7 @@ class Request:
 
 
 @contextmanager
-def executor(request: Request) -> Iterator[Executor]:
+def executor(request: StudyRequest) -> Iterator[Executor]:
     """Where the episodes run.
 
     Raises:
@@ -98,7 +98,7 @@ def executor(request: Request) -> Iterator[Executor]:
         yield run_here if request.executor == "serial" else run_in_processes
 
 
-def probe(policy: Actor, request: Request) -> float:
+def probe(policy: Actor, request: StudyRequest) -> float:
     """Seconds that one episode takes the original here, alone. It is not kept.
 
     Raises:

@@ -25,7 +25,7 @@ from sqap.observation import Observation, hash_frames
 from sqap.policy import Policy
 from sqap.study.contrasts import EFFECT, INTERACTION, cell_interactions, contrasts, estimate
 from sqap.study.design import Cell, Design
-from sqap.study.request import REPLAY_SEED, Request, machine
+from sqap.study.request import REPLAY_SEED, StudyRequest, machine
 from sqap.study.summary import Records, compare_cell, success_by_task, summarize_cell
 
 FORMAT, VERSION = "sqap-study", 1
@@ -72,7 +72,7 @@ class Study:
         notes: sentences on what was not used or left out.
     """
 
-    request: Request
+    request: StudyRequest
     design: Design
     policy: Policy
     fingerprint: str
@@ -249,7 +249,7 @@ def _cell(
     }
 
 
-def _commands(cell: Cell, request: Request, recipe_file: str | None) -> list[str]:
+def _commands(cell: Cell, request: StudyRequest, recipe_file: str | None) -> list[str]:
     """What makes and runs a cell by itself, in the study's directory."""
     chosen = told_choices(request.choices)
     episodes = ["--env", request.env, "--tasks", ",".join(request.tasks), "--episodes", str(request.episodes)]

@@ -23,7 +23,7 @@ from sqap.recipe import Recipe
 from sqap.study.artefacts import Artefacts
 from sqap.study.design import Cell, Design
 from sqap.study.measures import Measures
-from sqap.study.request import REPLAY_FRAMES, REPLAY_SEED, Request, executor
+from sqap.study.request import REPLAY_FRAMES, REPLAY_SEED, StudyRequest, executor
 from sqap.study.result import Ran, Study, describe
 from sqap.study.summary import Records
 
@@ -52,7 +52,7 @@ class Prepared:
 
 
 def run_study(
-    request: Request, design: Design, policy: Policy, estimate: dict[str, Any], progress: ProgressBar
+    request: StudyRequest, design: Design, policy: Policy, estimate: dict[str, Any], progress: ProgressBar
 ) -> dict[str, Any]:
     """Run what is missing of a study, and write ``study.json``, also if an error or Ctrl-C ends this.
 
@@ -106,7 +106,7 @@ def _written_anyway(path: Path, result: Callable[[], dict[str, Any]]) -> Iterato
 
 
 def _prepare(
-    request: Request,
+    request: StudyRequest,
     design: Design,
     artefacts: Artefacts,
     original: str,
@@ -157,7 +157,7 @@ def _measure(
     return found
 
 
-def _run_episodes(request: Request, prepared: Sequence[Prepared], progress: ProgressBar) -> None:
+def _run_episodes(request: StudyRequest, prepared: Sequence[Prepared], progress: ProgressBar) -> None:
     total = request.pairs * len(prepared)
     with executor(request) as where, progress("episodes") as advance:
         for number, each in enumerate(prepared):
@@ -183,7 +183,7 @@ def _run_episodes(request: Request, prepared: Sequence[Prepared], progress: Prog
             advance(before + request.pairs, total)
 
 
-def _ran(prepared: Prepared, measures: dict[str, Any], settings: Settings, request: Request) -> Ran:
+def _ran(prepared: Prepared, measures: dict[str, Any], settings: Settings, request: StudyRequest) -> Ran:
     """A cell with those of its episodes that are in the log."""
     records: Records = {}
     if prepared.log.exists():

@@ -83,8 +83,7 @@ def spoken(cell: Cell) -> str:
     summary = cell["summary"]
     low, high = summary["success_ci95"]
     text = f"{cell['name']}: {100 * summary['success']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
-    latency = summary["step_latency_ms"]
-    return text if latency is None else f"{text}, step p50 {latency['p50']:.1f} ms"
+    return f"{text}, step p50 {_latency(cell):.1f} ms" if is_timed(cell) else text
 
 
 def quantization(cell: Cell, varied: Iterable[str]) -> str:
@@ -140,7 +139,7 @@ class Legend:
 
 def pareto(study: Mapping[str, Any], legend: Legend) -> Chart | None:
     """Success against latency, with a line through the `frontier`; None without two latencies."""
-    cells = [c for c in ran(study) if c["summary"]["step_latency_ms"] is not None]
+    cells = [cell for cell in ran(study) if is_timed(cell)]
     if len(cells) < 2:
         return None
     chart = _empty("Success against latency", "step latency p50, ms", "success, %", 760, 440)
@@ -164,9 +163,12 @@ def _apart(cells: Sequence[Cell], place: Callable[[Cell], tuple[float, float]]) 
 
 
 def frontier(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells that no faster one, and none as fast, equals or beats in success; the fastest first."""
+    """The cells that no faster one, and none as fast, equals or beats in success; the fastest first.
+
+    Cells that were not timed are left out.
+    """
     best: list[Cell] = []
-    for cell in sorted(cells, key=lambda c: (_latency(c), -c["summary"]["success"])):
+    for cell in sorted(filter(is_timed, cells), key=lambda c: (_latency(c), -c["summary"]["success"])):
         if not best or cell["summary"]["success"] > best[-1]["summary"]["success"]:
             best.append(cell)
     return best
@@ -219,6 +221,12 @@ def prediction(study: Mapping[str, Any], legend: Legend) -> Chart | None:
 def ran(study: Mapping[str, Any]) -> list[Cell]:
     """The cells of which episodes have run."""
     return [cell for cell in study["cells"] if cell["summary"] is not None]
+
+
+def is_timed(cell: Cell) -> bool:
+    """Whether steps of the cell were timed; not where every episode failed."""
+    times = cell["summary"]["step_latency_ms"]
+    return times is not None and times["p50"] is not None
 
 
 def _latency(cell: Cell) -> float:

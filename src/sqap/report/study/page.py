@@ -14,7 +14,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from sqap.errors import InputError
 from sqap.files import whole_file
 from sqap.models.storage import size
-from sqap.report.study.chart import Cell, Legend, frontier, interactions, pareto, prediction, ran
+from sqap.report.study.chart import Cell, Legend, frontier, interactions, is_timed, pareto, prediction, ran
 from sqap.report.study.media import Media
 
 FORMAT, VERSION = "sqap-study", 1
@@ -74,7 +74,7 @@ def render(study: Mapping[str, Any], media: Media = NONE) -> str:
         legend=legend,
         findings=findings(study),
         pareto=pareto(study, legend),
-        frontier=[c["name"] for c in frontier([c for c in ran(study) if c["summary"]["step_latency_ms"]])],
+        frontier=[cell["name"] for cell in frontier(ran(study))],
         interactions=interactions(study, legend),
         prediction=prediction(study, legend),
         media=media,
@@ -115,9 +115,7 @@ def findings(study: Mapping[str, Any]) -> list[str]:
 
 def _fastest_safe(baseline: Cell, others: list[Cell]) -> str:
     """The fastest cell whose interval excludes a loss of `BEARABLE`."""
-    safe = [
-        c for c in others if c["against_baseline"]["ci95"][0] > -BEARABLE and c["summary"]["step_latency_ms"]
-    ]
+    safe = [c for c in others if c["against_baseline"]["ci95"][0] > -BEARABLE and is_timed(c)]
     if not safe:
         return f"Of no cell can a loss of {100 * BEARABLE:g} points be excluded with 95 % confidence."
     best = min(safe, key=lambda c: c["summary"]["step_latency_ms"]["p50"])
@@ -127,8 +125,8 @@ def _fastest_safe(baseline: Cell, others: list[Cell]) -> str:
         f"fastest of them is {best['name']}: {_points(paired['difference'])} points "
         f"({_interval(paired['ci95'], signed=True)}), {size(best['weight_bytes'])} of weights"
     )
-    times = [c["summary"]["step_latency_ms"] for c in (best, baseline)]
-    if all(times):
+    if is_timed(baseline):
+        times = [c["summary"]["step_latency_ms"] for c in (best, baseline)]
         text += f", {times[0]['p50']:.1f} ms a step against {times[1]['p50']:.1f} ms"
     return f"{text}."
 
