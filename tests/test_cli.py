@@ -145,8 +145,8 @@ def test_keep_without_pruning_is_a_contradiction(saved, tmp_path):
     assert "does not prune" in out
 
 
-def test_a_failed_compress_leaves_no_directory(saved, tmp_path):
-    run("compress", saved, "--out", tmp_path / "out", "--keep", 0.001, code=1)
+def test_a_failed_compress_leaves_no_directory(saved, pictures, tmp_path):
+    run("compress", saved, "--out", tmp_path / "out", "--frames-from", pictures, "--keep", 0.001, code=1)
     assert not (tmp_path / "out").exists()
 
 

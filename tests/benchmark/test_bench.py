@@ -25,7 +25,7 @@ from sqap.errors import InputError, SqapError
 from sqap.models import TokenHeadConfig
 from sqap.policy import Policy
 from sqap.quantization import QuantizedLinear
-from sqap.recipe import Quantization, Recipe, Scheme
+from sqap.recipe import Pruning, Quantization, Recipe, Scheme
 
 W8A8 = Scheme(8, 8)
 GENTLE = Recipe(
@@ -112,6 +112,14 @@ class Failing:
         if request == "load":
             return Loaded(0.1, 10, np.ones((2, 3)))
         return Timed(1.0, {}) if request == "step" else 100
+
+
+def test_a_policy_that_cannot_run_is_said_before_any_step(saved: Path) -> None:
+    ticks: list[int] = []
+    beyond = Recipe(pruning=Pruning(0.5, after_layer=4))
+    with pytest.raises(SqapError, match="would save nothing: the decoder has 4 layers"):
+        bench(Subject(str(saved), beyond), ["torch-fp32"], steps=1, progress=lambda n, _: ticks.append(n))
+    assert ticks == []
 
 
 @pytest.mark.parametrize("name", ["sqap", "sqap-unpruned", "torch-fp32", "torch-bf16", "torch-int8"])

@@ -131,6 +131,8 @@ def _take_turns(
 
         for name in workers:
             rows[name].loaded = ask(name, "load") or rows[name].loaded
+        if rows[OURS].reason is not None:
+            return  # there is nothing to compare with
         for turn in range(warmups + steps):
             for name in workers:
                 time.sleep(PAUSE_S)
