@@ -1,4 +1,4 @@
-"""What rounding a flow head's action linears costs: python benchmarks/action_head.py --json PATH
+"""The error of rounding a flow head's action linears: python benchmarks/action_head.py --json PATH
 
 VLAQuantBench reports that pi0.5 loses its tasks when its action head is rounded to W4A4. Small policies with
 random weights, shaped as pi0.5 and SmolVLA are, have their head rounded three times, everything else left as

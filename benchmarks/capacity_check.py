@@ -1,4 +1,4 @@
-"""What `sqap capacity` predicts and a server does: python benchmarks/capacity_check.py --json check.json
+"""Predictions of `sqap capacity` beside a real server: python benchmarks/capacity_check.py --json check.json
 
 In turns, so that whatever disturbs this machine meets both: steps for 1, 2, 4, 8 and 16 robots are timed in
 this process, and then a server in a process of its own answers robots (those of serve_load.py). Each sends
@@ -41,7 +41,7 @@ ROUNDS = 5  # of each size's steps between two loads
 
 
 def steps_of(seen: Seen) -> StepTimes:
-    """What the server gave for its steps: each once, of however many robots' answers it is in."""
+    """Durations that the server reported, one for each step, however many robots it answered."""
     found: dict[int, list[float]] = defaultdict(list)
     for robots, ms in sorted(set(zip(seen.batches, seen.infer, strict=True))):
         found[robots].append(ms / 1e3)

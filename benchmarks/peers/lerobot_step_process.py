@@ -25,7 +25,7 @@ HEAD_DIM = 64  # SmolVLM2's, of text and vision
 
 
 def vlm_config(weights: Path) -> dict[str, Any]:
-    """What the hub says of SmolVLM2, of the sizes of a checkpoint's tensors."""
+    """SmolVLM2's configuration, as on the hub, with the sizes of a checkpoint's tensors."""
     with safe_open(str(weights), "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
 
@@ -100,7 +100,7 @@ def peak_bytes() -> int:
 
 
 def forget_peak() -> None:
-    """What loading took is not a step's."""
+    """Peak memory counted anew, so that loading is not in a step's."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

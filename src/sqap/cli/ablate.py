@@ -10,13 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
-from sqap import environments
 from sqap.checkpoints.choices import Choices
 from sqap.cli.options import (
     NONE,
+    EnvOption,
     FramesOption,
     JsonOption,
     SourceArgument,
+    TasksOption,
+    chosen_tasks,
     load_policy,
     with_choices,
     write_numbers,
@@ -33,8 +35,8 @@ def ablate(
     factors: Annotated[
         str, typer.Option(help='As "bits=16,w4a8 keep=1.0,0.4 criteria=lookahead,random"; docs/ablate.md.')
     ] = "",
-    env: Annotated[str, typer.Option(help="Simulator.")] = "metaworld",
-    tasks: Annotated[str | None, typer.Option(help="Comma-separated; default: the env's usual.")] = None,
+    env: EnvOption = "metaworld",
+    tasks: TasksOption = None,
     episodes: Annotated[int, typer.Option(help="Episodes per task, of each cell.", min=1)] = 10,
     seed: Annotated[int, typer.Option(help="Seed of each task's first episode.", min=0)] = 4_000_000,
     fraction: Annotated[str, typer.Option(help="Share of the combinations that is run, as 1/2.")] = "1",
@@ -67,7 +69,7 @@ def ablate(
         from sqap.study.tables import cells_table, contrasts_table, design_lines, findings
 
         statistics_library()  # refused now rather than after hours
-        chosen = tuple(tasks.split(",")) if tasks else environments.default_tasks(env)
+        chosen = chosen_tasks(env, tasks)
         request = StudyRequest(
             source=policy,
             out=out,

@@ -7,16 +7,18 @@ from typing import Annotated
 
 import typer
 
-from sqap import environments
 from sqap.checkpoints import fingerprint, locate
 from sqap.checkpoints.card import add_measurement
 from sqap.checkpoints.choices import Choices
 from sqap.cli.options import (
     NONE,
+    EnvOption,
     JsonOption,
     SourceArgument,
+    TasksOption,
     check_card,
     choices_of_each,
+    chosen_tasks,
     load_policy,
     with_choices,
     write_numbers,
@@ -32,8 +34,8 @@ RUNS = Path("runs")
 @with_choices
 def evaluate_command(
     policy: SourceArgument,
-    env: Annotated[str, typer.Option(help="Simulator.")] = "metaworld",
-    tasks: Annotated[str | None, typer.Option(help="Comma-separated; default: the env's usual.")] = None,
+    env: EnvOption = "metaworld",
+    tasks: TasksOption = None,
     episodes: Annotated[int, typer.Option(help="Episodes per task.", min=1)] = 20,
     seed: Annotated[int, typer.Option(help="Seed of each task's first episode.", min=0)] = 1_000_000,
     against: Annotated[str | None, typer.Option(help="Policy to compare with, in pairs.")] = None,
@@ -67,7 +69,7 @@ def evaluate_command(
 
         if ensemble is not None and video is not None:
             raise InputError("videos show whole chunks executed; leave out --video or --ensemble")
-        chosen = tuple(tasks.split(",")) if tasks else environments.default_tasks(env)
+        chosen = chosen_tasks(env, tasks)
         policies = [policy] if against is None else [policy, against]
         directories = [locate(p) for p in policies]
         if card:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 import sqap
+from sqap import environments
 from sqap.checkpoints import is_own
 from sqap.checkpoints.card import measured
 from sqap.checkpoints.choices import Choices
@@ -27,6 +28,8 @@ PRESETS = {"w4a8": Recipe.w4a8, "w8a8": Recipe.w8a8, "w4a4": Recipe.w4a4}
 
 SOURCE = typer.Argument(help="Directory of a policy, org/name on the hub, or a bundled one's name.")
 SourceArgument = Annotated[str, SOURCE]
+EnvOption = Annotated[str, typer.Option(help="Simulator.")]
+TasksOption = Annotated[str | None, typer.Option(help="Comma-separated; default: the env's usual.")]
 RecipeOption = Annotated[str, typer.Option(help="w4a8, w8a8, w4a4, paper, or a recipe file.")]
 KeepOption = Annotated[float | None, typer.Option(help="Share of visual tokens kept, in (0, 1].")]
 FramesOption = Annotated[int, typer.Option(help="Calibration frames.", min=1)]
@@ -111,6 +114,11 @@ def with_choices(command: Callable[..., None]) -> Callable[..., None]:
     )
     run.__annotations__ = hints
     return run
+
+
+def chosen_tasks(env: str, tasks: str | None) -> tuple[str, ...]:
+    """The tasks that ``--tasks`` names, else the environment's usual ones."""
+    return tuple(tasks.split(",")) if tasks else environments.default_tasks(env)
 
 
 def load_policy(source: str, choices: Choices) -> Policy:

@@ -21,13 +21,16 @@ from sqap.checkpoints.place import check_place
 from sqap.cli.options import (
     NONE,
     CameraOption,
+    EnvOption,
     FramesFromOption,
     FramesOption,
     JsonOption,
     SourceArgument,
     StateOption,
+    TasksOption,
     calibration_frames,
     choices_of_each,
+    chosen_tasks,
     load_policy,
     read_recipe,
     with_choices,
@@ -61,8 +64,8 @@ def tune(
     recipe: Annotated[
         str, typer.Option(help="Recipes to quantize by, comma-separated: presets or files.")
     ] = "w4a8,w8a8",
-    env: Annotated[str, typer.Option(help="Simulator.")] = "metaworld",
-    tasks: Annotated[str | None, typer.Option(help="Comma-separated; default: the env's usual.")] = None,
+    env: EnvOption = "metaworld",
+    tasks: TasksOption = None,
     confirm: Annotated[int, typer.Option(help="Episodes per task that confirm it.", min=1)] = 20,
     workers: Annotated[int, typer.Option(help="Episodes at a time.", min=1)] = 1,
     work: Annotated[Path, typer.Option(help="Directory for episode logs and policies.")] = Path("runs/tune"),
@@ -84,7 +87,7 @@ def tune(
             max_drop = DROP
         limits = CostLimits(None if max_drop is None else max_drop / 100, max_latency, max_bytes)
         place = check_place(out)
-        chosen = tuple(tasks.split(",")) if tasks else environments.default_tasks(env)
+        chosen = chosen_tasks(env, tasks)
         environments.check_tasks(env, chosen)
         recipes = _recipes(recipe)
         with contextlib.ExitStack() as stack:

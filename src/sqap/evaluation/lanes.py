@@ -76,7 +76,9 @@ class _Lane:
     def again(self) -> Connection:
         """Request the episode that is at hand."""
         index, task, seed = self._turn
-        worker = self._workers.setdefault(index, start_worker(self._specs[index]))
+        if index not in self._workers:
+            self._workers[index] = start_worker(self._specs[index])
+        worker = self._workers[index]
         worker.request((task, seed))
         return worker.pipe
 

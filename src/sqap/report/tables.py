@@ -77,21 +77,22 @@ def standings_table(standings: Sequence[Standing]) -> Table:
     for column in (*left, "step p50", "weights", "pairs", "minus original", "95 % interval"):
         table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
     for s in standings:
-        interval = f"{100 * s.low:+.1f} to {100 * s.high:+.1f}"
+        interval = difference_interval((s.low, s.high))
         cost = duration(s.cost.latency_ms), size(s.cost.weight_bytes)
-        difference = f"{100 * s.difference:+.1f}"
-        table.add_row(s.setting.recipe, s.setting.kept, *cost, str(s.episodes), difference, interval)
+        table.add_row(
+            s.setting.recipe, s.setting.kept, *cost, str(s.episodes), points(s.difference), interval
+        )
     return table
 
 
 def confirmed_line(standing: Standing, max_drop: float | None) -> str:
     """What other seeds say about the setting that was found."""
-    interval = f"{100 * standing.low:+.1f} to {100 * standing.high:+.1f} at 95 %"
+    interval = f"{difference_interval((standing.low, standing.high))} at 95 %"
     cost = standing.cost
     says = (
         f"{standing.setting.name}: a step of {duration(cost.latency_ms)} ({duration(cost.fastest_ms)} to "
         f"{duration(cost.slowest_ms)}), {size(cost.weight_bytes)}; on {standing.episodes} pairs of other "
-        f"seeds {100 * standing.difference:+.1f} points ({interval})"
+        f"seeds {points(standing.difference)} points ({interval})"
     )
     if max_drop is None:
         return says
@@ -116,10 +117,9 @@ def cost_table(columns: Sequence[Column], extra: Mapping[str, Sequence[str]] | N
 
 def paired_line(against: Mapping[str, Any]) -> str:
     """The paired difference in one sentence."""
-    low, high = against["difference_ci95"]
     return (
-        f"Paired difference {100 * against['difference']:+.1f} points "
-        f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}), "
+        f"Paired difference {points(against['difference'])} points "
+        f"(95 % interval {difference_interval(against['difference_ci95'])}), "
         f"McNemar's exact p = {against['mcnemar_p']:.3f}"
     )
 
@@ -194,6 +194,16 @@ def _figure(value: float | None) -> str:
 def interval(bounds: Sequence[float]) -> str:
     """The ends of a share's interval, in percent."""
     return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f}"
+
+
+def points(share: float) -> str:
+    """A difference of success in points: 0.031 as +3.1."""
+    return f"{100 * share:+.1f}"
+
+
+def difference_interval(bounds: Sequence[float]) -> str:
+    """The ends of a difference's interval, in points."""
+    return f"{points(bounds[0])} to {points(bounds[1])}"
 
 
 def _number(value: float | None, unit: str = "") -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from sqap.report.tables import percent
+from sqap.report.tables import difference_interval, interval, percent, points
 from sqap.study.design import Design
 
 
@@ -36,13 +36,12 @@ def cells_table(study: Mapping[str, Any]) -> Table:
         summary, pair, replay = cell["summary"], cell["against_baseline"], cell["replay"]
         if summary is None:
             continue
-        low, high = summary["success_ci95"]
         p50 = summary["step_latency_ms"]["p50"]
         table.add_row(
             cell["name"],
             percent(summary["success"]),
-            f"{100 * low:.1f} to {100 * high:.1f}",
-            "" if pair is None else f"{points(pair['difference'])} ({interval(pair['ci95'])})",
+            interval(summary["success_ci95"]),
+            "" if pair is None else f"{points(pair['difference'])} ({difference_interval(pair['ci95'])})",
             "" if pair is None else f"{pair['mcnemar_p_holm']:.2g}",
             "" if replay is None else f"{replay['relative']:.3f}",
             "" if p50 is None else f"{p50:.1f} ms",
@@ -59,7 +58,10 @@ def contrasts_table(study: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="right")
     for each in study["contrasts"]:
         table.add_row(
-            each["name"], points(each["difference"]), interval(each["ci95"]), f"{each['p_holm']:.2g}"
+            each["name"],
+            points(each["difference"]),
+            difference_interval(each["ci95"]),
+            f"{each['p_holm']:.2g}",
         )
     return table
 
@@ -86,13 +88,3 @@ def findings(study: Mapping[str, Any]) -> list[str]:
             f"{power['pairs_needed']['0.03']} pairs, this study has {power['pairs']} a cell"
         )
     return lines
-
-
-def points(share: float) -> str:
-    """0.031 as +3.1."""
-    return f"{100 * share:+.1f}"
-
-
-def interval(bounds: tuple[float, float]) -> str:
-    """An interval of differences in points."""
-    return f"{points(bounds[0])} to {points(bounds[1])}"

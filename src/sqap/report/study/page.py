@@ -14,6 +14,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from sqap.errors import InputError
 from sqap.files import whole_file
 from sqap.models.storage import size
+from sqap.report import tables
 from sqap.report.study.chart import Cell, Legend, frontier, interactions, is_timed, pareto, prediction, ran
 from sqap.report.study.media import Media
 
@@ -155,12 +156,13 @@ def _percent(share: float) -> str:
 
 
 def _points(share: float) -> str:
-    return f"{100 * share:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return tables.points(share).replace("-", "\N{MINUS SIGN}")
 
 
 def _interval(ci95: tuple[float, float], signed: bool = False) -> str:
-    write = _points if signed else _percent
-    return f"{write(ci95[0])} to {write(ci95[1])}"
+    if not signed:
+        return tables.interval(ci95)
+    return f"{_points(ci95[0])} to {_points(ci95[1])}"
 
 
 def _number(value: float | None, digits: int = 1) -> str:
