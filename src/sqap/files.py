@@ -85,10 +85,11 @@ def locked(path: Path, refusal: str) -> Iterator[None]:
     except OSError as problem:
         raise InputError(f"cannot write {path}: {reason(problem)}") from problem
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as problem:  # of the lock alone: one from the block is not about it
+            raise InputError(refusal) from problem
         yield
-    except BlockingIOError as problem:
-        raise InputError(refusal) from problem
     finally:
         os.close(descriptor)
 
