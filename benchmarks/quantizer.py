@@ -7,9 +7,9 @@ at 8 bits, as many as fit into a budget; W4A4 of the decoder by the method, and 
 rotation. All on the same seeds with the same diffusion noise, and replayed on calibration frames for the
 action error in millimetres. Nothing is pruned. Interrupted, it goes on.
 
-With ``--correction``: W4A8 of the whole policy and W4A4 of the decoder, each as the preset has it and with two
-values of ``correction``, on seeds that chose nothing; compared with full precision and with the preset, and
-replayed on frames that no policy was calibrated on.
+With ``--correction``: W4A8 of the whole policy and W4A4 of the decoder, each as the preset has it and with
+two values of ``correction``, on seeds that chose nothing; compared with full precision and with the preset,
+and replayed on frames that no policy was calibrated on.
 """
 
 from __future__ import annotations
@@ -140,7 +140,8 @@ def _act(policy: Policy, frames: Sequence[Observation]) -> np.ndarray:
 def corrected_table(results: dict[str, dict[str, Any]]) -> str:
     """As `table`, with the differences from the preset."""
     lines = [
-        "| policy | variant | success | minus full | wins : losses | minus preset | wins : losses | mm a step |",
+        "| policy | variant | success | minus full | wins : losses "
+        "| minus preset | wins : losses | mm a step |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for policy, rows in results.items():
