@@ -146,7 +146,8 @@ def pareto(study: Mapping[str, Any], legend: Legend) -> Chart | None:
     cells = [cell for cell in ran(study) if is_timed(cell)]
     if len(cells) < 2:
         return None
-    chart = _empty("Success against latency", "step latency p50, ms", "success, %", 760, 440)
+    size = (460, 320) if len(cells) <= FEW else (760, 440)  # the small one fits into a phone's screen
+    chart = _empty("Success against latency", "step latency p50, ms", "success, %", *size)
     x, x_ticks = _axis(0, max(_latency(c) for c in cells), chart.left, chart.width - chart.right)
     y, y_ticks = _success_axis(cells, chart)
     best = frontier(cells)
