@@ -52,7 +52,7 @@ class OffsetLinear(nn.Module):
     def from_linear(
         cls, linear: nn.Linear, scheme: Scheme, *, clip: bool = False, factor: Factor | None = None
     ) -> OffsetLinear:
-        """As `QuantizedLinear.from_linear`, on grids from each group's smallest weight to its largest."""
+        """As `QuantizedLinear.from_linear`, on grids that lie around the middle of each group's weights."""
         weight = linear.weight.detach()
         offset = zero_points(weight, scheme.group_size or weight.shape[1])
         shifted = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
