@@ -151,6 +151,33 @@ def test_its_page_shows_it_with_videos_of_its_first_episodes(finished: tuple[Pat
     assert "its page is" in result.output
 
 
+def test_steps_timed_in_turns_are_the_pages_latencies(finished: tuple[Path, Any], tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    shutil.copytree(finished[0], out)
+    arguments = ["report", str(out), "--videos", "0"]
+    result = CliRunner().invoke(app, [*arguments, "--steps", "3"])
+    assert result.exit_code == 0, result.output
+    steps = json.loads((out / "steps.json").read_text())
+    cells = {cell["name"]: cell for cell in read(out)["cells"]}
+    assert steps["steps"] == 3
+    assert list(steps["cells"]) == list(cells)
+    page = " ".join((out / "report" / "index.html").read_text().split())
+    assert "Latencies are of 3 steps of each cell, timed in turns" in page
+    for name, cell in steps["cells"].items():
+        times = cell["step_latency_ms"]
+        assert 0 < times["p50"] <= times["p95"] <= times["p99"]
+        assert cell["fingerprint"] == cells[name]["fingerprint"]
+        assert f"step p50 {times['p50']:.1f} ms" in page
+    before = read(out)["cells"][0]["summary"]["step_latency_ms"]
+    assert before != steps["cells"][next(iter(cells))]["step_latency_ms"]  # the study's own stay
+
+    steps["cells"]["w4a8"]["fingerprint"] = "another"
+    (out / "steps.json").write_text(json.dumps(steps))
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 1
+    assert "has no times of w4a8 as it is now; time them again" in " ".join(refused.output.split())
+
+
 def test_it_measures_more_than_success(finished: tuple[Path, Any]) -> None:
     cells = {cell["name"]: cell for cell in read(finished[0])["cells"]}
     original, small = cells["16"], cells["w4a8+lookahead-0.5-after2"]

@@ -79,6 +79,7 @@ def render(study: Mapping[str, Any], media: Media = NONE) -> str:
         interactions=interactions(study, legend),
         prediction=prediction(study, legend),
         media=media,
+        steps=study.get("steps"),
         settings=json.dumps(study["environment"]["simulator"]),
     )
 
