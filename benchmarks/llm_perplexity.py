@@ -61,11 +61,18 @@ PEERS = {
     ),
 }
 CORRECTION = 0.5
+
+
+def regrid(quantization: Quantization, **changes: Any) -> Quantization:
+    """``quantization`` with some settings of the decoder's grids changed."""
+    return replace(quantization, decoder=replace(cast(Scheme, quantization.decoder), **changes))
+
+
 W4A4 = decoder_alone(Recipe.w4a4())
 METHODS = {
     "w4a4-rtn": Quantization(Scheme(4, 4), rotate=False),
     "w4a4-hadamard": Quantization(Scheme(4, 4), rotation_seed=0),
-    "w4a4-token": replace(W4A4, activation_granularity="token", activation_group_size=None),
+    "w4a4-token": regrid(W4A4, activation_granularity="token", activation_group_size=None),
     "w4a4": W4A4,
     "w4a8-rtn": Quantization(Scheme(4, 8), rotate=False),
     "w4a8-hadamard": Quantization(Scheme(4, 8), rotation_seed=0),
@@ -84,9 +91,9 @@ def variants() -> dict[str, Quantization]:
             if made.correction and size != 32:
                 continue  # twice as long as the others, each; the finest grid tells
             if size is not None:
-                made = replace(made, weight_granularity="group", group_size=size)
+                made = regrid(made, weight_granularity="group", group_size=size)
             if size == 64:
-                down = replace(cast(Scheme, made.scheme("decoder")), group_size=128)
+                down = regrid(made, group_size=128).decoder
                 made = replace(made, overrides=(Override("*.down_proj", down),))
             table[method + suffix] = made
     return table

@@ -260,6 +260,24 @@ def test_a_place_that_cannot_be_written_is_refused_first(
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
+def test_a_recipe_with_too_many_bytes_is_not_calibrated(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("pruners were calibrated for a recipe that is out already")
+
+    monkeypatch.setattr(Repruner, "__init__", work)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.json").write_text('{"quantization": {"weight_bits": 8, "activation_bits": 8}}')
+    arguments = ["tune", str(saved), "--out", "small", "--frames", "2", "--recipe", "recipe.json"]
+    result = CliRunner().invoke(app, [*arguments, "--tasks", "door-open", "--max-bytes", "1000"])
+    said = " ".join(result.output.split())
+    assert result.exit_code == 1, said
+    assert "bytes: no pruning of it is tried" in said
+    assert "no setting is within the limits" in said
+    assert not (tmp_path / "small").exists()
+
+
 def test_one_recipe_twice_is_refused(saved: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(
         app, ["tune", str(saved), "--out", str(tmp_path / "small"), "--recipe", "w4a8,w4a8"]

@@ -103,6 +103,7 @@ def lerobot(policy: Policy, precision: str) -> Policy:
             f"LeRobot, {DIRECTORY} to the directory that the policy is compressed from"
         )
     policy.model.to("meta")
+    # It answers as the model of a policy does, and is none: a policy's class asks for no protocol.
     model = LeRobotStep(os.environ[PYTHON], os.environ[DIRECTORY], precision)
     return Policy(model, policy.config, policy.tokenizer)  # type: ignore[arg-type]
 

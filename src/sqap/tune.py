@@ -161,15 +161,21 @@ def candidates(decoder: DecoderConfig, tokens: int) -> list[Pruning | None]:
     return [None, *(pruning for pruning in found if pruning.last_layer < decoder.depth)]
 
 
-def step_times(policies: Sequence[Policy], observation: Observation) -> list[list[float]]:
+def step_times(
+    policies: Sequence[Policy],
+    observation: Observation,
+    rounds: tuple[int, int] = ROUNDS,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[float]]:
     """Milliseconds of the policies' steps, taken in turns after one that is not timed: a list for each.
 
-    At least the first of `ROUNDS`, at most the second, and none that begins after `SECONDS`.
+    At least the first of ``rounds``, at most the second, and between them none that begins after `SECONDS`.
+    ``progress`` gets (rounds done, at most).
     """
     for policy in policies:
         policy.step(observation, seed=0)
     times: list[list[float]] = [[] for _ in policies]
-    least, most = ROUNDS
+    least, most = rounds
     began = time.perf_counter()
     for done in range(most):
         if done >= least and time.perf_counter() - began > SECONDS:
@@ -178,6 +184,8 @@ def step_times(policies: Sequence[Policy], observation: Observation) -> list[lis
             start = time.perf_counter()
             policy.step(observation, seed=0)
             own.append(1e3 * (time.perf_counter() - start))
+        if progress is not None:
+            progress(done + 1, most)
     return times
 
 

@@ -85,7 +85,9 @@ def test_charts_that_would_show_nothing_are_left_out(study):
     for one in study["cells"]:
         one["replay"] = None
     assert prediction(study, Legend.of(study)) is None
-    study["cells"] = [c for c in study["cells"] if c["levels"]["keep"] == 1]
+    study["cells"] = [cell(study, "16"), cell(study, "w4a8+random-0.25")]  # no line joins two points
+    assert interactions(study, Legend.of(study)) == []
+    study["cells"] = [cell(study, "16")]
     assert interactions(study, Legend.of(study)) == []
     for one in study["cells"]:
         one["summary"]["step_latency_ms"] = None
@@ -117,6 +119,27 @@ def test_findings_follow_from_the_numbers(study):
     )
 
 
+def test_of_two_cells_the_other_one_is_told_of(study):
+    study["cells"] = [cell(study, "16"), cell(study, "w4a8")]
+    other, summary = study["cells"][1]["against_baseline"], study["cells"][1]["summary"]
+    other.update(difference=-0.1, ci95=[-0.2, 0.01], wins=1, losses=5, mcnemar_p_holm=0.2)
+    minus = "\N{MINUS SIGN}"
+    assert findings(study)[1] == (
+        f"w4a8: {minus}10.0 points ({minus}20.0 to +1.0), 2.60 MB of weights, 12.0 ms a step against "
+        "30.0 ms. Pairs won : lost are 1 : 5, no significant loss (exact McNemar test, 0.05)."
+    )
+    other["mcnemar_p_holm"] = 0.01
+    assert "1 : 5, a significant loss" in findings(study)[1]
+    summary["step_latency_ms"]["p50"] = None  # every episode failed
+    assert "2.60 MB of weights. Pairs" in findings(study)[1]
+
+
+def test_of_few_cells_all_are_named_in_the_chart(study):
+    set_outcome(cell(study, "w4a8"), 0.8, 40)  # slower and worse, so that the frontier has one cell
+    study["cells"] = [cell(study, "16"), cell(study, "w4a8")]
+    assert [mark.label for mark in pareto(study, Legend.of(study)).marks] == ["16", "w4a8"]
+
+
 def test_what_has_not_run_is_named(study):
     study["complete"] = False
     cell(study, "w4a8")["summary"] = None
@@ -125,6 +148,10 @@ def test_what_has_not_run_is_named(study):
     cell(study, "16")["summary"] = None
     assert findings(study) == ["The baseline has not run yet."]
     render(study)
+
+
+def test_it_says_how_many_pairs_a_change_takes(study):
+    assert "695 pairs for 3.0 points" in " ".join(render(study).split())
 
 
 def test_names_and_reasons_are_text(study):

@@ -6,7 +6,10 @@ policies that act a little differently succeed in different episodes, and the sa
 
 from __future__ import annotations
 
+import os
+import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,6 +61,22 @@ class Stub:
 
     def close(self) -> None:
         pass
+
+
+class Deadly(Stub):
+    """Kills its process three times, in the second episode of ``close``."""
+
+    def step(self, action: np.ndarray) -> StepResult:
+        deaths = Path(os.environ["STUB_DEATHS"])
+        if (self.task, self._seed) == ("close", 4_000_001) and len(deaths.read_text()) < 3:
+            deaths.write_text(deaths.read_text() + "x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
+
+
+def make_deadly(env: str, task: str) -> Deadly:
+    """What stands for `sqap.environments.make` in worker processes."""
+    return Deadly(task)
 
 
 def hurry(patch: pytest.MonkeyPatch) -> None:

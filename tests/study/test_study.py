@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ import sqap.frames
 from sqap.checkpoints import fingerprint
 from sqap.cli import app
 from sqap.evaluation import executors
+from sqap.evaluation.statistics import pairs_needed
 from sqap.evaluation.worker import load_policy
 from sqap.files import locked
 from sqap.recipe import Recipe
@@ -147,6 +149,33 @@ def test_its_page_shows_it_with_videos_of_its_first_episodes(finished: tuple[Pat
     assert all(f'<tr id="{cell["name"]}">' in page for cell in study["cells"])
     assert page.count("data:video/mp4;base64,") == page.count("data:image/png;base64,") == 2
     assert "its page is" in result.output
+
+
+def test_steps_timed_in_turns_are_the_pages_latencies(finished: tuple[Path, Any], tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    shutil.copytree(finished[0], out)
+    arguments = ["report", str(out), "--videos", "0"]
+    result = CliRunner().invoke(app, [*arguments, "--steps", "3"])
+    assert result.exit_code == 0, result.output
+    steps = json.loads((out / "steps.json").read_text())
+    cells = {cell["name"]: cell for cell in read(out)["cells"]}
+    assert steps["steps"] == 3
+    assert list(steps["cells"]) == list(cells)
+    page = " ".join((out / "report" / "index.html").read_text().split())
+    assert "Latencies are of 3 steps of each cell, timed in turns" in page
+    for name, cell in steps["cells"].items():
+        times = cell["step_latency_ms"]
+        assert 0 < times["p50"] <= times["p95"] <= times["p99"]
+        assert cell["fingerprint"] == cells[name]["fingerprint"]
+        assert f"step p50 {times['p50']:.1f} ms" in page
+    before = read(out)["cells"][0]["summary"]["step_latency_ms"]
+    assert before != steps["cells"][next(iter(cells))]["step_latency_ms"]  # the study's own stay
+
+    steps["cells"]["w4a8"]["fingerprint"] = "another"
+    (out / "steps.json").write_text(json.dumps(steps))
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 1
+    assert "has no times of w4a8 as it is now; time them again" in " ".join(refused.output.split())
 
 
 def test_it_measures_more_than_success(finished: tuple[Path, Any]) -> None:
@@ -300,6 +329,51 @@ def test_a_full_disk_ends_it_with_a_sentence_and_it_goes_on_later(
     assert outcome(read(out)) == outcome(read(finished[0]))
 
 
+def test_a_file_that_cannot_grow_ends_it_in_the_middle_of_a_line(
+    finished: tuple[Path, Any], ablate: Ablate, tmp_path: Path
+) -> None:
+    """The system itself refuses to write on, as it does on a full disk or over a quota."""
+    out = tmp_path / "study"
+    shutil.copytree(finished[0], out)
+    shutil.rmtree(out / "episodes")
+    log = next(finished[0].glob("episodes/16-*"))
+    room = len(b"".join(log.read_bytes().splitlines(keepends=True)[:2])) + 100  # two lines and part of one
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        result = ablate(out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert result.exit_code == 1
+    assert "File too large; the same command goes on from the episodes" in " ".join(result.output.split())
+    (log,) = out.glob("episodes/*")
+    assert len(lines(out)) == log.read_bytes().count(b"\n") == 2  # the part was cut off again
+    assert (out / "study.json").read_bytes() == (finished[0] / "study.json").read_bytes()  # none fits
+    assert ablate(out).exit_code == 0
+    assert episodes(out) == episodes(finished[0])
+    assert outcome(read(out)) == outcome(read(finished[0]))
+
+
+def test_a_process_that_is_killed_again_and_again_fails_its_episode_alone(
+    ablate: Ablate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deaths = tmp_path / "deaths"
+    deaths.touch()
+    monkeypatch.setenv("STUB_DEATHS", str(deaths))
+    monkeypatch.setattr(executors, "evaluate", partial(executors.evaluate, make=stub.make_deadly))
+    out = tmp_path / "study"
+    result = ablate(out, "--executor", "processes", factors="bits=16,w4a8 rounding=rtn", episodes=2)
+    assert result.exit_code == 0, result.output
+    assert len(deaths.read_text()) == 3
+    original, small = (cell["summary"] for cell in read(out)["cells"])
+    assert [(s["episodes"], s["failed"]) for s in (original, small)] == [(4, 1), (4, 0)]
+    (failure,) = original["failures"]
+    assert (failure["task"], failure["seed"]) == ("close", 4_000_001)
+    assert "ended with exit code -9" in failure["reason"]
+    keys = Counter((line["policy"], line["episode"]["task"], line["episode"]["seed"]) for line in lines(out))
+    assert set(keys.values()) == {1}
+
+
 def load_broken(path: str, *rest: Any) -> Any:
     """The policy, whose actions are not finite if it was compressed."""
     policy = load_policy(path, *rest)
@@ -331,6 +405,10 @@ def test_episodes_that_raise_or_are_not_finite_are_failed_ones_and_the_study_goe
     }
     said = " ".join(result.output.split())
     assert "failed: 16, close, seed 4000001: RuntimeError: the solver diverged" in said
+    page = (out / "report" / "index.html").read_text()
+    for cell in study["cells"]:
+        for f in cell["summary"]["failures"]:
+            assert f"<li>{cell['name']}, {f['task']}, seed {f['seed']}: {f['reason']}</li>" in page
 
 
 def test_a_second_study_in_one_directory_is_refused(ablate: Ablate, tmp_path: Path) -> None:
@@ -352,6 +430,8 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(ablate: Ablate, tmp_pa
     assert "0.0625 keeps one" in said
     assert "480 episodes: about" in said
     assert "80 pairs show a change of" in said
+    assert f"to see a change takes so many pairs: 1 points {pairs_needed(0.01, 0.2)}" in said
+    assert f"3 points {pairs_needed(0.03, 0.2)}," in said
     assert not out.exists()
 
 

@@ -12,7 +12,9 @@ from sqap.terminal import console, progress_bar, user_errors
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for the report and the video.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(help="Directory for the page, its numbers and the video.")] = Path(
+        "demo"
+    ),
     episodes: Annotated[int, typer.Option(help="Episodes per task.", min=1)] = 10,
     json_path: JsonOption = None,
 ) -> None:

@@ -25,17 +25,27 @@ def report(
         Path | None, typer.Option(help="HTML file to write; default: report/index.html in the directory.")
     ] = None,
     videos: VideosOption = 2,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Time so many steps of every cell in turns, and show these latencies.", min=1),
+    ] = None,
     choices: Choices = NONE,
     json_path: JsonOption = None,
 ) -> None:
     """Write the page of a study: one HTML file with charts, tables, pictures, videos and the commands.
 
-    Videos run the baseline and two of the best cells once more, on the study's first episode of a task.
+    Videos run the baseline and two of the best cells once more, on the study's first episode of a task. With
+    --steps nothing else should run on the machine; the times are kept, and later pages show them.
     """
     with user_errors():
         from sqap.report.study.page import findings, read_study
+        from sqap.study.steps import time_steps, with_steps
 
         study = read_study(directory)
+        if steps is not None:
+            with progress_bar("timing steps") as advance:
+                time_steps(study, directory, steps, choices=choices, progress=advance)
+        study = with_steps(study, directory)
         path = publish(study, directory, videos, choices, out)
         for sentence in findings(study):
             console.print(sentence, soft_wrap=True)

@@ -97,7 +97,7 @@ def tune(
             ]
             policy = load_policy(source, choices)
             observations = calibration_frames(policy, frames_from, frames, camera, state)
-            policies = _compressed(policy, recipes, observations, partials)
+            policies = _compressed(policy, recipes, observations, partials, limits.weight_bytes)
             costs = _measured(policies, observations[0], limits)
             saved = _Saved(work / build_id()["package"][:8], env, chosen, workers, source, choices)
 
@@ -145,14 +145,25 @@ def _recipes(names: str) -> dict[str, Recipe]:
 
 
 def _compressed(
-    policy: Policy, recipes: Mapping[str, Recipe], frames: Sequence[Observation], partials: Sequence[Partial]
+    policy: Policy,
+    recipes: Mapping[str, Recipe],
+    frames: Sequence[Observation],
+    partials: Sequence[Partial],
+    most_bytes: int | None,
 ) -> dict[Setting, Policy]:
-    """The policy quantized by each recipe and pruned by each candidate."""
-    model, found = policy.config.model, {}
+    """The policy quantized by each recipe and pruned by each candidate.
+
+    A recipe of more than ``most_bytes`` is not pruned.
+    """
+    model, found = policy.config.model, dict[Setting, Policy]()
     prunings = candidates(model.decoder, model.grid**2)
     for (name, recipe), partial in zip(recipes.items(), partials, strict=True):
         with progress_bar(f"quantizing by {name}", percent=True) as advance:
             small = sqap.compress(policy, recipe, frames, progress=advance, resume=partial)
+        if most_bytes is not None and stored_bytes(small.model) > most_bytes:
+            messages.print(f"{name} takes {stored_bytes(small.model)} bytes: no pruning of it is tried")
+            found[Setting(name, None)] = small
+            continue
         repruner = Repruner(policy, small, frames)
         with progress_bar("calibrating pruners") as advance:
             for done, pruning in enumerate(prunings, start=1):

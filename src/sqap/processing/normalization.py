@@ -10,8 +10,27 @@ import numpy as np
 from sqap.errors import InputError
 
 
+class _PerDimension:
+    """A step with statistics of each dimension."""
+
+    @property
+    def width(self) -> int:
+        """Dimensions."""
+        raise NotImplementedError
+
+    def after(self, width: int) -> int:
+        """Dimensions behind it.
+
+        Raises:
+            InputError: it is not for so many.
+        """
+        if self.width != width:
+            raise InputError(f"its statistics are of {self.width} dimensions, for {width}")
+        return width
+
+
 @dataclass(frozen=True)
-class Range:
+class Range(_PerDimension):
     """``low`` and ``high`` are what -1 and 1 stand for, as the training data's percentiles or extremes.
 
     Args:
@@ -47,14 +66,6 @@ class Range:
         low, high = np.array(self.low), np.array(self.high)
         return np.where(self.mask, 0.5 * (values + 1) * (high - low) + low, values)
 
-    def after(self, width: int) -> int:
-        """Dimensions behind it.
-
-        Raises:
-            InputError: it is not for so many.
-        """
-        return _checked(self.width, width)
-
     @property
     def width(self) -> int:
         """Dimensions."""
@@ -62,7 +73,7 @@ class Range:
 
 
 @dataclass(frozen=True)
-class MeanStd:
+class MeanStd(_PerDimension):
     """Numbers by their training data's mean and deviation.
 
     Args:
@@ -94,14 +105,6 @@ class MeanStd:
         found: np.ndarray = values * np.array(self.std) + np.array(self.mean)
         return found
 
-    def after(self, width: int) -> int:
-        """Dimensions behind it.
-
-        Raises:
-            InputError: it is not for so many.
-        """
-        return _checked(self.width, width)
-
     @property
     def width(self) -> int:
         """Dimensions."""
@@ -131,9 +134,3 @@ class Clamp:
 def _check_epsilon(epsilon: float) -> None:
     if epsilon < 0:
         raise InputError(f"epsilon must not be negative, got {epsilon}")
-
-
-def _checked(own: int, width: int) -> int:
-    if own != width:
-        raise InputError(f"its statistics are of {own} dimensions, for {width}")
-    return width

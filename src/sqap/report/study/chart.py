@@ -12,6 +12,7 @@ Cell = Mapping[str, Any]  # one of `cells` in study.json
 Scale = Callable[[float], float]
 
 PALETTE = 8  # colours that the page's style sheet has
+FEW = 3  # cells whose names fit into a chart
 SHAPES = ("circle", "square", "diamond", "triangle", "cross", "plus", "wedge", "bar")
 QUANTIZATION, PRUNING = ("bits", "rotation", "rounding"), ("criteria", "after")
 
@@ -138,15 +139,21 @@ class Legend:
 
 
 def pareto(study: Mapping[str, Any], legend: Legend) -> Chart | None:
-    """Success against latency, with a line through the `frontier`; None without two latencies."""
+    """Success against latency, with a line through the `frontier`; None without two latencies.
+
+    Names stand beside the frontier's cells, or beside all where there are few.
+    """
     cells = [cell for cell in ran(study) if is_timed(cell)]
     if len(cells) < 2:
         return None
-    chart = _empty("Success against latency", "step latency p50, ms", "success, %", 760, 440)
+    size = (460, 320) if len(cells) <= FEW else (760, 440)  # the small one fits into a phone's screen
+    chart = _empty("Success against latency", "step latency p50, ms", "success, %", *size)
     x, x_ticks = _axis(0, max(_latency(c) for c in cells), chart.left, chart.width - chart.right)
     y, y_ticks = _success_axis(cells, chart)
     best = frontier(cells)
-    named = _apart(best, lambda c: (x(_latency(c)), y(c["summary"]["success"])))
+    named = _apart(
+        cells if len(cells) <= FEW else best, lambda c: (x(_latency(c)), y(c["summary"]["success"]))
+    )
     marks = [_mark(c, x(_latency(c)), y, legend, c["name"] if c in named else "") for c in cells]
     steps = [f"{x(_latency(c)):.1f},{y(c['summary']['success']):.1f}" for c in best]
     return _with(chart, x_ticks, y_ticks, marks, [Polyline(" ".join(steps))])
@@ -175,13 +182,17 @@ def frontier(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def interactions(study: Mapping[str, Any], legend: Legend) -> list[Chart]:
-    """For each criterion success against the tokens kept, a line for each quantization."""
+    """For each criterion success against the tokens kept, a line for each quantization.
+
+    A criterion is left out where no quantization has run with two numbers of tokens.
+    """
     cells, varied = ran(study), legend.varied
     kinds = [kind for kind in legend.shapes if kind != "unpruned"]
     keeps = sorted({cell["levels"]["keep"] for cell in cells}, reverse=True)
     if not kinds or len(keeps) < 2:
         return []
-    return [_interaction(kind, cells, keeps, legend, varied) for kind in kinds]
+    charts = [_interaction(kind, cells, keeps, legend, varied) for kind in kinds]
+    return [chart for chart in charts if any(" " in line.points for line in chart.lines)]
 
 
 def _interaction(

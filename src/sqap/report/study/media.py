@@ -11,12 +11,12 @@ from typing import Any
 
 from PIL import Image
 
-import sqap
 from sqap.checkpoints.choices import Choices
 from sqap.report.comparison import record_comparison
 from sqap.report.panes import compose
 from sqap.report.study.chart import Cell, frontier, ran
 from sqap.report.video import write_video
+from sqap.study.steps import load_cells
 
 PANE = 224  # pixels of an episode's side
 FPS = 10.0
@@ -73,12 +73,7 @@ def record(
         progress: gets (tasks done, tasks in all).
     """
     cells, seed = shown_cells(study), study["seeds"]["first"]
-    policies = []
-    for cell in cells:
-        if cell["artefact"] is None:
-            policies.append(sqap.load(study["policy"]["source"], **vars(choices or Choices())))
-        else:
-            policies.append(sqap.load(directory / cell["artefact"]))
+    policies = load_cells(study, directory, cells, choices)
     columns = record_comparison(policies, study["environment"]["name"], tasks, seed, progress)
     columns = [
         [replace(clip, label=cell["name"]) for clip in column]

@@ -79,6 +79,7 @@ def render(study: Mapping[str, Any], media: Media = NONE) -> str:
         interactions=interactions(study, legend),
         prediction=prediction(study, legend),
         media=media,
+        steps=study.get("steps"),
         settings=json.dumps(study["environment"]["simulator"]),
     )
 
@@ -97,6 +98,8 @@ def findings(study: Mapping[str, Any]) -> list[str]:
     others = [cell for cell in cells.values() if cell["against_baseline"] is not None]
     if not others:
         return found
+    if len(others) == 1:
+        return [*found, _beside(baseline, *others)]
     worse = [cell for cell in others if _is_worse(cell)]
     found.append(
         f"{len(worse)} of {len(others)} other cells succeed significantly less often (exact McNemar test, "
@@ -120,16 +123,33 @@ def _fastest_safe(baseline: Cell, others: list[Cell]) -> str:
     if not safe:
         return f"Of no cell can a loss of {100 * BEARABLE:g} points be excluded with 95 % confidence."
     best = min(safe, key=lambda c: c["summary"]["step_latency_ms"]["p50"])
-    paired = best["against_baseline"]
-    text = (
+    return (
         f"Of {len(safe)} cells a loss of {100 * BEARABLE:g} points can be excluded with 95 % confidence. The "
-        f"fastest of them is {best['name']}: {_points(paired['difference'])} points "
-        f"({_interval(paired['ci95'], signed=True)}), {size(best['weight_bytes'])} of weights"
+        f"fastest of them is {_costs(best, baseline)}."
     )
-    if is_timed(baseline):
-        times = [c["summary"]["step_latency_ms"] for c in (best, baseline)]
+
+
+def _beside(baseline: Cell, other: Cell) -> str:
+    """The only other cell of a study."""
+    paired = other["against_baseline"]
+    apart = "a significant loss" if _is_worse(other) else "no significant loss"
+    return (
+        f"{_costs(other, baseline)}. Pairs won : lost are {paired['wins']} : {paired['losses']}, {apart} "
+        f"(exact McNemar test, {ALPHA:g})."
+    )
+
+
+def _costs(cell: Cell, baseline: Cell) -> str:
+    """What a cell loses and gains: points of success, bytes and time."""
+    paired = cell["against_baseline"]
+    text = (
+        f"{cell['name']}: {_points(paired['difference'])} points "
+        f"({_interval(paired['ci95'], signed=True)}), {size(cell['weight_bytes'])} of weights"
+    )
+    if is_timed(baseline) and is_timed(cell):
+        times = [c["summary"]["step_latency_ms"] for c in (cell, baseline)]
         text += f", {times[0]['p50']:.1f} ms a step against {times[1]['p50']:.1f} ms"
-    return f"{text}."
+    return text
 
 
 def _is_worse(cell: Cell) -> bool:
