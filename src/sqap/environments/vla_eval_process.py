@@ -174,7 +174,10 @@ def plain(value: Any) -> Any:
 
 
 def reason(problem: BaseException) -> str:
-    return f"{type(problem).__name__}: {problem}".rstrip(": ")
+    """What an error says, and what its cause says, where that is something else."""
+    said = f"{type(problem).__name__}: {problem}".rstrip(": ")
+    cause = problem.__cause__
+    return said if cause is None or str(cause) in said else f"{said} ({reason(cause)})"
 
 
 def serve(receive: Callable[[], dict[str, Any]], send: Callable[[dict[str, Any]], None]) -> None:
