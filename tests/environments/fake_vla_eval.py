@@ -121,6 +121,8 @@ def install() -> None:
         "vla_eval.runners": [],
         "vla_eval.runners.sync_runner": [SyncEpisodeRunner],
         "vla_eval.specs": [DimSpec],
+        "websockets": [],
+        "websockets.exceptions": [],
     }
     for name, members in contents.items():
         module = sys.modules[name] = ModuleType(name)

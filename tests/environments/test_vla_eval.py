@@ -5,6 +5,8 @@ Set SQAP_SIM_PYTHON to the path of an interpreter with vla-eval to run these tes
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import itertools
 import json
 import os
@@ -200,7 +202,7 @@ def test_a_configuration_that_cannot_be_run_is_refused(sim_python, tmp_path, giv
     ],
 )
 def test_an_interpreter_that_does_not_serve_is_refused(configure, monkeypatch, command, message):
-    if "ModuleNotFound" in message and __import__("importlib.util").util.find_spec("vla_eval"):
+    if "ModuleNotFound" in message and importlib.util.find_spec("vla_eval") is not None:
         pytest.skip("vla-eval is installed here")
     monkeypatch.setenv(vla_eval.INTERPRETER, command)
     with pytest.raises(ValueError, match=message):
@@ -224,6 +226,10 @@ def test_a_hung_simulator_is_ended(sim_python, configure, make, monkeypatch):
     os.kill(world._simulator._process.pid, signal.SIGSTOP)
     with pytest.raises(vla_eval.SimulatorError, match="ended with exit code -9"):
         world.reset(0)
+
+
+def test_the_simulators_side_is_of_vla_evals_oldest_python():
+    ast.parse(Path(vla_eval.__file__).with_name("vla_eval_process.py").read_text(), feature_version=(3, 8))
 
 
 def test_a_cluster_is_refused(sim_python, configure, tmp_path):
