@@ -37,6 +37,7 @@ from vla_eval.specs import (
 import sqap
 from sqap import Observation, Policy
 from sqap.checkpoints import locate, native
+from sqap.environments.vla_eval_conversion import WIDTH, Conversion
 from sqap.errors import InputError, SqapError
 from sqap.evaluation.ensemble import AdaptiveEnsemble
 from sqap.evaluation.rollout import noise_seed, own_execute
@@ -47,8 +48,6 @@ from sqap.serving.engine import warm_up
 from sqap.serving.metadata import action_dim
 
 logger = logging.getLogger(__name__)
-
-ROTATION, GRIPPER, WIDTH = slice(3, 6), 6, 7  # of an action: displacement, rotation, gripper
 
 
 @dataclasses.dataclass
@@ -114,15 +113,15 @@ class SqapModelServer(PredictModelServer):
             raise InputError(
                 f"cameras must be of the policy's {self.policy.config.cameras}, got {sorted(cameras)}"
             )
-        self._width = action_dim(self.policy)
-        if self._width != WIDTH and (rotation, gripper) != ("axis_angle", "as_is"):
-            raise InputError(
-                f"actions of {self._width} numbers have no rotation and gripper at {ROTATION} and {GRIPPER}"
-            )
+        self._width, self._conversion = (
+            action_dim(self.policy),
+            Conversion(rotation=rotation, gripper=gripper),
+        )
+        self._conversion.action(np.zeros(self._width))  # refused now rather than in an episode
         chunk = None if ensemble is not None else execute or own_execute(self.policy) or horizon
         super().__init__(chunk_size=chunk, **options)
         self._ensemble, self._cameras, self._state_format = ensemble, cameras, state_format
-        self._rotation, self._gripper, self._seed = rotation, gripper, seed
+        self._seed = seed
         self._params = observation_params or {}
         self._episodes: dict[str, EpisodeState] = {}
         self._order_said = False
@@ -147,7 +146,7 @@ class SqapModelServer(PredictModelServer):
     def get_action_spec(self) -> dict[str, DimSpec]:
         if self._width != WIDTH:
             return {"actions": RAW}
-        gripper = GRIPPER_RAW if self._gripper == "as_is" else GRIPPER_CLOSE_POS
+        gripper = GRIPPER_RAW if self._conversion.gripper == "as_is" else GRIPPER_CLOSE_POS
         return {"position": POSITION_DELTA, "rotation": ROTATION_AA, "gripper": gripper}
 
     async def on_episode_start(self, config: dict[str, Any], ctx: SessionContext) -> None:
@@ -209,12 +208,7 @@ class SqapModelServer(PredictModelServer):
         """A chunk, or one action of an ensemble, as the benchmark takes it."""
         episode.memory, episode.calls = step.memory, episode.calls + 1
         actions = step.chunk if episode.ensemble is None else episode.ensemble.add(step.chunk)
-        actions = np.array(actions, dtype=np.float32)
-        if self._rotation == "euler":
-            actions[..., ROTATION] = rotation_vector(actions[..., ROTATION])
-        if self._gripper == "close_positive":
-            actions[..., GRIPPER] = 1 - 2 * actions[..., GRIPPER]
-        return actions
+        return self._conversion.action(actions)
 
 
 def load(source: str, choices: Mapping[str, Any]) -> Policy:
@@ -228,21 +222,6 @@ def load(source: str, choices: Mapping[str, Any]) -> Policy:
 def episode_seed(seed: int, task: str, index: int) -> int:
     """Seed of an episode's noise, the same for every policy."""
     return int(np.random.SeedSequence((seed, zlib.crc32(task.encode()), index)).generate_state(1)[0])
-
-
-def rotation_vector(euler: np.ndarray) -> np.ndarray:
-    """Rotation vectors ``(..., 3)`` of Euler angles about the fixed axes x, y and z, in this order."""
-    half = np.asarray(euler, dtype=np.float64) / 2
-    (sx, sy, sz), (cx, cy, cz) = np.moveaxis(np.sin(half), -1, 0), np.moveaxis(np.cos(half), -1, 0)
-    w = cx * cy * cz + sx * sy * sz
-    xyz = np.stack(
-        [sx * cy * cz - cx * sy * sz, cx * sy * cz + sx * cy * sz, cx * cy * sz - sx * sy * cz], axis=-1
-    )
-    xyz, w = xyz * np.where(w < 0, -1, 1)[..., None], np.abs(w)  # the shorter of the two ways round
-    sine = np.linalg.norm(xyz, axis=-1)
-    scale = np.where(sine > 1e-9, 2 * np.arctan2(sine, w) / np.maximum(sine, 1e-9), 2.0)
-    vector: np.ndarray = xyz * scale[..., None]
-    return vector
 
 
 if __name__ == "__main__":

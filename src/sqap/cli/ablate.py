@@ -16,6 +16,7 @@ from sqap.cli.options import (
     EnvOption,
     FramesOption,
     JsonOption,
+    SimPythonOption,
     SourceArgument,
     TasksOption,
     chosen_tasks,
@@ -36,6 +37,7 @@ def ablate(
         str, typer.Option(help='As "bits=16,w4a8 keep=1.0,0.4 criteria=lookahead,random"; docs/ablate.md.')
     ] = "",
     env: EnvOption = "metaworld",
+    sim_python: SimPythonOption = None,
     tasks: TasksOption = None,
     episodes: Annotated[int, typer.Option(help="Episodes per task, of each cell.", min=1)] = 10,
     seed: Annotated[int, typer.Option(help="Seed of each task's first episode.", min=0)] = 4_000_000,

@@ -14,6 +14,7 @@ from sqap.cli.options import (
     NONE,
     EnvOption,
     JsonOption,
+    SimPythonOption,
     SourceArgument,
     TasksOption,
     check_card,
@@ -35,6 +36,7 @@ RUNS = Path("runs")
 def evaluate_command(
     policy: SourceArgument,
     env: EnvOption = "metaworld",
+    sim_python: SimPythonOption = None,
     tasks: TasksOption = None,
     episodes: Annotated[int, typer.Option(help="Episodes per task.", min=1)] = 20,
     seed: Annotated[int, typer.Option(help="Seed of each task's first episode.", min=0)] = 1_000_000,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -16,6 +17,7 @@ from sqap import environments
 from sqap.checkpoints import is_own
 from sqap.checkpoints.card import measured
 from sqap.checkpoints.choices import Choices
+from sqap.environments.vla_eval import INTERPRETER
 from sqap.errors import InputError
 from sqap.files import check_file, write_json
 from sqap.observation import Observation
@@ -28,7 +30,7 @@ PRESETS = {"w4a8": Recipe.w4a8, "w8a8": Recipe.w8a8, "w4a4": Recipe.w4a4}
 
 SOURCE = typer.Argument(help="Directory of a policy, org/name on the hub, or a bundled one's name.")
 SourceArgument = Annotated[str, SOURCE]
-EnvOption = Annotated[str, typer.Option(help="Simulator.")]
+EnvOption = Annotated[str, typer.Option(help="Simulator: metaworld, or vla-eval:CONFIG (docs/ablate.md).")]
 TasksOption = Annotated[str | None, typer.Option(help="Comma-separated; default: the env's usual.")]
 RecipeOption = Annotated[str, typer.Option(help="w4a8, w8a8, w4a4, paper, or a recipe file.")]
 KeepOption = Annotated[float | None, typer.Option(help="Share of visual tokens kept, in (0, 1].")]
@@ -52,6 +54,21 @@ def _writable(path: Path | None) -> Path | None:
     return path
 
 
+def _outside(command: str | None) -> None:
+    """Name the simulator's interpreter to the processes that this one will start."""
+    if command is not None:
+        os.environ[INTERPRETER] = command
+
+
+SimPythonOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="COMMAND",
+        envvar=INTERPRETER,
+        help="Starts a Python with vla-eval and the simulator of vla-eval:CONFIG.",
+        callback=_outside,
+    ),
+]
 JsonOption = Annotated[
     Path | None,
     typer.Option(

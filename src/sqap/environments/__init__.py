@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from sqap.environments import metaworld
-from sqap.environments.base import Environment, StepResult
+from sqap.environments import metaworld, vla_eval
+from sqap.environments.base import ControlUnits, Environment, StepResult
 from sqap.environments.metaworld_tasks import INSTRUCTIONS
 from sqap.errors import InputError
 
@@ -16,27 +18,13 @@ __all__ = [
     "StepResult",
     "action_units",
     "check_tasks",
+    "command_options",
     "default_tasks",
     "describe",
+    "is_environment",
     "make",
+    "unmeasured",
 ]
-
-
-@dataclass(frozen=True)
-class ControlUnits:
-    """What the numbers in an action mean.
-
-    Args:
-        metres: displacement of the gripper's target in one control step, per unit of the first three entries.
-        hz: control steps per second.
-        limit: the environment clips entries to [-limit, limit].
-        gripper: the entry whose sign opens or closes the gripper; None if there is none.
-    """
-
-    metres: float = 1.0
-    hz: float = 1.0
-    limit: float = float("inf")
-    gripper: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,11 +73,21 @@ def make(env: str, task: str) -> Environment:
         InputError: the environment or the task is unknown, or the simulator is not installed or has nothing
             to render with.
     """
+    if env.startswith(vla_eval.PREFIX):  # whose tasks the process tells that the task's environment starts
+        return vla_eval.VlaEval(env, task)
     return _suite(env).make(task)
 
 
-def check_tasks(env: str, tasks: Sequence[str]) -> None:
-    """Raise `InputError` unless ``tasks`` names tasks of ``env``, at least one and none twice."""
+def is_environment(name: str) -> bool:
+    """Whether ``name`` is an environment's, rather than a directory of frames."""
+    return name in _SUITES or name.startswith(vla_eval.PREFIX)
+
+
+def check_tasks(env: str, tasks: Sequence[str], episodes: int = 1) -> None:
+    """Raise `InputError` unless ``tasks`` names tasks of ``env``, at least one and none twice.
+
+    Each must have so many ``episodes`` that differ.
+    """
     known = _suite(env).tasks
     if not tasks:
         raise InputError(f"no tasks are named; {env} has {', '.join(known)}")
@@ -99,6 +97,8 @@ def check_tasks(env: str, tasks: Sequence[str]) -> None:
     repeated = sorted({task for task in tasks if tasks.count(task) > 1})
     if repeated:
         raise InputError(f"task {repeated[0]!r} is named more than once")
+    if env.startswith(vla_eval.PREFIX):
+        vla_eval.check_episodes(env, tasks, episodes)
 
 
 def default_tasks(env: str) -> tuple[str, ...]:
@@ -116,7 +116,24 @@ def describe(env: str) -> dict[str, str]:
     return _suite(env).describe()
 
 
+def command_options(env: str) -> list[str]:
+    """The options of a command line that mean ``env``."""
+    simulator = os.environ.get(vla_eval.INTERPRETER)
+    outside = ["--sim-python", simulator] if simulator and env.startswith(vla_eval.PREFIX) else []
+    return ["--env", env, *outside]
+
+
+def unmeasured(env: str) -> list[str]:
+    """Sentences on what is not measured in ``env``."""
+    return vla_eval.unmeasured(env) if env.startswith(vla_eval.PREFIX) else []
+
+
 def _suite(env: str) -> _Suite:
+    if env.startswith(vla_eval.PREFIX):
+        found = vla_eval.harness(env)
+        make = partial(vla_eval.VlaEval, env)
+        return _Suite(make, found.names, found.names, found.units, lambda: found.simulator)
     if env not in _SUITES:
-        raise InputError(f"unknown environment {env!r}; known environments: {', '.join(_SUITES)}")
+        known = ", ".join([*_SUITES, f"{vla_eval.PREFIX}CONFIG"])
+        raise InputError(f"unknown environment {env!r}; known environments: {known}")
     return _SUITES[env]

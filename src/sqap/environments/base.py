@@ -11,6 +11,24 @@ from sqap.observation import Observation
 
 
 @dataclass(frozen=True)
+class ControlUnits:
+    """What the numbers in an action mean.
+
+    Args:
+        metres: displacement of the gripper's target in one control step, per unit of the first three entries;
+            None if it is not known.
+        hz: control steps per second.
+        limit: the environment clips entries to [-limit, limit].
+        gripper: the entry whose sign opens or closes the gripper; None if there is none.
+    """
+
+    metres: float | None = 1.0
+    hz: float = 1.0
+    limit: float = float("inf")
+    gripper: int | None = None
+
+
+@dataclass(frozen=True)
 class StepResult:
     """Outcome of one control step: the task's success flag, and whether time is up."""
 
@@ -19,11 +37,19 @@ class StepResult:
 
 
 class Environment(Protocol):
-    """One task in one simulator. `step` does not render; `observe` does, when a policy wants to look."""
+    """One task in one simulator. `step` need not render; `observe` does, when a policy wants to look.
+
+    Attributes:
+        task: its name.
+        max_steps: control steps of an episode.
+    """
 
     task: str
-    action_dim: int
     max_steps: int
+
+    @property
+    def action_dim(self) -> int | None:
+        """Numbers of an action; None where the simulator does not say it beforehand."""
 
     def reset(self, seed: int) -> Observation: ...
 

@@ -96,7 +96,7 @@ def evaluate(
         SqapError: whatever a policy or environment refuses, in its own words.
         KeyboardInterrupt: after the processes are ended; finished episodes are in the log.
     """
-    environments.check_tasks(env, tasks)
+    environments.check_tasks(env, tasks, episodes)
     _check(policies, fingerprints, episodes, seed, workers, threads)
     make_ensemble(ensemble, execute)  # what it refuses is refused before any policy is loaded
     choices = choices or [Choices()] * len(policies)

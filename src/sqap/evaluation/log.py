@@ -149,7 +149,7 @@ def unused_logs(directory: Path, settings: Settings, policies: Sequence[str]) ->
 def _log_prefix(settings: Settings, policies: Sequence[str]) -> str:
     marks = "-".join(mark[:12] for mark in policies)
     averaged = "" if settings.ensemble is None else f"-ensemble{settings.ensemble}"
-    return f"{settings.env}-{marks}-workers{settings.workers}{averaged}"
+    return f"{settings.env.replace('/', '-')}-{marks}-workers{settings.workers}{averaged}"
 
 
 def _parse(path: Path, content: bytes) -> tuple[list[Record], int]:

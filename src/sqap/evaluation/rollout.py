@@ -44,10 +44,11 @@ class Episode:
         seed: the environment's seed; with `noise_seed` it fixes the diffusion noise too.
         success: whether the task's success flag was up at any step.
         steps: control steps executed.
-        jerk: of the executed actions, as `sqap.evaluation.statistics.jerk` defines it.
+        jerk: of the executed actions, as `sqap.evaluation.statistics.jerk` defines it; None where it is not
+            known what an action's numbers are in metres.
         latencies_ms: wall time of the policy's calls, observation in, actions out, in order.
         path_length: of the executed displacements, as `sqap.evaluation.statistics.path_length` defines it;
-            None in logs from before it was noted, and of failed episodes.
+            None likewise, in logs from before it was noted, and of failed episodes.
         gripper_flips: how often the gripper's command changed; None also where actions have none.
         failure: why the episode could not be run to its end; None of one that was.
     """
@@ -56,7 +57,7 @@ class Episode:
     seed: int
     success: bool
     steps: int
-    jerk: float
+    jerk: float | None
     latencies_ms: tuple[float, ...]
     path_length: float | None = None
     gripper_flips: int | None = None
@@ -146,9 +147,9 @@ def run_episode(
                     seed=seed,
                     success=result.success,
                     steps=len(actions),
-                    jerk=jerk(executed, units.metres, units.hz),
+                    jerk=None if units.metres is None else jerk(executed, units.metres, units.hz),
                     latencies_ms=tuple(latencies),
-                    path_length=path_length(executed, units.metres),
+                    path_length=None if units.metres is None else path_length(executed, units.metres),
                     gripper_flips=None if units.gripper is None else flips(executed[:, units.gripper]),
                 )
         observation = env.observe()
@@ -175,7 +176,7 @@ def make_ensemble(window: int | None, execute: int | None) -> AdaptiveEnsemble |
 
 def _check_chunk(chunk: np.ndarray, env: Environment, execute: int | None) -> None:
     horizon, width = chunk.shape
-    if width != env.action_dim:
+    if env.action_dim is not None and width != env.action_dim:
         raise InputError(f"the policy gives {width} numbers an action, but {env.task} takes {env.action_dim}")
     if execute is not None and not 1 <= execute <= horizon:
         raise InputError(f"execute must be from 1 to {horizon}, the actions in a chunk, got {execute}")

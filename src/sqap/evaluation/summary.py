@@ -45,7 +45,7 @@ def _one(run: Run) -> dict[str, Any]:
         "success": successes / len(episodes),
         "success_ci95": list(wilson(successes, len(episodes))),
         "completion_steps": mean([episode.steps for episode in episodes if episode.success]),
-        "jerk": mean([episode.jerk for episode in episodes]),
+        "jerk": mean([episode.jerk for episode in episodes if episode.jerk is not None]),
         "step_latency_ms": {f"p{q}": percentile(latencies, q) for q in (50, 95, 99)},
         "peak_rss_bytes": max(record.peak_rss_bytes for record in run.records),
         "from_log": _from_log(run),

@@ -46,7 +46,7 @@ def read_frames(
     """
     if count < 1:
         raise InputError(f"at least one calibration frame is needed, got a count of {count}")
-    if isinstance(source, str) and _is_simulator(source):
+    if isinstance(source, str) and environments.is_environment(source):
         if cameras or state:
             raise InputError(
                 f"{source} gives the policy's own cameras and state; only a LeRobotDataset's are mapped"
@@ -68,11 +68,3 @@ def read_frames(
             f"{root} has no meta/info.json; only the cameras and the state of a LeRobotDataset are mapped"
         )
     return read_directory(root, policy.config.cameras, count, progress)
-
-
-def _is_simulator(name: str) -> bool:
-    try:
-        environments.default_tasks(name)
-    except InputError:
-        return False
-    return True

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from sqap import environments
 from sqap.checkpoints.choices import Choices
+from sqap.environments import vla_eval
+from sqap.environments.vla_eval import SimulatorError
 from sqap.errors import InputError, SqapError
 from sqap.evaluation.executors import Executor
 from sqap.evaluation.lanes import run_here, run_in_processes
@@ -63,11 +65,15 @@ class StudyRequest:
     command: str = ""
 
     def __post_init__(self) -> None:
-        environments.check_tasks(self.env, self.tasks)
+        environments.check_tasks(self.env, self.tasks, self.episodes)
         if self.executor not in EXECUTORS:
             raise InputError(f"--executor must be one of {', '.join(EXECUTORS)}, got {self.executor}")
         if self.executor == "serial" and self.workers > 1:
             raise InputError(f"--executor serial runs one episode at a time, not --workers {self.workers}")
+        if self.executor == "ray" and self.env.startswith(vla_eval.PREFIX):
+            raise InputError(
+                f"--executor ray does not run {self.env}, whose simulator's interpreter is on this machine"
+            )
         if self.address is not None and self.executor != "ray":
             raise InputError(f"--address {self.address} is of a Ray cluster; give --executor ray, too")
 
@@ -108,9 +114,9 @@ def probe(policy: Actor, request: StudyRequest) -> float:
         begin = time.perf_counter()
         try:
             run_episode(policy, world, request.seed, units=environments.action_units(request.env))
-        except SqapError:
-            raise
-        except Exception as problem:  # the study counts such an episode as failed, and goes on
+        except Exception as problem:
+            if isinstance(problem, SqapError) and not isinstance(problem, SimulatorError):
+                raise  # the study counts such an episode as failed, and goes on
             logger.warning("the episode that is timed failed: %s", problem)
         return time.perf_counter() - begin
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
+from sqap import environments
 from sqap.checkpoints.choices import Choices
 from sqap.errors import InputError
 from sqap.evaluation.clusters import SEED as BOOTSTRAP_SEED
@@ -252,7 +253,8 @@ def _cell(
 def _commands(cell: Cell, request: StudyRequest, recipe_file: str | None) -> list[str]:
     """What makes and runs a cell by itself, in the study's directory."""
     chosen = told_choices(request.choices)
-    episodes = ["--env", request.env, "--tasks", ",".join(request.tasks), "--episodes", str(request.episodes)]
+    episodes = [*environments.command_options(request.env), "--tasks", ",".join(request.tasks)]
+    episodes += ["--episodes", str(request.episodes)]
     episodes += ["--seed", str(request.seed), "--workers", str(request.workers)]
     if recipe_file is None:
         return [shlex.join(["sqap", "eval", request.source, *episodes, *chosen])]

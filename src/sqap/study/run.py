@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sqap import environments
 from sqap.checkpoints import fingerprint, locate
 from sqap.checkpoints.choices import Choices
 from sqap.errors import SqapError
@@ -83,7 +84,7 @@ def run_study(
 
         def result() -> dict[str, Any]:
             ran = [_ran(each, measures[each.cell.name], settings, request) for each in prepared]
-            notes = _unused(request.out, prepared)
+            notes = environments.unmeasured(request.env) + _unused(request.out, prepared)
             study = Study(request, design, policy, original, settings, frames, replay, ran, estimate, notes)
             return describe(study)
 
