@@ -274,9 +274,9 @@ class Policy:
         chance are drawn on the CPU whatever the device, so that a seed stands for the same. Weights that are
         still on disk go there part by part as they are loaded. Compressing needs a policy on the CPU.
 
-        On a GPU a compressed policy computes in bfloat16, a head that starts from noise in float32. A step is
-        captured as a CUDA graph the first time that its inputs have their shapes (`sqap.graph`): change the
-        model afterwards, and move it again.
+        Elsewhere than on a CPU a compressed policy computes in bfloat16, a head that starts from noise in
+        float32. On a GPU a step is captured as a CUDA graph the first time that its inputs have their shapes
+        (`sqap.graph`): change the model afterwards, and move it again.
 
         Args:
             device: ``"cpu"``, ``"cuda"`` or another of PyTorch's.
@@ -299,12 +299,12 @@ class Policy:
 
     def _settle(self) -> None:
         """Give a compressed model the types that it computes in on the policy's device."""
-        if self._device.type == "cuda":
+        if self._device.type == "cpu":
+            widen(self.model)
+        else:
             narrow(self.model)
             if self.config.model.head.noisy:
                 widen(self.model.head)
-        else:
-            widen(self.model)
 
     @defaults()
     def load_weights(self, progress: Progress | None = None) -> None:
