@@ -47,6 +47,8 @@ def run_every_path(program: str, printed: str) -> None:
 
 
 GUARDED = """
+from dataclasses import replace
+
 import torch
 from sqap.kernels import cpu
 from sqap.kernels.backend import Grids, LayerSpec, Norm, Packed
@@ -78,6 +80,10 @@ def check_layer(rms):
     if rms:
         one_rope = [guarded(part[:1]) for part in rope]
         look([layer, layer], guarded(torch.randn(1, tokens, width)), one_rope, torch.tensor([tokens - 2]))
+        keys = [guarded(torch.ones(batch, kv_heads, 21, dim)) for _ in range(2)]
+        for one in (layer, CpuLayer(replace(spec, inputs=spec.inputs[:1], causal=False, cross=True))):
+            prefix = one.prefix(*keys, tokens)
+            one(guarded(torch.randn(batch, tokens, width)), rope, prefix=prefix)
 
 
 for rms in (False, True):
@@ -172,14 +178,14 @@ def native_layer(path: str, fused: bool = False, **changed: Any) -> Any:
     norms = [cpu._native.norm(False, given[f"weight{i}"], given[f"bias{i}"], 1e-5) for i in (1, 2)]
     inputs = [linear(128)] if fused else [linear(64), linear(32), linear(32)]
     rest = linear(64), [linear(64)], linear(64), *norms, given["gain1"], given["gain2"]
-    return cpu._native.Layer(inputs, *rest, 0, 4, 2, 16, True)
+    return cpu._native.Layer(inputs, *rest, 0, 4, 2, 16, True, False)
 
 
 # What a layer is given for two times three tokens, and what looking at layers is for three.
 LAYER: dict[str, Any] = {
     "x": (ADDRESS, 1536), "y": (ADDRESS, 1536), "batch": 2, "tokens": 3, "cos": (ADDRESS, 384),
     "sin": (ADDRESS, 384), "rows": (ADDRESS, 3), "received": (ADDRESS, 24), "keys": (ADDRESS, 768),
-    "values": (ADDRESS, 768), "first": 0,
+    "values": (ADDRESS, 768), "first": 0, "prefix": None,
 }  # fmt: skip
 LOOK: dict[str, Any] = {
     "x": (ADDRESS, 768), "tokens": 3, "cos": (ADDRESS, 192), "sin": (ADDRESS, 192), "rows": (ADDRESS, 3),
@@ -216,6 +222,27 @@ def test_the_native_code_believes_no_size_of_a_layer(path: str) -> None:
     ):
         with pytest.raises(ValueError, match=sentence):
             layer(*{**LAYER, **changed}.values())
+
+
+@every_path
+def test_the_native_code_believes_no_size_of_a_prefix(path: str) -> None:
+    layer, block = native_layer(path), cpu._native.block(7, 16)
+    given: dict[str, Any] = {
+        "keys": (ADDRESS, 1280), "values": (ADDRESS, 1280), "batch": 2, "length": 5, "room": 2,
+        "tiles": (ADDRESS, 32 * block),
+    }  # fmt: skip
+    for changed, sentence in (
+        ({"keys": (ADDRESS, 1276)}, "a prefix's keys: 1276 bytes where 1280"),
+        ({"values": (0, 0)}, "a prefix's values: no bytes where 1280"),
+        ({"tiles": (ADDRESS, 16 * block)}, "tiles: "),
+        ({"room": 2**40}, "too long"),
+        ({"room": -1}, "at least one token"),
+        ({"length": 0}, "at least one token"),
+        ({"length": 2**60}, "too large"),
+        ({"batch": 0}, "at least one token"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            cpu._native.pack(layer, *{**given, **changed}.values())
 
 
 @every_path

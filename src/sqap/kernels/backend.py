@@ -88,6 +88,8 @@ class LayerSpec:
         function: between the MLP's linears.
         heads: query heads, key and value heads, and the width of each.
         causal: whether no token sees those after it.
+        cross: whether tokens attend to a prefix alone (`FusedLayer.prefix`). `inputs` is then one linear, of
+            queries.
     """
 
     inputs: Sequence[Linear]
@@ -99,6 +101,7 @@ class LayerSpec:
     function: Function
     heads: tuple[int, int, int]
     causal: bool
+    cross: bool = False
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -113,6 +116,19 @@ class FusedLayer(Protocol):
     def takes(self, x: Tensor, first: int = 0, past: int = 0) -> bool:
         """Whether it can run on ``x`` ``(batch, tokens, width)`` with ``first``, behind ``past`` tokens."""
 
+    def prefix(self, keys: Tensor, values: Tensor, room: int) -> object | None:
+        """A prefix that the tokens of many calls attend to, in a form of the backend's own, made once.
+
+        Args:
+            keys: ``(batch, kv_heads, length, head_dim)``, rotated.
+            values: of the same shape.
+            room: how many tokens a call may have at most. Their keys and values are put behind the prefix.
+
+        Returns:
+            What `__call__` takes as ``prefix``, of this layer or of one with equal heads; None where such a
+            layer has to run module by module.
+        """
+
     def __call__(
         self,
         x: Tensor,
@@ -120,6 +136,7 @@ class FusedLayer(Protocol):
         rows: Tensor | None = None,
         kept: tuple[Tensor, Tensor] | None = None,
         first: int = 0,
+        prefix: object | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """``x`` ``(batch, tokens, width)`` to the same, and what ``rows`` attend to ``(batch, keys)``.
 
@@ -131,6 +148,8 @@ class FusedLayer(Protocol):
             kept: keys and values ``(batch, kv_heads, past + tokens, head_dim)``. The first ``past`` are those
                 of earlier tokens, which every token attends to; the tokens' own are written behind them.
             first: tokens before it give keys and values alone, and are missing in what is returned.
+            prefix: every token attends to all of it, and to the call's tokens as ever, unless the layer is
+                ``cross``. Without ``rows``, ``kept`` and ``first``.
         """
 
 

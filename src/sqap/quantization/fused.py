@@ -15,6 +15,7 @@ from sqap import kernels
 from sqap.kernels.backend import FusedLayer, LayerSpec, Norm
 from sqap.models.decoder import Decoder, DecoderLayer, RMSNorm
 from sqap.models.heads.diffusion import DiTBlock
+from sqap.models.heads.expert import AdaptiveNorm, ExpertCache, ExpertLayer
 from sqap.models.kv import FloatKV
 from sqap.models.vision import Block, LayerScale
 from sqap.quantization.linear import QuantizedLinear
@@ -22,7 +23,9 @@ from sqap.quantization.linear import QuantizedLinear
 FUSED = DecoderLayer, Block, DiTBlock
 
 # Of a module, what is read when its layer is bound; "forward" where an instance has one of its own.
-ATTRIBUTES = "eps", "causal", "heads", "kv_heads", "head_dim", "width", "activation", "kv_format", "forward"
+ATTRIBUTES = (
+    "eps", "causal", "cross", "heads", "kv_heads", "head_dim", "width", "activation", "kv_format", "forward",
+)  # fmt: skip
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 # Where a module keeps something, under which name, and what it was when the layer was bound.
@@ -37,7 +40,8 @@ class _Bound:
     the modules' own dictionaries with ``map`` takes a few microseconds, reading their attributes fifty.
 
     Args:
-        fused: the layer; None where its backend runs its modules one by one.
+        fused: the layer; None where its backend runs its modules one by one. An expert's with adaptive norms
+            is one for each denoising step.
         backend: of its linears.
         name: the backend's.
         places: the attributes, parameters, buffers and submodules that the layer had when it was bound.
@@ -45,9 +49,11 @@ class _Bound:
         addresses: where the tensors' values are.
         hooks: the modules' dictionaries of hooks, which must be empty.
         modules: the modules' dictionaries of submodules, and their lengths.
+        copied: tensors whose values the layer has copies of.
+        versions: of these.
     """
 
-    fused: FusedLayer | None
+    fused: tuple[FusedLayer | None, ...]
     backend: kernels.Backend
     name: str
     places: tuple[tuple[dict[str, Any], ...], tuple[str, ...], tuple[object, ...]]
@@ -55,6 +61,8 @@ class _Bound:
     addresses: tuple[int, ...]
     hooks: tuple[Mapping[int, object], ...]
     modules: tuple[tuple[Mapping[str, object], ...], tuple[int, ...]]
+    copied: tuple[Tensor, ...]
+    versions: tuple[int, ...]
 
     def holds(self) -> bool:
         """Whether nothing has been replaced and no hook was registered since the layer was bound."""
@@ -66,7 +74,9 @@ class _Bound:
         if not all(map(eq, map(len, self.modules[0]), self.modules[1])):
             return False
         # A tensor may be the same object with other storage.
-        return all(map(eq, map(Tensor.data_ptr, self.tensors), self.addresses))
+        if not all(map(eq, map(Tensor.data_ptr, self.tensors), self.addresses)):
+            return False
+        return not self.copied or all(map(eq, map(_version, self.copied), self.versions))
 
     def trains(self) -> bool:
         """Whether one of its parameters requires a gradient."""
@@ -81,6 +91,8 @@ def fuse(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FUSED):
             module.fused = run_fused
+        elif isinstance(module, ExpertLayer):
+            module.fused = run_fused_expert
         elif isinstance(module, Decoder):
             module.fused_look = look_fused
 
@@ -101,9 +113,25 @@ def run_fused(
     """
     found = _found(layer, x)
     past = 0 if kept is None else kept[0].shape[2] - x.shape[1]
-    if found is None or found.fused is None or not found.fused.takes(x, first, past):
+    fused = None if found is None else found.fused[0]
+    if fused is None or not fused.takes(x, first, past):
         return None
-    return found.fused(x, rope, rows, kept, first)
+    return fused(x, rope, rows, kept, first)
+
+
+def run_fused_expert(
+    layer: nn.Module, x: Tensor, cache: ExpertCache, rope: tuple[Tensor, Tensor], step: int
+) -> Tensor | None:
+    """What an expert layer makes of action tokens ``x`` ``(batch, tokens, width)``; None as of `run_fused`.
+
+    The prefix in ``cache`` is packed for the layer once, in the first denoising step.
+    """
+    found = _found(layer, x)
+    fused = None if found is None else found.fused[step % len(found.fused)]
+    if fused is None or not fused.takes(x):
+        return None
+    prefix = cache.packed(found, fused.prefix)
+    return None if prefix is None else fused(x, rope, prefix=prefix)[0]
 
 
 def look_fused(
@@ -111,7 +139,7 @@ def look_fused(
 ) -> Tensor | None:
     """What ``rows`` would attend to in later layers (`kernels.Backend.look`); None as of `run_fused`."""
     found = [bound for bound in (_found(layer, x) for layer in layers) if bound is not None]
-    fused = [bound.fused for bound in found if bound.fused is not None]
+    fused = [bound.fused[0] for bound in found if bound.fused[0] is not None]
     if not fused or len(fused) < len(layers) or any(bound.backend is not found[0].backend for bound in found):
         return None
     return found[0].backend.look(fused, x, rope, rows)
@@ -144,8 +172,11 @@ def _bind(layer: nn.Module) -> _Bound | None:
     owners, names, values = zip(*_places(layer), strict=True)
     tensors = tuple(kept for kept in values if isinstance(kept, Tensor))
     modules = tuple(module._modules for module in layer.modules())
+    copied = tuple(module.modulation for module in layer.modules() if isinstance(module, AdaptiveNorm))
+    bound = [linear.bound() for linear in linears]
+    steps = len(copied[0]) if copied else 1
     return _Bound(
-        fused=backend.layer(_spec(layer, [linear.bound() for linear in linears])),
+        fused=tuple(backend.layer(_spec(layer, bound, step)) for step in range(steps)),
         backend=backend,
         name=backend.name,
         places=(owners, names, values),
@@ -153,7 +184,14 @@ def _bind(layer: nn.Module) -> _Bound | None:
         addresses=tuple(tensor.data_ptr() for tensor in tensors),
         hooks=hooks,
         modules=(modules, tuple(map(len, modules))),
+        copied=copied,
+        versions=tuple(map(_version, copied)),
     )
+
+
+def _version(tensor: Tensor) -> int:
+    """A number that changes with the tensor's values; one made in inference mode has none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _places(layer: nn.Module) -> Iterator[Place]:
@@ -181,17 +219,24 @@ def _fits(layer: nn.Module) -> bool:
     """Whether a `LayerSpec` says all that this layer does."""
     if isinstance(layer, DecoderLayer):
         return isinstance(layer.self_attn.kv_format, FloatKV)
+    if isinstance(layer, ExpertLayer):
+        norms = layer.input_layernorm, layer.post_attention_layernorm
+        return all(isinstance(norm, RMSNorm) or "modulation" in norm._buffers for norm in norms)
     return not isinstance(layer, Block) or layer.film is None
 
 
 def _linears(layer: nn.Module) -> tuple[nn.Module, ...]:
     """The layer's linears in the order that they run in."""
-    if isinstance(layer, DecoderLayer):
+    if isinstance(layer, DecoderLayer | ExpertLayer):
         attn, mlp = layer.self_attn, layer.mlp
-        first = attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj
-        return *first, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        own = () if _cross(layer) else (attn.k_proj, attn.v_proj)
+        return attn.q_proj, *own, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
     assert isinstance(layer, Block | DiTBlock)
     return layer.attn.qkv, layer.attn.proj, layer.mlp.fc1, layer.mlp.fc2
+
+
+def _cross(layer: nn.Module) -> bool:
+    return isinstance(layer, ExpertLayer) and layer.self_attn.cross
 
 
 def _gains(layer: Block | DiTBlock) -> tuple[Tensor | None, Tensor | None]:
@@ -207,19 +252,31 @@ def _norm(norm: nn.LayerNorm | RMSNorm) -> Norm:
     return Norm(norm.weight, norm.bias, norm.eps)
 
 
-def _spec(layer: nn.Module, linears: list[kernels.Linear]) -> LayerSpec:
-    if isinstance(layer, DecoderLayer):
-        attn = layer.self_attn
+def _at(norm: nn.Module, step: int) -> tuple[Norm, Tensor | None]:
+    """An expert's or a decoder's norm in a denoising step, and the gain of the branch behind it."""
+    if isinstance(norm, RMSNorm):
+        return _norm(norm), None
+    assert isinstance(norm, AdaptiveNorm)
+    scale, shift, gate = norm.modulation[step].chunk(3)
+    return Norm(1 + scale, shift, norm.eps, rms=True), gate
+
+
+def _spec(layer: nn.Module, linears: list[kernels.Linear], step: int = 0) -> LayerSpec:
+    if isinstance(layer, DecoderLayer | ExpertLayer):
+        attn, cross = layer.self_attn, _cross(layer)
+        *inputs, out, gate, up, down = linears
+        first, second = _at(layer.input_layernorm, step), _at(layer.post_attention_layernorm, step)
         return LayerSpec(
-            inputs=linears[:3],
-            out=linears[3],
-            up=linears[4:6],
-            down=linears[6],
-            norms=(_norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)),
-            gains=(None, None),
+            inputs=inputs,
+            out=out,
+            up=[gate, up],
+            down=down,
+            norms=(first[0], second[0]),
+            gains=(first[1], second[1]),
             function=layer.mlp.activation,
             heads=(attn.heads, attn.kv_heads, attn.head_dim),
             causal=attn.causal,
+            cross=cross,
         )
     assert isinstance(layer, Block | DiTBlock)
     heads = layer.attn.heads

@@ -110,6 +110,8 @@ def _cases() -> Iterator[_Case]:
     yield _Case("a decoder layer", partial(_layer, True), tolerance=0.02)
     yield _Case("an encoder block", partial(_layer, False), tolerance=0.02)
     yield _Case("a look ahead", _look, tolerance=0.02)
+    for cross in (False, True):
+        yield _Case("an expert's layer", partial(_behind_prefix, cross), tolerance=0.02)
 
 
 def _products(bits: int, channels: int, path: str) -> list[Tensor]:
@@ -146,6 +148,13 @@ def _layer(decoder: bool, path: str) -> list[Tensor]:
     return [y, room] if received is None else [y, received, room]
 
 
+def _behind_prefix(cross: bool, path: str) -> list[Tensor]:
+    """Outputs of an action expert's layer."""
+    layer, prefix = _bound(True, path, cross), _floats(2, 2, TOKENS[-1], HEAD)
+    packed = layer.prefix(prefix, prefix.flip(2), TOKENS[-1])
+    return [layer(_floats(2, TOKENS[-1], CHANNELS), _seen()[0], prefix=packed)[0]]
+
+
 def _look(path: str) -> list[Tensor]:
     """What rows would attend to in two layers."""
     return [look([_bound(True, path)] * 2, _floats(1, TOKENS[-1], CHANNELS), *_seen())]
@@ -157,16 +166,17 @@ def _seen() -> tuple[tuple[Tensor, Tensor], Tensor]:
     return (angles.cos(), angles.sin()), torch.tensor([3, TOKENS[-1] - 1], device="cpu")
 
 
-def _bound(decoder: bool, path: str) -> CpuLayer:
-    """A decoder's layer, or a block of an encoder."""
+def _bound(decoder: bool, path: str, cross: bool = False) -> CpuLayer:
+    """A decoder's layer, with queries alone if ``cross``, or a block of an encoder."""
     heads, width = 4, HEAD
     kv_heads = 2 if decoder else heads
     linear = partial(_Grids(8, 8).linear, path)
     queries, keys = heads * width, kv_heads * width
+    inputs = (queries,) if cross else (queries, keys, keys) if decoder else (3 * queries,)
     one = _floats(CHANNELS)
     norm = Norm(one, None if decoder else one, 1e-5, rms=decoder)
     spec = LayerSpec(
-        inputs=[linear(CHANNELS, n) for n in ((queries, keys, keys) if decoder else (3 * queries,))],
+        inputs=[linear(CHANNELS, n) for n in inputs],
         out=linear(queries, CHANNELS),
         up=[linear(CHANNELS, 2 * CHANNELS)] * (2 if decoder else 1),
         down=linear(2 * CHANNELS, CHANNELS),
@@ -174,7 +184,8 @@ def _bound(decoder: bool, path: str) -> CpuLayer:
         gains=(None, None) if decoder else (one, one),
         function="silu" if decoder else "gelu",
         heads=(heads, kv_heads, width),
-        causal=decoder,
+        causal=decoder and not cross,
+        cross=cross,
     )
     return CpuLayer(spec)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -13,6 +14,14 @@ from sqap.kernels.backend import FUNCTIONS, LayerSpec, Norm
 from sqap.kernels.cpu import _native, array
 
 LANES = 8  # heads are multiples of this many channels wide
+
+
+@dataclass(frozen=True)
+class CpuPrefix:
+    """What `CpuLayer.prefix` makes; the native code has the address of its ``tiles``."""
+
+    native: object
+    tiles: Tensor
 
 
 class CpuLayer:
@@ -42,11 +51,27 @@ class CpuLayer:
             FUNCTIONS.index(spec.function),
             *spec.heads,
             spec.causal,
+            spec.cross,
         )
 
     def takes(self, x: Tensor, first: int = 0, past: int = 0) -> bool:
         """Float32 on the CPU, the first tokens there are; behind a ``first`` token, of one observation."""
         return x.is_cpu and x.dtype == torch.float32 and (not first or len(x) == 1) and not past
+
+    def prefix(self, keys: Tensor, values: Tensor, room: int) -> CpuPrefix:
+        """As `FusedLayer.prefix`, of at least one token, in float32 on the CPU.
+
+        Raises:
+            ValueError: the tensors do not fit the layer.
+        """
+        (batch, _, length, _), (_, kv_heads, head_dim) = keys.shape, self._heads
+        keys, values = keys.contiguous(), values.contiguous()
+        for name, part in (("keys", keys), ("values", values)):
+            _check(f"a prefix's {name}", part, (batch, kv_heads, length, head_dim))
+        blocks = 2, batch * kv_heads, _native.block(length + room, head_dim)
+        tiles = torch.empty(blocks, dtype=torch.float32, device="cpu")
+        native = _native.pack(self.native, array(keys), array(values), batch, length, room, array(tiles))
+        return CpuPrefix(native, tiles)
 
     def __call__(
         self,
@@ -55,6 +80,7 @@ class CpuLayer:
         rows: Tensor | None = None,
         kept: tuple[Tensor, Tensor] | None = None,
         first: int = 0,
+        prefix: object | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As `FusedLayer.__call__`.
 
@@ -74,7 +100,8 @@ class CpuLayer:
             _check("room for keys and values", part, (batch, kv_heads, tokens, head_dim))
         y = x.new_empty(batch, tokens - first, self._width)
         given = cos, sin, wanted, received, *(kept or (None, None))
-        self.native(array(x), array(y), batch, tokens, *map(array, given), first)
+        packed = None if prefix is None else cast(CpuPrefix, prefix).native
+        self.native(array(x), array(y), batch, tokens, *map(array, given), first, packed)
         return y, received
 
 

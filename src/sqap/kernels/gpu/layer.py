@@ -36,6 +36,9 @@ class GpuLayer:
         """Floats, whatever came before; behind a ``first`` token, of one observation."""
         return x.dtype in FLOATS and (not first or len(x) == 1)
 
+    def prefix(self, keys: Tensor, values: Tensor, room: int) -> None:
+        """None: action experts run module by module here."""
+
     def __call__(
         self,
         x: Tensor,
@@ -43,8 +46,9 @@ class GpuLayer:
         rows: Tensor | None = None,
         kept: tuple[Tensor, Tensor] | None = None,
         first: int = 0,
+        prefix: object | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `FusedLayer.__call__`."""
+        """As `FusedLayer.__call__`; there is no ``prefix``."""
         spec, (batch, tokens, width), (heads, _, head_dim) = self.spec, x.shape, self.spec.heads
         q, k, v = self._project(x, rope, kept, first)
         past = k.shape[2] - tokens

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,8 +32,8 @@ class ExpertCache:
     def __init__(self, prefix: KeysValues, room: int = 0) -> None:
         self.length = prefix[0].shape[2]
         self._keys, self._values = prefix
-        if room:
-            self._keys, self._values = (_with_room(x, room) for x in prefix)
+        self._end = self.length + room
+        self._packed: tuple[object, object] | None = None
 
     def read(self, behind: int = 0) -> KeysValues:
         """Keys and values of the prefix, and of so many tokens ``behind`` it."""
@@ -39,12 +42,22 @@ class ExpertCache:
 
     def write(self, k: Tensor, v: Tensor) -> None:
         """Put keys and values ``(batch, kv_heads, tokens, head_dim)`` behind the prefix."""
+        missing = self._end - self._keys.shape[2]
+        if missing > 0:  # what takes the packed prefix never writes
+            self._keys, self._values = _with_room(self._keys, missing), _with_room(self._values, missing)
         place = slice(self.length, self.length + k.shape[2])
         self._keys[:, :, place], self._values[:, :, place] = k, v
 
     def extend(self, tokens: int) -> None:
         """Make so many of the tokens behind the prefix a part of it."""
         self.length += tokens
+        self._packed = None
+
+    def packed(self, owner: object, pack: Callable[[Tensor, Tensor, int], object]) -> object:
+        """What ``pack`` makes of the prefix's keys, its values and the room behind it; once for an owner."""
+        if self._packed is None or self._packed[0] is not owner:
+            self._packed = owner, pack(*self.read(), self._end - self.length)
+        return self._packed[1]
 
 
 def _with_room(x: Tensor, room: int) -> Tensor:
@@ -100,9 +113,10 @@ class ExpertAttention(nn.Module):
     With ``cross``, keys and values are projections of the decoder's, and positions begin at 0.
     """
 
-    def __init__(self, width: int, decoder: DecoderConfig, cross: bool) -> None:
+    def __init__(self, width: int, decoder: DecoderConfig, cross: bool, causal: bool) -> None:
         super().__init__()
-        self.cross, self.heads, self.kv_heads = cross, decoder.heads, decoder.kv_heads
+        self.cross, self.causal = cross, causal and not cross
+        self.heads, self.kv_heads, self.head_dim = decoder.heads, decoder.kv_heads, decoder.head_dim
         kv_width = decoder.kv_heads * decoder.head_dim
         self.q_proj = nn.Linear(width, decoder.heads * decoder.head_dim, bias=False)
         self.k_proj = nn.Linear(kv_width if cross else width, kv_width, bias=False)
@@ -152,13 +166,23 @@ class ExpertAttention(nn.Module):
         return attention_received(q, keys, x.new_empty(0), causal=False)
 
 
+class FusedExpert(Protocol):
+    """Runs an expert layer's action tokens in one call of a backend, or says None where it cannot."""
+
+    def __call__(
+        self, layer: nn.Module, x: Tensor, cache: ExpertCache, rope: Rope, step: int
+    ) -> Tensor | None: ...
+
+
 class ExpertLayer(nn.Module):
     """Attention, then MLP, each behind an RMSNorm and on a residual branch, which adaptive norms gate."""
+
+    fused: FusedExpert | None = None
 
     def __init__(self, config: FlowHeadConfig, decoder: DecoderConfig, cross: bool) -> None:
         super().__init__()
         self.input_layernorm = make_norm(config, decoder)
-        self.self_attn = ExpertAttention(config.width, decoder, cross)
+        self.self_attn = ExpertAttention(config.width, decoder, cross, config.causal_actions)
         self.post_attention_layernorm = make_norm(config, decoder)
         self.mlp = GatedMLP(config.width, config.mlp_width, decoder.activation)
         # Cross-attention makes values of the decoder's; self-attention mixes its own with them.
@@ -172,8 +196,23 @@ class ExpertLayer(nn.Module):
         ropes: tuple[Rope, Rope],
         mask: Tensor | None,
         modulations: tuple[Tensor | None, Tensor | None] = (None, None),
+        step: int | None = None,
     ) -> Tensor:
-        """As `ExpertAttention.forward`; ``modulations`` ``(3 * width,)`` are of the two adaptive norms."""
+        """As `ExpertAttention.forward`.
+
+        Args:
+            x: the expert's tokens.
+            cache: as in `ExpertAttention.forward`.
+            ropes: as in `Surroundings`.
+            mask: as in `Surroundings`.
+            modulations: ``(3 * width,)`` of the two adaptive norms.
+            step: the denoising step, if these are its action tokens alone. Nothing reads their keys and
+                values afterwards.
+        """
+        if self.fused is not None and step is not None:
+            done = self.fused(self, x, cache, ropes[int(self.self_attn.cross)], step)
+            if done is not None:
+                return done
         first, second = modulations
         mixed = self.self_attn(normalized(self.input_layernorm, x, first), cache, ropes, mask)
         x = x + gated(mixed, first)

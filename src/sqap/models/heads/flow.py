@@ -162,11 +162,11 @@ class FlowHead(nn.Module):
                 if not layer.self_attn.cross:
                     cache.extend(states)
         around = self.suffix(inputs.layout, slice(states, None)).behind(caches)
-        conditions = dict(zip(self.times, self.conditions(self.times), strict=True))
+        conditions = dict(zip(self.times, enumerate(self.conditions(self.times)), strict=True))
 
         def velocity(x: Tensor, time: float) -> Tensor:
-            condition = conditions[time]
-            out: Tensor = self.action_out_proj(self.run(self.embed(x, condition), around, condition))
+            step, condition = conditions[time]
+            out: Tensor = self.action_out_proj(self.run(self.embed(x, condition), around, condition, step))
             return out
 
         return self.integrate(velocity, inputs.noise)
@@ -245,10 +245,10 @@ class FlowHead(nn.Module):
         out: Tensor = self.action_time_mlp_out(F.silu(h))
         return out
 
-    def run(self, x: Tensor, around: Surroundings, condition: Condition) -> Tensor:
-        """Final hidden states of the expert's tokens ``x`` ``(batch, tokens, width)``."""
+    def run(self, x: Tensor, around: Surroundings, condition: Condition, step: int | None = None) -> Tensor:
+        """Final hidden states of ``x`` ``(batch, tokens, width)``; ``step`` as in `ExpertLayer.forward`."""
         for i, layer in enumerate(self.experts):
-            x = layer(x, around.caches[i], around.ropes, around.masks[i], condition.of_layer(i))
+            x = layer(x, around.caches[i], around.ropes, around.masks[i], condition.of_layer(i), step)
         return normalized(self.norm, x, condition.of_final_norm)
 
     def conditions(self, times: Sequence[float]) -> list[Condition]:

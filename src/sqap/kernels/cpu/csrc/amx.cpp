@@ -90,10 +90,12 @@ struct ForGroups<Amx> {
     using Type = Vnni<Avx512>;
 };
 
-// Bidirectional attention without rotary positions, of which nothing is kept, is rounded to bfloat16: an encoder's.
+// Bidirectional attention without rotary positions, of which nothing is kept, is rounded to bfloat16: an encoder's. So
+// is attention behind a prefix: an action expert's.
 template <>
 struct Attends<Amx> {
     static void run(const Attention& a, const Tokens& t) {
+        if (t.prefix != nullptr) return behind(a, t);
         const bool encoder = !a.causal && t.cos == nullptr && t.rows == nullptr && t.keys == nullptr && a.first == 0;
         if (!encoder || t.tokens < SIDE) return attention(a, t);
         const int64_t chunk = shared_chunk(a, t, SIDE), chunks = (t.tokens + chunk - 1) / chunk;
@@ -102,6 +104,20 @@ struct Attends<Amx> {
             const Amx::Session session;
             attend_tiles(a, t.tokens, task / chunks / a.heads, head, first, least(t.tokens, first + chunk));
         });
+    }
+
+    static void behind(const Attention& a, const Tokens& t) {
+        const int64_t blocks = t.batch * a.kv_heads, rows = a.heads / a.kv_heads * t.tokens;
+        const int64_t tasks = (rows + SIDE - 1) / SIDE;  // of a block
+        if (!a.cross) parallel(blocks, [&](int64_t index) { put_own(a, t, index); });
+        parallel(blocks * tasks, [&](int64_t task) {
+            const Amx::Session session;
+            attend_behind(a, t, task / tasks, task % tasks * SIDE);
+        });
+    }
+
+    static void pack(const Layer& l, const float* keys, const float* values, int64_t batch, const Prefix& p) {
+        pack_prefix_tiles(keys, values, batch * l.kv_heads, p);
     }
 };
 
@@ -127,6 +143,6 @@ bool runs_here() {
 
 }  // namespace
 
-const Path amx = {"amx", runs_here, quantize, linear<Amx>, matmul<Amx>, layer<Amx>, look<Amx>};
+const Path amx = {"amx", runs_here, quantize, linear<Amx>, matmul<Amx>, layer<Amx>, look<Amx>, pack<Amx>};
 
 }  // namespace sqap

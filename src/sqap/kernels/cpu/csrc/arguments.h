@@ -83,7 +83,10 @@ inline void check(const Layer& l) {
     const int64_t width = l.in[0].weight.k, queries = l.heads * l.head_dim, keys = l.kv_heads * l.head_dim;
     require(l.heads > 0 && l.kv_heads > 0 && l.heads % l.kv_heads == 0, "key heads do not divide query heads");
     require(l.head_dim > 0 && l.head_dim % 8 == 0, "a head's width must be a multiple of 8");
-    if (l.fused_in) {
+    if (l.cross) {
+        require(!l.fused_in && l.in[0].weight.n == queries, "queries do not fit the heads");
+        require(!l.causal, "a prefix has no order that queries of a layer without keys could keep");
+    } else if (l.fused_in) {
         require(l.in[0].weight.n == queries + 2 * keys, "queries, keys and values do not fit the heads");
     } else {
         require(l.in[0].weight.n == queries && l.in[1].weight.n == keys && l.in[2].weight.n == keys &&

@@ -22,7 +22,7 @@ struct Attention {
     const float *q, *k, *v;  // rows of every token, `q_stride` and `kv_stride` apart, head after head
     int64_t q_stride, kv_stride;
     int64_t heads, kv_heads, head_dim;  // head_dim a multiple of 8
-    bool causal;
+    bool causal, cross;  // cross: no keys of the tokens' own
     float* mixed;       // a row (heads * head_dim) for each query; null where only what rows attend to is wanted
     int64_t first = 0;  // the token whose query comes first in q, and its row in mixed
 };
@@ -54,11 +54,11 @@ inline void turn(const Tokens& t, int64_t token, const float* __restrict x, int6
     for (int64_t d = half; d < head_dim; d++) to[d] = (x[d] * cos[d] + x[d - half] * sin[d]) * factor;
 }
 
-// Rows (count, head_dim) of keys as tiles (keys / TILE, head_dim, TILE), zeros behind the last one.
+// Rows (count, head_dim) of keys as tiles (keys / TILE, head_dim, TILE), behind `before` others; zeros behind the last one.
 inline void pack_keys(const Attention& a, const Tokens& t, int64_t start, int64_t kv, int64_t count, float* row,
-                      float* tiles) {
-    for (int64_t j = 0; j < round_up(count, TILE); j++) {
-        float* to = tiles + j / TILE * TILE * a.head_dim + j % TILE;
+                      float* tiles, int64_t before = 0) {
+    for (int64_t j = 0; j < round_up(before + count, TILE) - before; j++) {
+        float* to = tiles + (before + j) / TILE * TILE * a.head_dim + (before + j) % TILE;
         if (j < count) {
             turn(t, start + j, a.k + (start + j) * a.kv_stride + kv * a.head_dim, a.head_dim, 1.0f, row);
         } else {
@@ -68,12 +68,13 @@ inline void pack_keys(const Attention& a, const Tokens& t, int64_t start, int64_
     }
 }
 
-// Rows of values as tiles (head_dim / TILE, count, TILE), of which the last may be empty in part.
-inline void pack_values(const Attention& a, int64_t start, int64_t kv, int64_t count, float* tiles) {
+// Rows of values as tiles (head_dim / TILE, rows, TILE), of which the last may be empty in part, behind `before` others.
+inline void pack_values(const Attention& a, int64_t start, int64_t kv, int64_t count, float* tiles, int64_t rows,
+                        int64_t before = 0) {
     for (int64_t j = 0; j < count; j++) {
         const float* row = a.v + (start + j) * a.kv_stride + kv * a.head_dim;
         for (int64_t d = 0; d < a.head_dim; d += 8) {
-            std::memcpy(tiles + (d / TILE * count + j) * TILE + d % TILE, row + d, 8 * sizeof(float));
+            std::memcpy(tiles + (d / TILE * rows + before + j) * TILE + d % TILE, row + d, 8 * sizeof(float));
         }
     }
 }
@@ -144,16 +145,27 @@ inline void mix(const float* weights, int64_t padded, const float* tile, int64_t
 inline void attend(const Attention& a, const Tokens& t, int64_t batch, int64_t head, int64_t first, int64_t last,
                    float* received) {
     const int64_t kv = head / (a.heads / a.kv_heads), start = batch * t.tokens, dim = a.head_dim;
-    const int64_t keys = a.causal ? last : t.tokens, padded = round_up(keys, TILE);
+    const int64_t before = t.prefix != nullptr ? t.prefix->length : 0, own = a.cross ? 0 : t.tokens;
+    const int64_t keys = before + (a.causal ? last : own), padded = round_up(keys, TILE);
     auto* queries = buffer<float>(Slot::queries, QUERIES * dim);
     auto* weights = buffer<float>(Slot::weights, QUERIES * padded);
-    auto* key_tiles = buffer<float>(Slot::keys, dim * padded);
-    auto* value_tiles = a.mixed != nullptr ? buffer<float>(Slot::values, round_up(dim, TILE) * keys) : nullptr;
-    pack_keys(a, t, start, kv, keys, queries, key_tiles);
-    if (a.mixed != nullptr) pack_values(a, start, kv, keys, value_tiles);
+    float *key_tiles, *value_tiles = nullptr;
+    int64_t rows = keys;  // of a tile of values
+    if (t.prefix != nullptr) {
+        const int64_t block = (batch * a.kv_heads + kv) * t.prefix->block();
+        key_tiles = t.prefix->keys + block, value_tiles = t.prefix->values + block;
+        rows = before + t.prefix->room;
+    } else {
+        key_tiles = buffer<float>(Slot::keys, dim * padded);
+        pack_keys(a, t, start, kv, keys, queries, key_tiles);
+        if (a.mixed != nullptr) {
+            value_tiles = buffer<float>(Slot::values, round_up(dim, TILE) * keys);
+            pack_values(a, start, kv, keys, value_tiles, rows);
+        }
+    }
     const float factor = 1.0f / std::sqrt(static_cast<float>(dim));
     for (int64_t i = first; i < last; i += QUERIES) {
-        const int64_t count = least(QUERIES, last - i), seen = a.causal ? i + count : t.tokens;
+        const int64_t count = least(QUERIES, last - i), seen = before + (a.causal ? i + count : own);
         for (int64_t r = 0; r < QUERIES; r++) {
             const int64_t token = start + least(i + r, last - 1);
             turn(t, token, a.q + (token - a.first) * a.q_stride + head * dim, dim, factor, queries + r * dim);
@@ -161,14 +173,14 @@ inline void attend(const Attention& a, const Tokens& t, int64_t batch, int64_t h
         score(queries, key_tiles, dim, padded, round_up(seen, TILE), weights);
         float inverse[QUERIES];
         for (int64_t r = 0; r < QUERIES; r++) {
-            const int64_t visible = a.causal ? least(i + r + 1, seen) : seen;
+            const int64_t visible = a.causal ? least(before + i + r + 1, seen) : seen;
             inverse[r] = softmax(weights + r * padded, visible, round_up(seen, TILE));
             if (t.rows == nullptr || r >= count || !t.rows[i + r]) continue;
             for (int64_t j = 0; j < visible; j++) received[j] += weights[r * padded + j] * inverse[r];
         }
         for (int64_t d = 0; a.mixed != nullptr && d < dim; d += TILE) {
             Floats mixed[QUERIES][2];
-            const float* tile = value_tiles + d * keys;
+            const float* tile = value_tiles + d * rows;
             dim - d > LANES ? mix<2>(weights, padded, tile, seen, inverse, mixed)
                             : mix<1>(weights, padded, tile, seen, inverse, mixed);
             for (int64_t r = 0; r < count; r++) {
@@ -191,6 +203,29 @@ inline void keep(const Attention& a, const Tokens& t) {
     });
 }
 
+// Keys (turned) and values of a prefix, which are (batch * kv_heads, length, head_dim), into its tiles.
+inline void pack_prefix(const Layer& l, const float* keys, const float* values, int64_t batch, const Prefix& p) {
+    const Attention a{nullptr, keys, values, 0, l.head_dim, l.heads, l.kv_heads, l.head_dim, false, false, nullptr};
+    parallel(batch * l.kv_heads, [&](int64_t task) {
+        std::memset(p.keys + task * p.block(), 0, p.block() * sizeof(float));
+        std::memset(p.values + task * p.block(), 0, p.block() * sizeof(float));
+        auto* row = buffer<float>(Slot::queries, l.head_dim);
+        pack_keys(a, {}, task * p.length, 0, p.length, row, p.keys + task * p.block());
+        pack_values(a, task * p.length, 0, p.length, p.values + task * p.block(), p.length + p.room);
+    });
+}
+
+// The tokens' own keys and values behind the prefix.
+inline void pack_own(const Attention& a, const Tokens& t) {
+    const Prefix& p = *t.prefix;
+    parallel(t.batch * a.kv_heads, [&](int64_t task) {
+        const int64_t start = task / a.kv_heads * t.tokens, kv = task % a.kv_heads;
+        auto* row = buffer<float>(Slot::queries, a.head_dim);
+        pack_keys(a, t, start, kv, t.tokens, row, p.keys + task * p.block(), p.length);
+        pack_values(a, start, kv, t.tokens, p.values + task * p.block(), p.length + p.room, p.length);
+    });
+}
+
 // What the wanted rows, all before `last`, attend to, times `share`, is added to t.received.
 inline void look_at(const Attention& a, const Tokens& t, int64_t last, float share) {
     auto* received = buffer<float>(Slot::received, a.heads * t.tokens);
@@ -209,9 +244,11 @@ inline int64_t shared_chunk(const Attention& a, const Tokens& t, int64_t step) {
 
 inline void attention(const Attention& a, const Tokens& t) {
     if (t.keys != nullptr) keep(a, t);
+    if (t.prefix != nullptr && !a.cross) pack_own(a, t);
     // What rows attend to is added up task by task, so the tasks must be the same for any number of threads.
-    const int64_t shared = a.causal || t.rows != nullptr ? 0 : shared_chunk(a, t, QUERIES);
-    const int64_t chunk = shared > CHUNK ? shared : CHUNK;
+    const bool packed = t.prefix != nullptr, whole = !packed && (a.causal || t.rows != nullptr);
+    const int64_t shared = whole ? 0 : shared_chunk(a, t, QUERIES);
+    const int64_t chunk = shared > CHUNK || packed ? shared : CHUNK;
     const int64_t chunks = (t.tokens - a.first + chunk - 1) / chunk, tasks = t.batch * a.heads * chunks;
     float* received = nullptr;
     if (t.rows != nullptr) {

@@ -98,6 +98,6 @@ bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 
 }  // namespace
 
-const Path avx2 = {"avx2", runs_here, quantize, linear<Avx2>, matmul<Avx2>, layer<Avx2>, look<Avx2>};
+const Path avx2 = {"avx2", runs_here, quantize, linear<Avx2>, matmul<Avx2>, layer<Avx2>, look<Avx2>, pack<Avx2>};
 
 }  // namespace sqap

@@ -34,6 +34,6 @@ bool runs_here() {
 
 }  // namespace
 
-const Path avxvnni = {"avxvnni", runs_here, quantize, linear<Vnni<Avx>>, matmul<Vnni<Avx>>, layer<Vnni<Avx>>, look<Vnni<Avx>>};
+const Path avxvnni = {"avxvnni", runs_here, quantize, linear<Vnni<Avx>>, matmul<Vnni<Avx>>, layer<Vnni<Avx>>, look<Vnni<Avx>>, pack<Vnni<Avx>>};
 
 }  // namespace sqap

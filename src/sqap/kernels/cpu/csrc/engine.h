@@ -67,12 +67,13 @@ struct ForGroups {
     using Type = Isa;
 };
 
+// Levels are `packed` already where the product before this one had the same, and weights of the same kind.
 template <class Isa, class T>
-void linear_many(const Activations& a, const Weight& w, const Output& out, const Levels& levels) {
+void linear_many(const Activations& a, const Weight& w, const Output& out, const Levels& levels, bool packed) {
     constexpr int64_t MR = Isa::MR, NR = Isa::NR;
     const int64_t segment = divisor(a.group ? a.group : a.k, w.k / w.groups), segments = w.k / segment;
     if constexpr (!std::is_same_v<Isa, typename ForGroups<Isa>::Type>) {
-        if (segments > 1) return linear_many<typename ForGroups<Isa>::Type, T>(a, w, out, levels);
+        if (segments > 1) return linear_many<typename ForGroups<Isa>::Type, T>(a, w, out, levels, packed);
     }
     const float* token_scales = for_segments(levels.scale, Slot::token_scales, a.m, a.groups(), segments);
     const int32_t* zeros = for_segments(levels.zero_point, Slot::token_zeros, a.m, a.groups(), segments);
@@ -84,7 +85,7 @@ void linear_many(const Activations& a, const Weight& w, const Output& out, const
             }
         }
     };
-    Products<Isa> products(levels.q, a.m, w, segment);
+    Products<Isa> products(levels.q, a.m, w, segment, packed);
     if constexpr (Isa::SCALED_TILES) {
         if (products.takes_scales() && zeros == nullptr) {
             products.run_scaled(token_scales, fill, [&](int64_t n0, int64_t count, float* totals) {
@@ -257,9 +258,9 @@ inline Levels quantized(const Activations& a) {
     return levels;
 }
 
-// The linear of activations that are quantized already.
+// The linear of activations that are quantized already, and maybe `packed`, too.
 template <class Isa>
-void multiply(const Activations& a, const Levels& levels, const Weight& w, const Output& out) {
+void multiply(const Activations& a, const Levels& levels, const Weight& w, const Output& out, bool packed = false) {
     if (a.m == 0 || w.n == 0) return;
     if (a.m <= FEW && (a.groups() > 1 || w.groups > 1)) {
         const bool whole_words = w.k / w.groups % 8 == 0 && a.k / a.groups() % 8 == 0;
@@ -273,9 +274,9 @@ void multiply(const Activations& a, const Levels& levels, const Weight& w, const
     }
     const bool few = a.m <= FEW && a.groups() == 1 && w.groups == 1;
     if (out.dtype == Dtype::f32) {
-        few ? linear_few<Isa, float>(a, w, out, levels) : linear_many<Isa, float>(a, w, out, levels);
+        few ? linear_few<Isa, float>(a, w, out, levels) : linear_many<Isa, float>(a, w, out, levels, packed);
     } else {
-        few ? linear_few<Isa, uint16_t>(a, w, out, levels) : linear_many<Isa, uint16_t>(a, w, out, levels);
+        few ? linear_few<Isa, uint16_t>(a, w, out, levels) : linear_many<Isa, uint16_t>(a, w, out, levels, packed);
     }
 }
 

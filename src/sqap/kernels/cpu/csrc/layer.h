@@ -29,21 +29,32 @@ void multiply_all(const float* x, int64_t m, const Before& before, const Linear*
         const Linear& l = linears[i];
         const Activations a{x, Dtype::f32, m, l.weight.k, l.bits, l.symmetric, l.group,
                             before.norm, before.function, before.times, l.hadamard};
-        if (i == 0 || !same_grid(l, linears[i - 1])) levels = quantized(a);
-        multiply<Isa>(a, levels, l.weight, outputs[i]);
+        const bool quantized_before = i > 0 && same_grid(l, linears[i - 1]);
+        if (!quantized_before) levels = quantized(a);
+        const bool packed = quantized_before && l.weight.bits == linears[i - 1].weight.bits &&
+                            l.weight.groups == linears[i - 1].weight.groups;
+        multiply<Isa>(a, levels, l.weight, outputs[i], packed);
     }
 }
 
-// How an `Isa` attends: in 32 bits, unless specialised.
+// How an `Isa` attends, and packs a prefix for it: in 32 bits, unless specialised.
 template <class Isa>
 struct Attends {
     static void run(const Attention& a, const Tokens& t) { attention(a, t); }
+    static void pack(const Layer& l, const float* keys, const float* values, int64_t batch, const Prefix& p) {
+        pack_prefix(l, keys, values, batch, p);
+    }
 };
+
+template <class Isa>
+void pack(const Layer& l, const float* keys, const float* values, int64_t batch, const Prefix& p) {
+    Attends<Isa>::pack(l, keys, values, batch, p);
+}
 
 template <class Isa>
 void layer(const Layer& l, const Tokens& t) {
     const int64_t m = t.batch * t.tokens, n = m - t.first, hidden = l.up[0].weight.n;
-    const int64_t queries = l.heads * l.head_dim, keys = l.kv_heads * l.head_dim;
+    const int64_t queries = l.heads * l.head_dim, keys = l.cross ? 0 : l.kv_heads * l.head_dim;
     auto* in = buffer<float>(Slot::in, m * (queries + 2 * keys));
     auto* mixed = buffer<float>(Slot::mixed, m * queries);
     auto* middle = buffer<float>(Slot::hidden, 2 * m * hidden);
@@ -56,12 +67,12 @@ void layer(const Layer& l, const Tokens& t) {
     const Output ins[] = {{q, Dtype::f32, l.in[0].bias}, {k, Dtype::f32, l.in[1].bias}, {v, Dtype::f32, l.in[2].bias}};
     const float* x = t.x + t.first * l.in[0].weight.k;
     if (t.first == 0) {
-        multiply_all<Isa>(t.x, m, {&l.norm1}, l.in, ins, l.fused_in ? 1 : 3);
+        multiply_all<Isa>(t.x, m, {&l.norm1}, l.in, ins, l.fused_in || l.cross ? 1 : 3);
     } else {
         multiply_all<Isa>(t.x, m, {&l.norm1}, l.in + 1, ins + 1, 2);
         if (n > 0) multiply_all<Isa>(x, n, {&l.norm1}, l.in, ins, 1);
     }
-    Attends<Isa>::run({q, k, v, q_stride, kv_stride, l.heads, l.kv_heads, l.head_dim, l.causal, mixed, t.first}, t);
+    Attends<Isa>::run({q, k, v, q_stride, kv_stride, l.heads, l.kv_heads, l.head_dim, l.causal, l.cross, mixed, t.first}, t);
     if (n == 0) return;
     const Output out{t.y, Dtype::f32, l.out.bias, l.gain1, x};
     multiply_all<Isa>(mixed, n, {}, &l.out, &out, 1);
@@ -112,7 +123,7 @@ void look(const Layer* const* layers, int64_t count, const Tokens& t) {
             multiply<Isa>(a, taken, in.weight, {asks ? q : k, Dtype::f32, in.bias});
         }
         const float share = 1.0f / static_cast<float>(count * l.heads * rows);
-        look_at({q, k, nullptr, queries, keys, l.heads, l.kv_heads, l.head_dim, l.causal, nullptr, first}, t, last, share);
+        look_at({q, k, nullptr, queries, keys, l.heads, l.kv_heads, l.head_dim, l.causal, false, nullptr, first}, t, last, share);
     }
 }
 

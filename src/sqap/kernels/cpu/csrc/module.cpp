@@ -121,6 +121,20 @@ struct BoundNorm {
     }
 };
 
+// A prefix in the tiles of the path that it was packed for.
+struct BoundPrefix {
+    const Path* path;
+    int64_t batch, kv_heads;
+    sqap::Prefix prefix;
+
+    // Whether a layer's own `tokens` fit behind it.
+    void check(const Path* of, const sqap::Layer& layer, int64_t count, int64_t tokens) const {
+        sqap::require(of == path && layer.kv_heads == kv_heads && layer.head_dim == prefix.head_dim && count == batch,
+                      "a prefix was packed for another layer");
+        sqap::require(tokens <= prefix.room, "there are more tokens than a prefix has room for");
+    }
+};
+
 // A layer and the path that it runs on.
 struct BoundLayer {
     const Path* path;
@@ -128,14 +142,15 @@ struct BoundLayer {
 
     BoundLayer(const std::vector<BoundLinear>& in, const BoundLinear& out, const std::vector<BoundLinear>& up,
                const BoundLinear& down, const BoundNorm& norm1, const BoundNorm& norm2, const Array& gain1,
-               const Array& gain2, int function, int64_t heads, int64_t kv_heads, int64_t head_dim, bool causal)
+               const Array& gain2, int function, int64_t heads, int64_t kv_heads, int64_t head_dim, bool causal,
+               bool cross)
         : path(out.path) {
-        sqap::require(in.size() == 1 || in.size() == 3, "a layer has one linear or three before attention");
+        sqap::require(in.size() == 1 || (in.size() == 3 && !cross), "a layer has one linear or three before attention");
         sqap::require(up.size() == 1 || up.size() == 2, "an MLP has one linear or two before its function");
         for (std::size_t i = 0; i < in.size(); i++) layer.in[i] = in[i].linear;
         for (std::size_t i = 0; i < up.size(); i++) layer.up[i] = up[i].linear;
         layer.out = out.linear, layer.down = down.linear;
-        layer.fused_in = in.size() == 1, layer.gated = up.size() == 2;
+        layer.fused_in = in.size() == 1 && !cross, layer.cross = cross, layer.gated = up.size() == 2;
         layer.function = sqap::function_of(function);
         layer.heads = heads, layer.kv_heads = kv_heads, layer.head_dim = head_dim, layer.causal = causal;
         sqap::check(layer);
@@ -146,7 +161,10 @@ struct BoundLayer {
     }
 
     void call(const Array& x, const Array& y, int64_t batch, int64_t tokens, const Array& cos, const Array& sin,
-              const Array& rows, const Array& received, const Array& keys, const Array& values, int64_t first) const {
+              const Array& rows, const Array& received, const Array& keys, const Array& values, int64_t first,
+              const BoundPrefix* prefix) const {
+        sqap::require(prefix == nullptr ? !layer.cross : rows.first == 0 && keys.first == 0 && first == 0,
+                      "behind a prefix, and only there, a layer may be without keys of its own, and nothing is kept or left out");
         sqap::require(first >= 0 && first <= tokens, "the first token that is wanted is none of them");
         sqap::require(first == 0 || (batch == 1 && !layer.fused_in && rows.first == 0),
                       "a part of the tokens is wanted of one observation, of a layer with queries of their own, without rows");
@@ -162,9 +180,30 @@ struct BoundLayer {
         if (t.rows != nullptr) t.received = sqap::values_of<float>("what rows attend to", received, {batch, tokens});
         t.keys = sqap::values_or_null<float>("keys", keys, {batch, layer.kv_heads, tokens, head_dim});
         t.values = sqap::values_or_null<float>("values", values, {batch, layer.kv_heads, tokens, head_dim});
+        if (prefix != nullptr) {
+            prefix->check(path, layer, batch, layer.cross ? 0 : tokens);
+            t.prefix = &prefix->prefix;
+        }
         if (batch > 0 && tokens > 0) run([&] { path->layer(layer, t); });
     }
 };
+
+// Keys (turned) and values of a prefix in the tiles of the layer's path, in `tiles`, which has room for both.
+BoundPrefix pack(const BoundLayer& bound, const Array& keys, const Array& values, int64_t batch, int64_t length,
+                 int64_t room, const Array& tiles) {
+    const int64_t kv_heads = bound.layer.kv_heads, head_dim = bound.layer.head_dim;
+    sqap::require(batch > 0 && length > 0 && room >= 0, "a prefix has at least one token");
+    sqap::bytes_of(sizeof(float), {batch, kv_heads, length, head_dim});
+    sqap::require(room <= INT32_MAX && length <= INT32_MAX, "a prefix is too long");
+    BoundPrefix found{bound.path, batch, kv_heads, {nullptr, nullptr, length, room, head_dim}};
+    sqap::Prefix& prefix = found.prefix;
+    prefix.keys = sqap::values_of<float>("tiles", tiles, {2, batch * kv_heads, prefix.block()});
+    prefix.values = prefix.keys + batch * kv_heads * prefix.block();
+    const auto* k = sqap::values_of<float>("a prefix's keys", keys, {batch, kv_heads, length, head_dim});
+    const auto* v = sqap::values_of<float>("a prefix's values", values, {batch, kv_heads, length, head_dim});
+    run([&] { bound.path->pack(bound.layer, k, v, batch, prefix); });
+    return found;
+}
 
 // What rows would attend to in each of some layers.
 void look(const std::vector<const BoundLayer*>& bound, const Array& x, int64_t tokens, const Array& cos, const Array& sin,
@@ -174,7 +213,7 @@ void look(const std::vector<const BoundLayer*>& bound, const Array& x, int64_t t
     const sqap::Layer& first = bound.front()->layer;
     for (const BoundLayer* b : bound) {
         sqap::require(b->path == bound.front()->path, "layers to look at run on different paths");
-        sqap::require(!b->layer.fused_in, "layers to look at have queries and keys of their own");
+        sqap::require(!b->layer.fused_in && !b->layer.cross, "layers to look at have queries and keys of their own");
         sqap::require(b->layer.in[0].weight.k == first.in[0].weight.k && b->layer.head_dim == first.head_dim,
                       "layers to look at differ in width");
         layers.push_back(&b->layer);
@@ -204,6 +243,11 @@ NB_MODULE(_native, module) {
     module.def("threads", threads, "How many threads a product uses: as many as PyTorch's.");
     module.def("matmul", matmul);
     module.def("look", look);
+    module.def("pack", pack);
+    module.def("block", [](int64_t tokens, int64_t head_dim) {
+        return sqap::Prefix{nullptr, nullptr, tokens, 0, head_dim}.block();
+    }, "Floats of a block of a prefix's tiles.");
+    nb::class_<BoundPrefix>(module, "Prefix");
     nb::class_<BoundNorm>(module, "Norm");
     module.def("norm", [](bool rms, const Array& weight, const Array& bias, float eps) {
         return BoundNorm{rms, weight, bias, eps};
@@ -216,6 +260,7 @@ NB_MODULE(_native, module) {
     nb::class_<BoundLayer>(module, "Layer")
         .def(nb::init<const std::vector<BoundLinear>&, const BoundLinear&, const std::vector<BoundLinear>&,
                       const BoundLinear&, const BoundNorm&, const BoundNorm&, const Array&, const Array&, int, int64_t,
-                      int64_t, int64_t, bool>())
-        .def("__call__", &BoundLayer::call);
+                      int64_t, int64_t, bool, bool>())
+        .def("__call__", &BoundLayer::call, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+             nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
 }

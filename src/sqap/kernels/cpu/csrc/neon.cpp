@@ -76,6 +76,6 @@ bool runs_here() {
 
 }  // namespace
 
-const Path neon = {"neon", runs_here, quantize, linear<Neon>, matmul<Neon>, layer<Neon>, look<Neon>};
+const Path neon = {"neon", runs_here, quantize, linear<Neon>, matmul<Neon>, layer<Neon>, look<Neon>, pack<Neon>};
 
 }  // namespace sqap

@@ -86,6 +86,18 @@ struct Layer {
     const float *gain1, *gain2;          // (width) or null
     int64_t heads, kv_heads, head_dim;
     bool causal;
+    bool cross;  // only queries, from in[0]: keys and values are a prefix's alone
+};
+
+// Keys and values that the tokens of many calls attend to, each (batch * kv_heads) blocks of a path's tiles, whose order
+// is the path's own. A call puts those of its own tokens behind the `length` that are there.
+struct Prefix {
+    float *keys, *values;
+    int64_t length, room;  // tokens before a call's own, and how many of these there may be
+    int64_t head_dim;
+
+    // Floats of a block, whatever the path: tiles have up to 32 keys and up to 32 channels.
+    int64_t block() const { return (length + room + 31) / 32 * 32 * ((head_dim + 31) / 32 * 32); }
 };
 
 // What a layer is given, and where it puts what it makes of it.
@@ -98,6 +110,7 @@ struct Tokens {
     float* received;         // (batch, tokens), what they attend to, averaged over heads and rows
     float *keys, *values;    // (batch, kv_heads, tokens, head_dim), for later queries; or null
     int64_t first;           // tokens before it are keys and values alone; 0 in a batch
+    const Prefix* prefix;    // what all tokens attend to beside their own; or null
 };
 
 struct Path {
@@ -108,6 +121,8 @@ struct Path {
     void (*matmul)(const int8_t* q, int64_t m, const Weight&, int32_t* y);
     void (*layer)(const Layer&, const Tokens&);
     void (*look)(const Layer* const*, int64_t count, const Tokens&);
+    // Keys (turned) and values (batch, kv_heads, length, head_dim) into the tiles of a prefix.
+    void (*pack)(const Layer&, const float* keys, const float* values, int64_t batch, const Prefix&);
 };
 
 extern const Path portable;

@@ -37,6 +37,6 @@ struct Portable : ByQuads {
 }  // namespace
 
 const Path portable = {"portable", [] { return true; }, quantize, linear<Portable>, matmul<Portable>,
-                       layer<Portable>, look<Portable>};
+                       layer<Portable>, look<Portable>, pack<Portable>};
 
 }  // namespace sqap

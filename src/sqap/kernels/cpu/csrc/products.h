@@ -79,12 +79,13 @@ class Products {
   public:
     static constexpr int64_t MR = Isa::MR, NR = Isa::NR, DEPTH = Isa::DEPTH;
 
-    Products(const int8_t* q, int64_t m, const Weight& weight, int64_t segment)
+    // `packed`: the buffers have the same activations from the products before, for a weight of the same kind.
+    Products(const int8_t* q, int64_t m, const Weight& weight, int64_t segment, bool packed = false)
         : q_(q), m_(m), w_(weight), segment_(segment), padded_(round_up(segment, DEPTH > 8 ? DEPTH : 8)),
           segments_(weight.k / segment), tiles_((m + MR - 1) / MR),
           packed_(buffer<int8_t>(Slot::packed, tiles_ * MR * segments_ * padded_)),
           sums_(buffer<int32_t>(Slot::sums, tiles_ * MR * segments_)) {
-        parallel(tiles_, [&](int64_t tile) { pack(tile); });
+        if (!packed) parallel(tiles_, [&](int64_t tile) { pack(tile); });
     }
 
     // For every panel of `count` output channels from n0 on, calls store = begin(n0, count), and then, for every tile
@@ -249,17 +250,16 @@ class Products {
         constexpr int64_t WIDTH = HOW == Take::fours ? 2 : 4;  // bytes of a quad as stored
         const int64_t bytes = least(quads * WIDTH, channels * WIDTH / 4), row_bytes = w_.row_bytes();
         const uint8_t* rows = w_.data + n0 * row_bytes + k * WIDTH / 4;
+        int64_t done = 0;  // bytes of sixteen rows that were unpacked together
         for (int64_t r = 0; r < NR; r += 8) {
-            int64_t at = 0;
             if constexpr (Isa::SIXTEEN_ROWS) {
-                if (r + 16 <= count && bytes % 16 == 0 && bytes == quads * WIDTH) {
-                    for (; at < bytes; at += 16) {
-                        put_sixteen<HOW>(rows + r * row_bytes + at, row_bytes, panel + (at / WIDTH * NR + r) * 4);
+                if (r % 16 == 0) {
+                    for (done = 0; r + 16 <= count && done + 16 <= bytes; done += 16) {
+                        put_sixteen<HOW>(rows + r * row_bytes + done, row_bytes, panel + (done / WIDTH * NR + r) * 4);
                     }
-                    r += 8;
                 }
             }
-            for (; at < quads * WIDTH; at += 32) {
+            for (int64_t at = done; at < quads * WIDTH; at += 32) {
                 uint8_t* to = panel + (at / WIDTH * NR + r) * 4;
                 Words words[8];
                 if (r + 8 <= count && at + 32 <= bytes) {
