@@ -134,9 +134,9 @@ def step_bytes(policy: Policy) -> int:
     return live.peak
 
 
-def count(model: ModelConfig) -> dict[str, int | float]:
+def count(model: ModelConfig, recipe: Recipe) -> dict[str, int | float]:
     """Bytes of a policy of this size, compressed and in bfloat16."""
-    small = shaped_policy(model, Recipe.w4a8(), hollow)
+    small = shaped_policy(model, recipe, hollow)
     found: dict[str, int | float] = {"loading": moved(small), "weights": weight_bytes(small)}
     found["step"] = step_bytes(small)
     found["unpruned_step"] = step_bytes(unpruned(small))
@@ -172,7 +172,7 @@ def main() -> None:
     arguments, found = parser.parse_args(), {}
     table = Table("shape", *COLUMNS, "weights of bf16", "peak of bf16")
     for shape in arguments.shape or SHAPES:
-        found[shape] = row = count(SHAPES[shape])
+        found[shape] = row = count(SHAPES[shape], Recipe.w4a8())
         shares = [f"{100 * row[name]:.1f} %" for name in ("weights_of_bf16", "peak_of_bf16")]
         table.add_row(shape, *(size(row[key]) for key in COLUMNS.values()), *shares)
         write_json(arguments.json, {"counted, not measured": found, "torch": torch.__version__})

@@ -17,7 +17,7 @@ from sqap.defaults import defaults
 from sqap.errors import NonFiniteActionError
 from sqap.given import Given, Outcome
 from sqap.graph import Feed, Graphs, fetch, running
-from sqap.kernels.gpu.backend import check_device, load, reference
+from sqap.kernels.gpu.backend import check_device, check_grids, load, reference
 from sqap.models import VLA, ModelInputs
 from sqap.models.stages import stages
 from sqap.models.storage import Progress, Rounded, Weights, fill, narrow, unify, widen
@@ -31,6 +31,7 @@ from sqap.pruning.check import check_pruning
 from sqap.pruning.lookahead import layers_to_look_at
 from sqap.pruning.memory import Memory
 from sqap.pruning.step import draw
+from sqap.quantization.linear import QuantizedLinear
 from sqap.recipe import Recipe
 
 # Of all policies: one of its own could be neither copied nor sent to another process.
@@ -283,12 +284,15 @@ class Policy:
             graph: whether steps on a GPU are captured; without it Python launches their kernels one by one.
 
         Raises:
-            InputError: there is no such GPU, or it is too old.
+            InputError: there is no such GPU, it is too old, or has no kernel for how a linear is quantized.
         """
         there = torch.device(device)
         check_device(there)
         if there.type == "cuda" and self.recipe.quantization is not None and not reference():
-            load()  # what is missing is said before anything is moved
+            load()  # what is missing or has no kernel is said before anything is moved
+            for module in self.model.modules():
+                if isinstance(module, QuantizedLinear):
+                    check_grids(module.packed)
         self._device = there
         self._graphs = Graphs(self._device) if graph and self._device.type == "cuda" else None
         if self.weights is None or self._loaded:

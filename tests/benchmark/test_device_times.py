@@ -6,6 +6,7 @@ are in `WORK`. A graph is the function itself.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,20 @@ import pytest
 import torch
 from rich.console import Console
 
-import sqap
 from sqap.benchmark import Subject, bench, device
+from sqap.benchmark.candidates import example
 from sqap.benchmark.device import STAGES, DeviceTimes
+from sqap.benchmark.shapes import random_policy
 from sqap.benchmark.timing import Bench, Loaded, Timed
 from sqap.errors import SqapError
 from sqap.policy import Policy
 from sqap.pruning import Selector
-from sqap.recipe import Recipe
+from sqap.recipe import Pruning, Recipe
 from sqap.report.tables import bench_tables
-from tests.test_graph import PRUNINGS, small, with_pruning  # noqa: F401 - a fixture
+from tests.test_graph import PRUNINGS, tensors, with_pruning
+from tests.tiny import tiny_policy
 
+MODEL = tiny_policy().config.model
 WORK = {"vision": 1.0, "projector": 100.0, "decoder": 1e3, "selection": 1e5, "head": 1e6}
 
 
@@ -72,7 +76,13 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
         found.graphs += 1
         for _ in range(2):
             result = function()
-        return result, lambda: (function(), None)[1]
+
+        def replay() -> None:
+            again = function()
+            for old, new in zip(tensors(result or ()), tensors(again or ()), strict=True):
+                old.copy_(new)
+
+        return result, replay
 
     select = Selector.select
 
@@ -101,31 +111,33 @@ def expected(policy: Policy) -> dict[str, float]:
     return {name: WORK[name] * count for name, count in zip(STAGES, times, strict=True)}
 
 
-@pytest.mark.parametrize("graph", [True, False])
+@pytest.fixture(scope="module")
+def small() -> Policy:
+    return random_policy(MODEL, Recipe.w4a8(keep=1))
+
+
 @pytest.mark.parametrize("pruning", [None, *PRUNINGS.values()], ids=["all", *PRUNINGS])
-def test_a_step_and_its_stages(small: Policy, observe: Any, work: Work, pruning: Any, graph: bool) -> None:  # noqa: F811
-    plain, policy = with_pruning(small, pruning), with_pruning(small, pruning)
-    steps = [plain.step(observe(0), seed=0)]
-    steps.append(plain.step(observe(1), seed=1, memory=steps[0].memory))
+def test_a_step_and_its_stages(small: Policy, work: Work, pruning: Pruning | None) -> None:
+    plain, policy, seen = with_pruning(small, pruning), with_pruning(small, pruning), example(small)
+    policy.model = copy.deepcopy(small.model)
+    first = plain.step(seen, seed=0)
+    second = plain.step(seen, seed=1, memory=first.memory)
     work.watch(policy)
-    times, wanted = DeviceTimes(policy, graph), expected(policy)
-    for i, memory in enumerate((None, steps[0].memory)):
-        policy.step(observe(i), seed=i, memory=memory)
+    times, wanted = DeviceTimes(policy, graph=True), expected(policy)
+    for i, memory in enumerate((None, first.memory)):
+        policy.step(seen, seed=i, memory=memory)
         assert times.last() == sum(wanted.values())
     before = work.graphs
-    assert before == (2 if graph and pruning is not None and pruning.rest == "changed" else int(graph))
-    assert times.stages(observe(1), steps[0].memory) == wanted
-    assert work.graphs - before == (sum(map(bool, wanted.values())) if graph else 0)
-    found = policy.step(observe(1), seed=1, memory=steps[0].memory)
-    assert (found.chunk == steps[1].chunk).all(), "the policy acts as it did"
+    assert before == (2 if pruning is not None and pruning.rest == "changed" else 1)
+    assert times.stages(seen, first.memory) == wanted
+    assert work.graphs - before == sum(map(bool, wanted.values()))
+    found = policy.step(seen, seed=1, memory=first.memory)
+    assert (found.chunk == second.chunk).all(), "the policy acts as it did"
     assert times.last() == sum(wanted.values())
 
 
 def test_tokens_that_are_chosen_again_are_the_same(
-    small: Policy,  # noqa: F811
-    observe: Any,
-    work: Work,
-    monkeypatch: pytest.MonkeyPatch,
+    small: Policy, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy, found, select = with_pruning(small, PRUNINGS["attention"]), [], Selector.select
 
@@ -135,24 +147,31 @@ def test_tokens_that_are_chosen_again_are_the_same(
         return selection
 
     monkeypatch.setattr(Selector, "select", chosen)
-    DeviceTimes(policy, graph=True).stages(observe(0), None)
+    DeviceTimes(policy, graph=True).stages(example(small), None)
     assert len(found) == 1 + 2 + 3
     assert all(kept == found[0] for kept in found)
 
 
-def test_a_selection_on_the_cpu_is_no_graph(small: Policy, observe: Any, work: Work) -> None:  # noqa: F811
-    policy = with_pruning(small, sqap.Pruning(0.5, 1, "divprune"))
-    work.watch(policy)
-    times = DeviceTimes(policy, graph=True)
-    policy.step(observe(0), seed=0)
-    assert work.graphs == 0
-    assert times.last() == sum(expected(policy).values())
+def test_what_python_launches_is_no_graph(small: Policy, work: Work) -> None:
+    """By choice, or because tokens are chosen on the CPU."""
+    for pruning, graph in ((PRUNINGS["look-ahead"], False), (Pruning(0.5, 1, "divprune"), True)):
+        policy, seen = with_pruning(small, pruning), example(small)
+        policy.model = copy.deepcopy(small.model)
+        work.watch(policy)
+        times = DeviceTimes(policy, graph)
+        policy.step(seen, seed=0)
+        assert work.graphs == 0
+        assert times.last() == sum(expected(policy).values())
+        if not graph:
+            assert times.stages(seen, None) == expected(policy)
+            assert work.graphs == 0
 
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU is found as "cuda"."""
     move = Policy.to
+    monkeypatch.setattr(Subject, "load", lambda self: random_policy(MODEL, self.recipe))
     monkeypatch.setattr(Policy, "to", lambda self, device, graph=True: move(self, "cpu"))
     monkeypatch.setattr("sqap.benchmark.candidates.check_device", lambda _: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Card")
@@ -164,8 +183,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "graphs"),
     [("sqap", 1), ("sqap-unpruned", 1), ("torch-bf16", 0), ("torch-bf16-graph", 1), ("torch-int8", 1)],
 )
-def test_a_candidate_on_the_device(saved: Path, card: None, work: Work, name: str, graphs: int) -> None:
-    timed = Bench((Subject(str(saved), Recipe.w4a8(keep=0.5), device="cuda"), name, 1, None))
+def test_a_candidate_on_the_device(card: None, work: Work, name: str, graphs: int) -> None:
+    timed = Bench((Subject("tiny", Recipe.w4a8(keep=0.5), device="cuda"), name, 1, None))
     assert isinstance(timed("load"), Loaded)
     work.watch(timed._policy)
     step, wanted = timed("step"), expected(timed._policy)
@@ -178,10 +197,10 @@ def test_a_candidate_on_the_device(saved: Path, card: None, work: Work, name: st
 
 
 def test_what_is_compiled_as_a_whole_has_no_stages(
-    saved: Path, card: None, work: Work, monkeypatch: pytest.MonkeyPatch
+    card: None, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    timed = Bench((Subject(str(saved), Recipe(), device="cuda"), "torch-compile", 1, None))
+    timed = Bench((Subject("tiny", Recipe(), device="cuda"), "torch-compile", 1, None))
     timed("load")
     work.watch(timed._policy)
     step = timed("step")

@@ -9,13 +9,15 @@ import torch
 from gpu_memory import DEVICE, LiveBytes, count, moved
 
 import sqap
-from sqap.benchmark.candidates import Subject, weight_bytes
+from sqap.benchmark.candidates import weight_bytes
+from sqap.benchmark.shapes import random_policy
 from sqap.models.stages import stages
 from sqap.models.storage import Rounded
 from sqap.policy import Policy
-from sqap.recipe import Recipe
+from sqap.recipe import Pruning, Recipe
 from tests.families import FAMILIES, family_config
 from tests.test_compress import on_disk
+from tests.tiny import tiny_policy
 
 
 def stored(policy: Policy) -> int:
@@ -42,8 +44,8 @@ def test_what_lives_at_the_same_time_is_counted() -> None:
     assert live.peak == 800
 
 
-def test_a_compressed_policy_moves_without_a_second_copy(saved: Path, tmp_path: Path) -> None:
-    Subject(str(saved), Recipe.w4a8(keep=1)).load().save(tmp_path / "small")
+def test_a_compressed_policy_moves_without_a_second_copy(tmp_path: Path) -> None:
+    random_policy(tiny_policy().config.model, Recipe.w4a8(keep=1)).save(tmp_path / "small")
     small = sqap.load(tmp_path / "small")
     assert moved(small) == weight_bytes(small) == stored(small)
 
@@ -76,8 +78,7 @@ def test_a_second_copy_is_seen(policy: Policy) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_counted(family: str) -> None:
     pytest.importorskip("triton", reason="Triton is there for Linux alone")
-    config = family_config(family)
-    found = count(config)
+    found = count(family_config(family), Recipe(Recipe.w4a8().quantization, Pruning(0.5, 1)))
     assert found["loading"] == found["weights"] < found["bf16_weights"]
     assert 0 < found["step"] <= found["unpruned_step"]
     assert found["peak"] == found["weights"] + found["step"]
