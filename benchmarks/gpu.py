@@ -13,7 +13,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,27 +24,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import triton
-from torch import Tensor, nn
+from torch import Tensor
 
+from sqap.benchmark import device, latency
 from sqap.benchmark.candidates import CANDIDATES, Subject, example, unpruned, weight_bytes
 from sqap.benchmark.shapes import SHAPES, random_policy
 from sqap.errors import InputError
 from sqap.files import write_json
-from sqap.graph import capture_cuda
 from sqap.kernels import Grids, Packed
 from sqap.kernels.gpu import GpuBackend, linear
 from sqap.kernels.gpu.backend import check_device
 from sqap.kernels.gpu.tiles import Tile
 from sqap.kernels.levels import level_range
 from sqap.models import DecoderConfig, DiffusionHeadConfig, ModelConfig, TokenHeadConfig, VisionConfig
-from sqap.models.stream import Stream
-from sqap.models.through import direct
 from sqap.policy import Policy
 from sqap.recipe import Recipe
 
 DRY = "--dry" in sys.argv
 DEVICE = torch.device("cpu" if DRY else "cuda")
-REPLAYS, LEAST = 200, 20
 TOKENS = (3,) if DRY else (1, 17, 34, 178, 280)
 WIDTHS = ((40, 96),) if DRY else ((768, 768), (4096, 4096), (4304, 1152), (1000, 11008))  # (out, in)
 PRODUCTS = {"tiny": (64, 128)} if DRY else {
@@ -72,30 +68,31 @@ def say(*words: Any) -> None:
     print(f"[{time.monotonic() - started:5.0f} s]", *words, flush=True)
 
 
+class Watch:
+    """Stands for an event where there is no GPU: the CPU's time."""
+
+    def record(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Watch) -> float:
+        return 1e3 * (end.seconds - self.seconds)
+
+
+if DRY:
+    device.make_event, device.REPLAYS, device.LEAST, device.EAGER_WARMUPS = Watch, 1, 1, 0
+    device.capture_cuda = lambda function: (function(), function)
+
+
 def milliseconds(function: Callable[[], Any], graph: bool = True, seconds: float = 2.0) -> list[float]:
-    """Of calls, by events on a GPU: at least `LEAST`, and `REPLAYS` if they take no more than ``seconds``."""
-    if DRY:
-        begin = time.perf_counter()
-        function()
-        return [1e3 * (time.perf_counter() - begin)]
-    if graph:
-        _, function = capture_cuda(function)
-    else:
-        for _ in range(3):
-            function()
-    found: list[float] = []
-    while len(found) < REPLAYS and (len(found) < LEAST or sum(found) < 1e3 * seconds):
-        begin_, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin_.record()
-        function()
-        end.record()
-        end.synchronize()
-        found.append(begin_.elapsed_time(end))
-    return found
+    """Of calls: 200, or as many as there are in so many ``seconds``."""
+    return device.repeated(function, graph=graph, within_s=seconds)
 
 
 def percentiles(ms: Sequence[float]) -> dict[str, float]:
-    return {f"p{q}_ms": float(np.percentile(ms, q)) for q in (50, 90, 99)} | {"replays": len(ms)}
+    return latency.percentiles(ms) | {"replays": len(ms)}
 
 
 def packed(n: int, k: int, bits: int = 4, activation_bits: int = 8, hadamard: int = 1) -> Packed:
@@ -194,30 +191,9 @@ def step(policy: Policy, graph: bool) -> dict[str, Any]:
         row["peak_bytes"] = 0 if DRY else torch.cuda.max_memory_allocated() - held
         row["weight_bytes"] = weight_bytes(policy)
         if graph:
-            row["stages_ms"] = stages(policy, [given])
+            times = device.DeviceTimes(replace(policy), graph)
+            row["stages_ms"] = times.stages(observation, None, within_s=0.3)
     return row
-
-
-def stages(policy: Policy, given: list[Any]) -> dict[str, float]:
-    """Medians; what is between two stages is the step's time less theirs."""
-    spent: dict[str, float] = defaultdict(float)
-
-    def through(name: str, stage: nn.Module, states: Sequence[Any], call: Callable[..., Any]) -> list[Any]:
-        ms = milliseconds(lambda: [call(stage, fresh(state)) for state in states], seconds=0.02)
-        spent[name.partition(".")[0]] += float(np.median(ms))
-        return direct(name, stage, states, call)
-
-    policy.through = through
-    policy._direct(given)
-    policy.through = direct
-    return dict(spent)
-
-
-def fresh(state: Any) -> Any:
-    """A stream with a pruner of its own, which a stage that is run more than once leaves as it was."""
-    if isinstance(state, Stream) and state.pruner is not None:
-        return replace(state, pruner=copy(state.pruner))
-    return state
 
 
 def steps() -> dict[str, Any]:

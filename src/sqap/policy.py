@@ -17,7 +17,7 @@ from sqap.defaults import defaults
 from sqap.errors import NonFiniteActionError
 from sqap.given import Given, Outcome
 from sqap.graph import Feed, Graphs, fetch, running
-from sqap.kernels.gpu.backend import check_device, load, reference
+from sqap.kernels.gpu.backend import check_device, check_grids, load, reference
 from sqap.models import VLA, ModelInputs
 from sqap.models.stages import stages
 from sqap.models.storage import Progress, Rounded, Weights, fill, narrow, unify, widen
@@ -31,6 +31,7 @@ from sqap.pruning.check import check_pruning
 from sqap.pruning.lookahead import layers_to_look_at
 from sqap.pruning.memory import Memory
 from sqap.pruning.step import draw
+from sqap.quantization.linear import QuantizedLinear
 from sqap.recipe import Recipe
 
 # Of all policies: one of its own could be neither copied nor sent to another process.
@@ -274,21 +275,24 @@ class Policy:
         chance are drawn on the CPU whatever the device, so that a seed stands for the same. Weights that are
         still on disk go there part by part as they are loaded. Compressing needs a policy on the CPU.
 
-        On a GPU a compressed policy computes in bfloat16, a head that starts from noise in float32. A step is
-        captured as a CUDA graph the first time that its inputs have their shapes (`sqap.graph`): change the
-        model afterwards, and move it again.
+        Elsewhere than on a CPU a compressed policy computes in bfloat16, a head that starts from noise in
+        float32. On a GPU a step is captured as a CUDA graph the first time that its inputs have their shapes
+        (`sqap.graph`): change the model afterwards, and move it again.
 
         Args:
             device: ``"cpu"``, ``"cuda"`` or another of PyTorch's.
             graph: whether steps on a GPU are captured; without it Python launches their kernels one by one.
 
         Raises:
-            InputError: there is no such GPU, or it is too old.
+            InputError: there is no such GPU, it is too old, or has no kernel for how a linear is quantized.
         """
         there = torch.device(device)
         check_device(there)
         if there.type == "cuda" and self.recipe.quantization is not None and not reference():
-            load()  # what is missing is said before anything is moved
+            load()  # what is missing or has no kernel is said before anything is moved
+            for module in self.model.modules():
+                if isinstance(module, QuantizedLinear):
+                    check_grids(module.packed)
         self._device = there
         self._graphs = Graphs(self._device) if graph and self._device.type == "cuda" else None
         if self.weights is None or self._loaded:
@@ -299,12 +303,12 @@ class Policy:
 
     def _settle(self) -> None:
         """Give a compressed model the types that it computes in on the policy's device."""
-        if self._device.type == "cuda":
+        if self._device.type == "cpu":
+            widen(self.model)
+        else:
             narrow(self.model)
             if self.config.model.head.noisy:
                 widen(self.model.head)
-        else:
-            widen(self.model)
 
     @defaults()
     def load_weights(self, progress: Progress | None = None) -> None:

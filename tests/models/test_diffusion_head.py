@@ -94,6 +94,14 @@ def test_guidance_is_two_passes(guidance: float, condition: Tensor, noise: Tenso
 
 
 @torch.no_grad()
+def test_both_halves_of_the_guidance_are_one_batch(condition: Tensor, noise: Tensor) -> None:
+    head, batches = build(guidance=1.5), []
+    head.blocks[0].register_forward_pre_hook(lambda _, given: batches.append(len(given[0])))
+    head.sample(condition, noise)
+    assert batches == [2 * len(noise)] * CONFIG.sample_steps
+
+
+@torch.no_grad()
 def test_guidance_of_one_never_asks_without_the_condition(condition: Tensor, noise: Tensor) -> None:
     head = build(guidance=1.0)
     expected = ddim_sample(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -128,19 +130,32 @@ def random_policy(model: ModelConfig, recipe: Recipe, device: torch.device | Non
     Drawn as integers where they are integers, so that it takes no more memory than it will have, and on the
     ``device`` that it will be on, by default the CPU.
     """
+    device = device or torch.device("cpu")
+    generator = torch.Generator(device=device).manual_seed(0)
+    return shaped_policy(model, recipe, partial(_draw, generator=generator)).to(device)
+
+
+def shaped_policy(
+    model: ModelConfig, recipe: Recipe, make: Callable[[torch.nn.Module, str, torch.Tensor], torch.Tensor]
+) -> Policy:
+    """A policy of this shape, quantized as the recipe says.
+
+    Args:
+        model: its sizes.
+        recipe: of its compression.
+        make: makes a weight out of the module that has it, its name there and a tensor of its shape and type.
+    """
     if recipe.quantization is not None:
         model = model.compressed
-    device = device or torch.device("cpu")
     small = empty_model(model)
     if recipe.quantization is not None:
         prepare_quantized(small, recipe.quantization)
-    generator = torch.Generator(device=device).manual_seed(0)
     for module in small.modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            drawn = _draw(module, name, tensor, generator)
+            made = make(module, name, tensor)
             if isinstance(tensor, torch.nn.Parameter):
-                drawn = torch.nn.Parameter(drawn, requires_grad=False)
-            setattr(module, name, drawn)
+                made = torch.nn.Parameter(made, requires_grad=False)
+            setattr(module, name, made)
     width = model.head.action_dim
     config = PolicyConfig(
         family="random",
@@ -154,7 +169,7 @@ def random_policy(model: ModelConfig, recipe: Recipe, device: torch.device | Non
         prompt=prompt(1),
         state=None if model.proprio_dim is None else (_unit(model.proprio_dim), Clamp()),
     )
-    return Policy(small, config, _tokenizer(), recipe).to(device)
+    return Policy(small, config, _tokenizer(), recipe)
 
 
 def _draw(module: torch.nn.Module, name: str, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sqap.benchmark import tools
 from sqap.benchmark.candidates import Subject, candidate, example, weight_bytes
+from sqap.benchmark.device import DeviceTimes
 from sqap.benchmark.exported import Elsewhere
 from sqap.errors import SqapError
 from sqap.models.stream import LayerOutput
@@ -37,26 +38,30 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Timed:
-    """One step."""
+    """One step: as it is called, its stages where they are timed as it runs, and on a GPU its time there."""
 
     ms: float
     stages_ms: dict[str, float]
+    device_ms: float | None = None
 
 
 class Bench:
-    """Answers "load", "step" and "peak" for one candidate."""
+    """Answers "load", "step", "peak", and on GPUs "stages" for one candidate."""
 
     def __init__(self, spec: tuple[Subject, str, int, Path | None]) -> None:
         self._subject, self._name, threads, environments = spec
+        self._stages: Stages | None = None
+        self._device: DeviceTimes | None = None
         torch.set_num_threads(threads)
         environment = candidate(self._name).environment
         if environments is not None and environment is not None:
             tools.add_environment(environments / environment)
 
-    def __call__(self, request: str) -> Loaded | Timed | int:
-        if request == "load":
-            return self._load()
-        return self._step() if request == "step" else self._peak()
+    def __call__(self, request: str) -> Loaded | Timed | int | dict[str, float]:
+        answers: dict[str, Callable[[], Loaded | Timed | int | dict[str, float]]] = {
+            "load": self._load, "step": self._step, "peak": self._peak, "stages": self._device_stages,
+        }  # fmt: skip
+        return answers[request]()
 
     def _peak(self) -> int:
         """Bytes: of the device's memory on a GPU, else of the process and of those that compute for it."""
@@ -81,13 +86,15 @@ class Bench:
             raise SqapError(f"{problem}: docs/bench.md says what to install") from problem
         seconds = time.perf_counter() - start
         self.observation = example(self._policy)
+        if self._subject.kind == "cuda":
+            self._device = DeviceTimes(self._policy, chosen.graph)
         self._forget_peak()  # what it took to make a rival out of the compressed policy is not the rival's
         first = self._policy.step(self.observation, seed=0)
         chunk, self._memory = first.chunk, first.memory
         if not np.isfinite(chunk).all():
             raise SqapError("its actions are not finite")
-        staged = chosen.staged and self._subject.kind == "cpu"  # a graph has no stages
-        self._stages = Stages(self._policy) if staged else None
+        if chosen.staged and self._device is None:
+            self._stages = Stages(self._policy)
         return Loaded(seconds, weight_bytes(self._policy), chunk)
 
     def _step(self) -> Timed:
@@ -96,7 +103,14 @@ class Bench:
         start = time.perf_counter()
         self._policy.step(self.observation, seed=0, memory=self._memory)
         ms = 1000 * (time.perf_counter() - start)
-        return Timed(ms, {} if self._stages is None else self._stages.split(ms))
+        stages = {} if self._stages is None else self._stages.split(ms)
+        return Timed(ms, stages, None if self._device is None else self._device.last())
+
+    def _device_stages(self) -> dict[str, float]:
+        """Medians over `REPLAYS`; none of a policy that is compiled as a whole."""
+        if self._device is None or not candidate(self._name).staged:
+            return {}
+        return self._device.stages(self.observation, self._memory)
 
 
 class Stages:

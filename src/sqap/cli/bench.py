@@ -64,7 +64,7 @@ def bench(
             report = run(
                 subject,
                 rivals,
-                steps=steps or (30 if device == "cpu" else 200),
+                steps=steps,
                 warmups=warmups,
                 threads=threads,
                 one_at_a_time=one_at_a_time,

@@ -137,6 +137,11 @@ class QuantizedLinear(nn.Module):
         return self.bound()(input, function, times)
 
     @property
+    def packed(self) -> kernels.Packed:
+        """Its tensors, and what their integers mean."""
+        return kernels.Packed(self.weight, self.scale, self.bias, self.grids)
+
+    @property
     def backend(self) -> kernels.Backend:
         """What multiplies on the device that the weight is on."""
         return kernels.find(self.weight.device, self.grids)
@@ -147,7 +152,7 @@ class QuantizedLinear(nn.Module):
         key = backend.name, *(0 if tensor is None else tensor.data_ptr() for tensor in (weight, scale, bias))
         found = _bound.get(self)
         if found is None or found[0] != key:
-            found = key, backend.linear(kernels.Packed(weight, scale, bias, self.grids))
+            found = key, backend.linear(self.packed)
             _bound[self] = found
         return found[1]
 

@@ -272,6 +272,7 @@ def bench_tables(report: Mapping[str, Any]) -> list[Table]:
         subject += f", {report['layers']} decoder layers"
     title = f"{subject}: {machine['processor']}, {report['threads']} threads, {machine['kernels']}"
     steps = _numbers(title, ("step p50", "p90", "p99", "sqap is faster by"))
+    device = _numbers("On the GPU alone, by events", ("step p50", "p90", "p99", "sqap is faster by"))
     memory = _numbers("Memory", ("weights", "peak memory", "load"))
     spent: dict[str, Mapping[str, float]] = {}
     reasons = []
@@ -279,8 +280,13 @@ def bench_tables(report: Mapping[str, Any]) -> list[Table]:
         if "reason" in row:
             reasons.append(f"{name}: {row['reason']}")
             continue
-        faster = _speedup(report["speedup_over"].get(name))
-        steps.add_row(name, *(duration(row[f"p{q}_ms"]) for q in (50, 90, 99)), faster)
+        ratio = report["speedup_over"].get(name, {})
+        steps.add_row(name, *_percentiles(row), _speedup(ratio))
+        if "device_ms" in row:
+            faster = f"{ratio['device_median']:.2f}" if ratio else ""
+            device.add_row(name, *_percentiles(row["device_ms"]), faster)
+        if "no_stages" in row:
+            reasons.append(f"{name} has no stages: {row['no_stages']}")
         peak = row.get("peak_device_bytes", row.get("peak_rss_bytes", 0))
         sizes = [size(row["weight_bytes"]), size(peak)]
         memory.add_row(name, *sizes, duration(1e3 * row["load_s"]))
@@ -290,7 +296,11 @@ def bench_tables(report: Mapping[str, Any]) -> list[Table]:
     for stage in dict.fromkeys(stage for times in spent.values() for stage in times):
         stages.add_row(stage, *(duration(times[stage]) if stage in times else "" for times in spent.values()))
     steps.caption = "; ".join(reasons) or None
-    return [steps, memory, stages]
+    return [steps, *([device] if device.row_count else []), memory, stages]
+
+
+def _percentiles(times: Mapping[str, Any]) -> list[str]:
+    return [duration(times[f"p{q}_ms"]) for q in (50, 90, 99)]
 
 
 def _numbers(title: str, columns: Sequence[str]) -> Table:
@@ -302,5 +312,5 @@ def _numbers(title: str, columns: Sequence[str]) -> Table:
     return table
 
 
-def _speedup(ratio: Mapping[str, float] | None) -> str:
-    return "" if ratio is None else f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+def _speedup(ratio: Mapping[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else ""

@@ -13,12 +13,15 @@ import torch
 from typer.testing import CliRunner
 
 from sqap.benchmark.candidates import Subject, check
+from sqap.benchmark.shapes import random_policy
 from sqap.cli import app
 from sqap.errors import InputError
 from sqap.kernels import Grids, Packed, find
 from sqap.kernels.gpu.backend import GpuBackend, check_device
 from sqap.kernels.gpu.describe import describe
-from sqap.recipe import Recipe
+from sqap.kernels.gpu.tiles import ESTIMATED, FEW, TABLE, choose
+from sqap.policy import Policy
+from sqap.recipe import Quantization, Recipe, Scheme
 
 CUDA = torch.device("cuda")
 
@@ -52,6 +55,25 @@ def test_an_old_gpu_is_one_sentence(card: Any, monkeypatch: pytest.MonkeyPatch) 
         check_device(CUDA)
     monkeypatch.setenv("SQAP_KERNELS", "reference")
     check_device(CUDA)
+
+
+def test_grids_without_a_kernel_are_refused_before_anything_moves(policy: Policy, card: Any) -> None:
+    pytest.importorskip("triton", reason="Triton is there for Linux alone")
+    card((8, 0))
+    grouped = random_policy(policy.config.model, Recipe(Quantization(Scheme(4, 4, activation_group_size=16))))
+    with pytest.raises(InputError, match="activations with a scale per group of 16 channels have no kernel"):
+        grouped.to("cuda")
+    assert grouped.device.type == "cpu"
+    assert grouped.model.device.type == "cpu"
+
+
+def test_a_tile_is_chosen_by_size_and_card() -> None:
+    """Few tokens, small results, others; a card that the table does not have takes the estimates, too."""
+    for major in (*TABLE, 99):
+        few, small, large = TABLE.get(major, ESTIMATED)
+        assert choose(1, 11008, major) == choose(FEW, 64, major) == few
+        assert choose(FEW + 1, 768, major) == small
+        assert choose(280, 11008, major) == large
 
 
 def test_other_gpus_and_devices_pass(card: Any) -> None:

@@ -18,9 +18,10 @@ from sqap.models.heads.diffusion import DiTBlock
 from sqap.models.kv import KVCache
 from sqap.models.stream import Stream
 from sqap.models.vision import Block
-from sqap.quantization.fused import fuse, run_fused
+from sqap.quantization.fused import fuse, run_fused, run_fused_expert
 from sqap.recipe import Scheme
 from tests.kernels.gpu.conftest import Interpreted
+from tests.kernels.test_expert import HEADS, head_of, inputs_of
 from tests.kernels.test_layer import VISION, assert_near, decoder_layer, quantize
 
 
@@ -151,6 +152,25 @@ def test_an_encoder_block(monkeypatch: pytest.MonkeyPatch, layer: nn.Module, sch
     expected = by_modules(monkeypatch, layer, x)
     fuse(layer)
     assert_near(layer(x), expected)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", HEADS)
+def test_an_action_experts_layer(monkeypatch: pytest.MonkeyPatch, name: str, batch: int) -> None:
+    """Cross-attention or its own tokens behind the prefix, causal or not; what a denoising step modulates."""
+    head = head_of(name, Scheme(4, 8))
+    inputs, given, steps = inputs_of(head, 7, batch), torch.randn(batch, 11, 56), head.conditions(head.times)
+    actions = head.suffix(inputs.layout, slice(int(head.state_dim > 0), None))
+    pairs = [head.caches(inputs.prefix, inputs.layout) for _ in range(2)]
+    around, caches = actions.behind(pairs[0]), pairs[1]
+    for i, layer in enumerate(head.experts):
+        for step in (0, 3):
+            surroundings = around.ropes, around.masks[i], steps[step].of_layer(i)
+            expected = by_modules(monkeypatch, layer, given, around.caches[i], *surroundings)
+            rope = around.ropes[int(layer.self_attn.cross)]
+            found = run_fused_expert(layer, given, caches[i], rope, step)
+            assert found is not None
+            assert_near(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

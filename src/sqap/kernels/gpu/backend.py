@@ -50,11 +50,9 @@ class GpuBackend:
         return GpuLinear(packed)
 
     def layer(self, spec: LayerSpec) -> GpuLayer | None:
-        """None where linears of the same tokens quantize them differently, and for cross-attention."""
+        """None where linears of the same tokens quantize them differently."""
         from sqap.kernels.gpu.layer import GpuLayer
 
-        if spec.cross:
-            return None
         for linears in (spec.inputs, spec.up):
             kinds = {cast("GpuLinear", linear).grids for linear in linears}
             if len(kinds) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -15,6 +16,25 @@ from sqap.kernels.gpu.linear import FLOATS, GpuLinear, Levels
 from sqap.kernels.received import attention_received
 
 Rope = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values that the tokens of many calls attend to, and room for the tokens' own behind them.
+
+    Args:
+        keys, values: ``(batch, kv_heads, length + room, head_dim)``.
+        length: of the prefix.
+    """
+
+    keys: Tensor
+    values: Tensor
+    length: int
+
+    def read(self, behind: int) -> tuple[Tensor, Tensor]:
+        """The prefix, with so many places ``behind`` it."""
+        end = self.length + behind
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
 
 class GpuLayer:
@@ -36,8 +56,14 @@ class GpuLayer:
         """Floats, whatever came before; behind a ``first`` token, of one observation."""
         return x.dtype in FLOATS and (not first or len(x) == 1)
 
-    def prefix(self, keys: Tensor, values: Tensor, room: int) -> None:
-        """None: action experts run module by module here."""
+    def prefix(self, keys: Tensor, values: Tensor, room: int) -> Prefix:
+        """A copy of them with ``room`` behind it; without room, they themselves."""
+        if not room:
+            return Prefix(keys, values, keys.shape[2])
+        larger = [x.new_empty(*x.shape[:2], x.shape[2] + room, x.shape[3]) for x in (keys, values)]
+        for place, x in zip(larger, (keys, values), strict=True):
+            place[:, :, : x.shape[2]] = x
+        return Prefix(larger[0], larger[1], keys.shape[2])
 
     def __call__(
         self,
@@ -48,8 +74,10 @@ class GpuLayer:
         first: int = 0,
         prefix: object | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `FusedLayer.__call__`; there is no ``prefix``."""
+        """As `FusedLayer.__call__`."""
         spec, (batch, tokens, width), (heads, _, head_dim) = self.spec, x.shape, self.spec.heads
+        if prefix is not None:
+            kept = cast(Prefix, prefix).read(0 if spec.cross else tokens)
         q, k, v = self._project(x, rope, kept, first)
         past = k.shape[2] - tokens
         received = None
@@ -86,6 +114,11 @@ class GpuLayer:
         """Rotated queries behind ``first`` ``(batch, heads, tokens, head_dim)``; all keys and values."""
         heads, kv_heads, head_dim = self.spec.heads
         levels = normed(self._inputs[0], x.reshape(-1, x.shape[-1]), self.spec.norms[0])
+        if self.spec.cross:
+            assert rope is not None, "queries of cross-attention have positions"
+            assert kept is not None, "cross-attention has a prefix"
+            q = self._inputs[0].multiply(levels, x.dtype)
+            return rotated(q, head_dim, rope, len(x)), *kept
         if len(self._inputs) == 1:
             made = self._inputs[0].multiply(levels, x.dtype)
             q, k, v = torch.split(made, [heads * head_dim, *[kv_heads * head_dim] * 2], 1)
