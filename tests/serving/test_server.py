@@ -39,7 +39,10 @@ class OpenPi:
 
     def step(self, observation, *, seed=None, memory=None) -> Step:
         answer = self.client.infer(write_request(observation, seed=seed))
-        assert set(answer["server_timing"]) == {"queue_ms", "infer_ms", "total_ms", "batch"}
+        timing = answer["server_timing"]
+        assert set(timing) == {"queue_ms", "infer_ms", "overhead_ms", "total_ms", "batch"}
+        parts = timing["queue_ms"] + timing["infer_ms"] + timing["overhead_ms"]
+        assert parts == pytest.approx(timing["total_ms"])
         self.chunks.append(answer["actions"])
         return Step(answer["actions"])
 

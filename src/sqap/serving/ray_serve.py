@@ -27,7 +27,7 @@ from sqap.process import available_cores
 from sqap.serving.asgi import Application
 from sqap.serving.logs import set_up
 from sqap.serving.replicas import Replicas, check_cores, deployment_options, http_options
-from sqap.serving.run import signals
+from sqap.serving.run import set_up_process, signals
 from sqap.serving.service import Service
 from sqap.serving.settings import ServerSettings
 
@@ -105,6 +105,7 @@ def application(served: Served, replicas: Replicas) -> Any:
 def _load(served: Served) -> Application:
     """In a replica's process: the policy in memory, before its service starts."""
     set_up(served.log_requests)
+    set_up_process()
     policy = sqap.load(served.source, **vars(served.choices))
     if policy.fingerprint != served.fingerprint:
         raise CheckpointError(
