@@ -151,6 +151,8 @@ def test_robots_of_a_cluster_keep_their_replica_until_it_dies(
                 assert np.array_equal(reply.actions[0], wanted), "the ensemble of this robot alone"
             assert after.request_id == before.request_id.removesuffix("-1") + "-2", "one connection"
         assert get_at(url, "/healthz")[0] == 401
+        for path in ("/-/healthz", "/-/routes", "/-/"):  # which Ray answers to anybody
+            assert get_at(url, path)[0] == 404
         assert get_at(url, "/healthz", f"Api-Key {KEY}") == (200, "OK\n")
         with PolicyClient(url, None, api_key="x" * 16) as stranger, pytest.raises(Rejected, match="401"):
             stranger.metadata()

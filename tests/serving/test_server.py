@@ -72,6 +72,7 @@ def test_the_first_frame_says_what_the_policy_is(start, policy):
     assert metadata["server"] == "sqap"
     assert metadata["cameras"] == ["corner2"]
     assert (metadata["horizon"], metadata["action_dim"], metadata["state_dim"]) == (1, 4, 0)
+    assert metadata["action_names"] == ["dx", "dy", "dz", "gripper"]
     assert metadata["action_low"] == [-0.5, -0.5, -0.5, -1.0]
     assert metadata["action_high"] == [0.5, 1.0, 2.0, 1.0]
     assert metadata["recipe"] == json.loads(json.dumps(policy.recipe.to_json()))
