@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import sqap
 from sqap.checkpoints.choices import Choices
 from sqap.cli import app
+from sqap.cli.serve import place
 from sqap.errors import CheckpointError, InputError
 from sqap.evaluation.ensemble import AdaptiveEnsemble
 from sqap.serving import Limits, PolicyClient, Rejected, ServerSettings
@@ -84,6 +85,15 @@ def test_without_ray_one_sentence_says_what_to_install(saved: Path, monkeypatch)
     result = CliRunner().invoke(app, ["serve", str(saved), "--ray"])
     assert result.exit_code == 1
     assert 'serving on Ray needs ray; pip install "sqap[ray]"' in " ".join(result.output.split())
+
+
+def test_a_replica_finds_the_policy_that_was_named(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("reference", "mine"):
+        (tmp_path / name).mkdir()
+    assert place("mine") == str(tmp_path / "mine")
+    assert place("reference") == "reference", "the bundled one, whatever is called so here"
+    assert place("org/name") == "org/name"
 
 
 @pytest.fixture
