@@ -1,7 +1,7 @@
 """Predictions of `sqap capacity` beside a real server: python benchmarks/capacity_check.py --json check.json
 
 In turns, so that whatever disturbs this machine meets both: steps for 1, 2, 4, 8 and 16 robots are timed in
-this process, and then a server in a process of its own answers robots (those of serve_load.py). Each sends
+this process, and then a server in a process of its own answers robots (those of robots.py). Each sends
 ``--rate-hz`` observations a second, or one as soon as it has its answer where that comes later. Then
 `sqap.capacity` simulates the same runs, as long as what was measured, many times:
 
@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from serve_load import Candidate, Seen, Server, load
+from robots import Candidate, Seen, Server, load
 
 import sqap
 from sqap.build import build_id
 from sqap.capacity import Load, StepTimes, measure, simulate
 from sqap.files import write_json
-from sqap.process import available_cores
+from sqap.process import available_cores, keep_freed_memory
 from sqap.serving import Limits
 from sqap.serving.engine import noise
 
@@ -130,6 +130,7 @@ def main() -> None:
     options = parser.parse_args()
     console = Console()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as the server and `sqap capacity` do
     policy = sqap.load(options.policy)
     counts = [int(count) for count in options.robots.split(",")]
     rows: list[dict[str, Any]] = []

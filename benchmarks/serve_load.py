@@ -7,12 +7,22 @@ which sends its next observation when it has its last answer. Candidates:
   robots send at a rate, ``--null-hz``, since without a policy nothing else holds them back.
 - ``batch=1`` and ``batch=16``: the policy, of which a step is for one robot, or for all that wait.
 
-Printed for each: answers a second, the round trip's p50 and p99 as a robot measures it, the p99 of the round
-trip without waiting and policy (``beyond``), the server's processor time an answer, robots a step, refusals,
-and what the server's memory grew by from the first to the last quarter of the time; the file has `SAMPLES` of
-it. At the end: how many answers ``batch=16`` gave for each of ``batch=1``.
+Printed for each: answers a second, the round trip's p50 and p99, and
 
-``--connects N`` opens and leaves as many connections, a third of them with a handshake, and then asks once.
+- ``step`` and ``alone``: medians of a step's time under this load, and in the same process before any robot
+  was there.
+- ``beyond``: the p99 of the round trip without the step and without waiting for steps of others. The round
+  trip of a robot ends when its answer arrives, not when the robots' one process has time to read it.
+- ``server``: the p99 of the part of ``beyond`` that the server itself saw, from a frame that is read to an
+  answer that is ready.
+- ``CPU``: processor time an answer, of the server and of the robots.
+- robots a step, refusals, and what the server's memory grew by from the first to the last quarter of the
+  time; the file has samples of it.
+
+At the end: how many answers ``batch=16`` gave for each of ``batch=1``.
+
+``--connects N`` opens and leaves as many connections, a third of them with a handshake, and says after every
+tenth of them what memory has grown by; then it asks once.
 ``--candidates null --robots 16 --seconds 1800`` is the run that shows whether memory is flat. Rows are kept
 in the file, and the same command goes on with those that are not in it.
 """
@@ -22,153 +32,30 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import multiprocessing
-import os
-import random
-import signal
 import socket
 import time
-from dataclasses import asdict, dataclass, field
-from multiprocessing.connection import Connection
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from robots import Candidate, Server, load
 
 import sqap
 from sqap.build import build_id
 from sqap.files import write_json
-from sqap.observation import Observation
-from sqap.policy import Policy, Step
+from sqap.policy import Policy
 from sqap.process import available_cores
-from sqap.serving import AsyncPolicyClient, Limits, PolicyClient, Refused, ServerSettings, run
+from sqap.serving import PolicyClient
 from sqap.serving.engine import noise
 
 WARM_UP_SECONDS = 1.0
-SAMPLES = 40  # of the server's memory in a run
 HANDSHAKE = (
     b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
 )
-
-
-class Null:
-    """A policy that answers at once, with zeros."""
-
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
-        self._step = Step(policy.step(noise(policy)).chunk * 0)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._policy, name)
-
-    def steps(self, observations: list[Observation], **_: Any) -> list[Step]:
-        return [self._step] * len(observations)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What is loaded: a policy or `Null` in its place, and how many robots a step is for at most."""
-
-    name: str
-    batch: int
-    null: bool = False
-
-
-@dataclass
-class Seen:
-    """What the robots of one run have measured, in milliseconds."""
-
-    round_trips: list[float] = field(default_factory=list)
-    beyond: list[float] = field(default_factory=list)
-    infer: list[float] = field(default_factory=list)
-    batches: list[int] = field(default_factory=list)
-    memory: list[int] = field(default_factory=list)  # of the server, in bytes
-    refusals: int = 0
-
-
-def serve(source: str, candidate: Candidate, robots: int, threads: int, pipe: Connection) -> None:
-    """The server's process; it sends its address."""
-    import torch
-
-    torch.set_num_threads(threads)
-    policy: Any = sqap.load(source)
-    policy.load_weights()
-    limits = Limits(connections=robots + 8, rate_hz=1e6, waiting=max(64, robots), batch=candidate.batch)
-    run(Null(policy) if candidate.null else policy, ServerSettings(port=0, limits=limits), pipe.send)
-
-
-class Server:
-    """A server's process and its address."""
-
-    def __init__(self, *arguments: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(*arguments, theirs), daemon=True)
-        self._process.start()
-        theirs.close()
-        self.url: str = ours.recv()
-
-    @property
-    def resident(self) -> int:
-        """Bytes in memory."""
-        pages = int(Path(f"/proc/{self._process.pid}/statm").read_text(encoding="ascii").split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-
-    @property
-    def processor_ms(self) -> float:
-        """Processor time of all its threads."""
-        fields = (
-            Path(f"/proc/{self._process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-        )
-        return 1e3 * (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._process.pid is not None
-        os.kill(self._process.pid, signal.SIGTERM)
-        self._process.join(20)
-        self._process.kill()
-
-
-async def robot(url: str, observation: Observation, until: float, period: float, seen: Seen) -> None:
-    """Ask until a time, every period or as often as it is answered."""
-    async with AsyncPolicyClient(url, None, timeout=60) as client:
-        await client.metadata()
-        await asyncio.sleep(period * random.random())
-        due = time.monotonic()
-        while (begin := time.monotonic()) < until:
-            try:
-                reply = await client.infer(observation)
-            except Refused:
-                seen.refusals += 1
-                await asyncio.sleep(0.01)
-                continue
-            took, timing = 1e3 * (time.monotonic() - begin), reply.timing
-            seen.round_trips.append(took)
-            seen.beyond.append(took - timing["queue_ms"] - timing["infer_ms"])
-            seen.infer.append(timing["infer_ms"])
-            seen.batches.append(int(timing["batch"]))
-            due = max(due + period, time.monotonic())
-            if period:
-                await asyncio.sleep(due - time.monotonic())
-
-
-async def load(server: Server, observations: list[Observation], seconds: float, period: float) -> Seen:
-    """All robots at once, while the server's memory is looked at."""
-    seen, until = Seen(), time.monotonic() + seconds
-
-    async def watch() -> None:
-        for _ in range(SAMPLES):
-            await asyncio.sleep(seconds / SAMPLES)
-            seen.memory.append(server.resident)
-
-    await asyncio.gather(watch(), *(robot(server.url, o, until, period, seen) for o in observations))
-    return seen
 
 
 def growth(memory: list[int]) -> int:
@@ -184,9 +71,9 @@ def measure(
     observations = [noise(LOCAL, seed) for seed in range(robots)]
     period = 1 / null_hz if candidate.null else 0.0
     asyncio.run(load(server, observations, WARM_UP_SECONDS, period))
-    used, begin = server.processor_ms, time.monotonic()
+    used, own, begin = server.processor_ms, time.process_time(), time.monotonic()
     seen = asyncio.run(load(server, observations, seconds, period))
-    took = time.monotonic() - begin
+    took, own = time.monotonic() - begin, time.process_time() - own
     p50, p99 = np.percentile(seen.round_trips, [50, 99])
     return {
         "candidate": asdict(candidate),
@@ -195,8 +82,12 @@ def measure(
         "answers_per_second": round(len(seen.round_trips) / took, 1),
         "p50_ms": round(float(p50), 2),
         "p99_ms": round(float(p99), 2),
+        "step_p50_ms": round(float(np.median(seen.infer)), 2),
+        "alone_p50_ms": round(server.alone_ms, 2),
         "beyond_p50_ms": round(float(np.median(seen.beyond)), 2),
         "beyond_p99_ms": round(float(np.percentile(seen.beyond, 99)), 2),
+        "server_p99_ms": round(float(np.percentile(seen.overhead, 99)), 2),
+        "robots_processor_ms": round(1e3 * own / len(seen.round_trips), 2),
         "processor_ms": round((server.processor_ms - used) / len(seen.round_trips), 2),
         "robots_a_step": round(float(np.mean(seen.batches)), 2),
         "refusals": seen.refusals,
@@ -219,6 +110,7 @@ def connect_often(server: Server, count: int) -> dict[str, Any]:
     """Open and leave ``count`` connections."""
     host, port = server.url.removeprefix("ws://").split(":")
     before, refused, begin = server.resident, 0, time.monotonic()
+    grown = []
     for i in range(count):
         try:
             with socket.create_connection((host, int(port)), timeout=10) as connection:
@@ -226,10 +118,12 @@ def connect_often(server: Server, count: int) -> dict[str, Any]:
                     connection.sendall(HANDSHAKE)
         except OSError:
             refused += 1
+        if (i + 1) % max(1, count // 10) == 0:
+            grown.append(server.resident - before)
     took = time.monotonic() - begin
     with PolicyClient(server.url, None, timeout=60) as client:
         client.infer(noise(LOCAL))
-    grown = server.resident - before
+    grown.append(server.resident - before)
     return {"connects": count, "refused": refused, "seconds": round(took, 1), "memory_growth_bytes": grown}
 
 
@@ -240,8 +134,12 @@ def table(rows: list[dict[str, Any]]) -> Table:
         "answers/s",
         "p50 ms",
         "p99",
+        "step",
+        "alone",
         "beyond p99",
+        "server p99",
         "CPU ms",
+        "robots' CPU",
         "robots a step",
         "refused",
         "memory, MB",
@@ -254,8 +152,12 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{row['answers_per_second']:.1f}",
             f"{row['p50_ms']:.1f}",
             f"{row['p99_ms']:.1f}",
+            f"{row['step_p50_ms']:.1f}",
+            f"{row['alone_p50_ms']:.1f}",
             f"{row['beyond_p99_ms']:.2f}",
+            f"{row['server_p99_ms']:.2f}",
             f"{row['processor_ms']:.2f}",
+            f"{row['robots_processor_ms']:.2f}",
             f"{row['robots_a_step']:.1f}",
             str(row["refusals"]),
             f"{row['memory_growth_bytes'] / 1e6:+.1f}",
@@ -278,7 +180,7 @@ def main() -> None:
     parser.add_argument("--connects", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    console = Console(width=max(Console().width, 110))  # columns need room in a file too
+    console = Console(width=max(Console().width, 150))  # columns need room in a file too
     global LOCAL
     LOCAL = sqap.load(options.policy)
     settings = {"policy": options.policy, "threads": options.threads, "null_hz": options.null_hz,

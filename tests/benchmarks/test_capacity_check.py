@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from capacity_check import merged, predict, steps_of, table
-from serve_load import Seen
+from robots import Seen
 
 from sqap.capacity import Load, StepTimes
 

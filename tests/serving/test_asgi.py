@@ -12,6 +12,7 @@ import pytest
 from sqap.evaluation.ensemble import AdaptiveEnsemble
 from sqap.serving import Limits, ServerSettings
 from sqap.serving.asgi import Application
+from sqap.serving.ray_proxy import WithoutOwnPages
 from sqap.serving.requests import write_request
 from sqap.serving.service import Service
 from sqap.serving.wire import pack, unpack
@@ -190,3 +191,15 @@ def test_a_policy_that_cannot_be_served_so_is_a_sentence_to_the_listener(policy)
         assert "up to 8 chunks" in (await lifespan.take("lifespan.startup.failed"))["message"]
 
     asyncio.run(start())
+
+
+@pytest.mark.parametrize(
+    ("path", "status"), [("/-/healthz", 404), ("/-/routes", 404), ("/-/", 404), ("/-", 401), ("/", 401)]
+)
+def test_a_proxys_own_pages_are_shut_and_the_rest_goes_to_the_replica(policy, path, status):
+    async def test(app):
+        exchange = Exchange(WithoutOwnPages(app), "http", method="GET", path=path)
+        assert (await exchange.take("http.response.start"))["status"] == status
+        assert (await exchange.take("http.response.body"))["body"]
+
+    served(policy, test, key=KEY)

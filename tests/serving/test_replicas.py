@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import sqap
 from sqap.checkpoints.choices import Choices
 from sqap.cli import app
+from sqap.cli.serve import place
 from sqap.errors import CheckpointError, InputError
 from sqap.evaluation.ensemble import AdaptiveEnsemble
 from sqap.serving import Limits, PolicyClient, Rejected, ServerSettings
@@ -86,6 +87,15 @@ def test_without_ray_one_sentence_says_what_to_install(saved: Path, monkeypatch)
     assert 'serving on Ray needs ray; pip install "sqap[ray]"' in " ".join(result.output.split())
 
 
+def test_a_replica_finds_the_policy_that_was_named(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("reference", "mine"):
+        (tmp_path / name).mkdir()
+    assert place("mine") == str(tmp_path / "mine")
+    assert place("reference") == "reference", "the bundled one, whatever is called so here"
+    assert place("org/name") == "org/name"
+
+
 @pytest.fixture
 def ray_serve():
     """The module, where Ray is installed: it is too large to be among the tools for development."""
@@ -151,6 +161,8 @@ def test_robots_of_a_cluster_keep_their_replica_until_it_dies(
                 assert np.array_equal(reply.actions[0], wanted), "the ensemble of this robot alone"
             assert after.request_id == before.request_id.removesuffix("-1") + "-2", "one connection"
         assert get_at(url, "/healthz")[0] == 401
+        for path in ("/-/healthz", "/-/routes", "/-/"):  # which Ray answers to anybody
+            assert get_at(url, path)[0] == 404
         assert get_at(url, "/healthz", f"Api-Key {KEY}") == (200, "OK\n")
         with PolicyClient(url, None, api_key="x" * 16) as stranger, pytest.raises(Rejected, match="401"):
             stranger.metadata()

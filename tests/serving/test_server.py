@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import json
 import ssl
 import subprocess
@@ -17,12 +18,14 @@ from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatu
 from websockets.sync.client import connect
 
 import sqap
-from sqap import environments
+from sqap import Policy, environments
 from sqap.errors import InputError
 from sqap.evaluation.ensemble import AdaptiveEnsemble
 from sqap.evaluation.rollout import run_episode
 from sqap.policy import Step, _check_actions
+from sqap.processing import ActionUnits
 from sqap.serving import Limits, PolicyClient, ServerSettings
+from sqap.serving.metadata import metadata
 from sqap.serving.requests import write_request
 from sqap.serving.server import Server
 from sqap.serving.wire import pack, unpack
@@ -39,7 +42,10 @@ class OpenPi:
 
     def step(self, observation, *, seed=None, memory=None) -> Step:
         answer = self.client.infer(write_request(observation, seed=seed))
-        assert set(answer["server_timing"]) == {"queue_ms", "infer_ms", "total_ms", "batch"}
+        timing = answer["server_timing"]
+        assert set(timing) == {"queue_ms", "infer_ms", "overhead_ms", "total_ms", "batch"}
+        parts = timing["queue_ms"] + timing["infer_ms"] + timing["overhead_ms"]
+        assert parts == pytest.approx(timing["total_ms"])
         self.chunks.append(answer["actions"])
         return Step(answer["actions"])
 
@@ -65,16 +71,24 @@ def test_openpis_client_runs_an_episode_as_in_process(start):
 
 
 def test_the_first_frame_says_what_the_policy_is(start, policy):
-    metadata = OpenPi(start(ensemble=2).port).client.get_server_metadata()
-    assert metadata["server"] == "sqap"
-    assert metadata["cameras"] == ["corner2"]
-    assert (metadata["horizon"], metadata["action_dim"], metadata["state_dim"]) == (1, 4, 0)
-    assert metadata["action_low"] == [-0.5, -0.5, -0.5, -1.0]
-    assert metadata["action_high"] == [0.5, 1.0, 2.0, 1.0]
-    assert metadata["recipe"] == json.loads(json.dumps(policy.recipe.to_json()))
-    assert metadata["weight_bytes"] > 1e5
-    assert metadata["limits"]["batch"] == Limits().batch
-    assert {"versions", "kernels", "family", "fingerprint", "action_units", "device"} <= set(metadata)
+    found = OpenPi(start(ensemble=2).port).client.get_server_metadata()
+    assert found["server"] == "sqap"
+    assert found["cameras"] == ["corner2"]
+    assert (found["horizon"], found["action_dim"], found["state_dim"]) == (1, 4, 0)
+    assert found["action_names"] == [None] * 4
+    assert found["action_low"] == [-0.5, -0.5, -0.5, -1.0]
+    assert found["action_high"] == [0.5, 1.0, 2.0, 1.0]
+    assert found["recipe"] == json.loads(json.dumps(policy.recipe.to_json()))
+    assert found["weight_bytes"] > 1e5
+    assert found["limits"]["batch"] == Limits().batch
+    assert {"versions", "kernels", "family", "fingerprint", "action_units", "device"} <= set(found)
+
+
+def test_actions_are_named_where_their_units_are_known(policy):
+    config = dataclasses.replace(policy.config, units=ActionUnits((0, 1, 2), 10.0, 3))
+    found = metadata(Policy(policy.model, config, policy.tokenizer), ServerSettings())
+    assert found["action_names"] == ["dx", "dy", "dz", "gripper"]
+    assert found["action_units"]["millimetres"] == 10.0
 
 
 def test_what_is_wrong_is_a_text_frame_and_close_1011(start, observe):

@@ -10,6 +10,7 @@ import typer
 from sqap.checkpoints.choices import Choices
 from sqap.cli.options import NONE, SOURCE, JsonOption, load_policy, load_weights, with_choices, write_numbers
 from sqap.errors import InputError
+from sqap.process import keep_freed_memory
 from sqap.report import tables
 from sqap.terminal import console, messages, progress_bar, user_errors
 
@@ -87,6 +88,7 @@ def capacity(
 def _measure(source: str, choices: Choices, steps: int, threads: int | None) -> StepTimes:
     from sqap.capacity import measure
 
+    keep_freed_memory()  # as the server does
     policy = load_policy(source, choices)
     load_weights(policy)
     with progress_bar("steps") as advance:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sqap.checkpoints import BUNDLED
 from sqap.checkpoints.choices import Choices
 from sqap.cli.options import NONE, SourceArgument, load_policy, load_weights, with_choices
 from sqap.errors import InputError
@@ -140,5 +141,10 @@ def _run_on_ray(
         from sqap.serving.ray_serve import Served, run
     except ModuleNotFoundError as error:
         raise InputError(f'serving on Ray needs {error.name}; pip install "sqap[ray]"') from error
-    place = str(Path(source).resolve()) if Path(source).is_dir() else source
-    run(Served(place, choices, loaded.fingerprint, settings, log_requests), replicas, started)
+    run(Served(place(source), choices, loaded.fingerprint, settings, log_requests), replicas, started)
+
+
+def place(source: str) -> str:
+    """What a process in another directory loads the same policy by."""
+    directory = Path(source).expanduser()
+    return str(directory.resolve()) if source not in BUNDLED and directory.is_dir() else source

@@ -143,7 +143,7 @@ class Application:
         await receive()
         response = await self.service.http.answer(scope.get("client"), _request(scope), True)
         if response is not None:
-            await _respond("websocket.http.response", response, send)
+            await send_response("websocket.http.response", response, send)
             return
         await send({"type": "websocket.accept"})
         robot = AsgiConnection(scope, receive, send, self.service.settings.limits.message_bytes)
@@ -163,7 +163,7 @@ class Application:
             found = await self.service.http.answer(scope.get("client"), _request(scope), False)
             assert found is not None, "only robots' handshakes go on"
             response = found
-        await _respond("http.response", response, send)
+        await send_response("http.response", response, send)
 
 
 def _request(scope: Scope) -> Request:
@@ -173,7 +173,8 @@ def _request(scope: Scope) -> Request:
     return Request(scope["path"] + (f"?{query}" if query else ""), headers)
 
 
-async def _respond(kind: str, response: Response, send: Send) -> None:
+async def send_response(kind: str, response: Response, send: Send) -> None:
+    """Send a response as ASGI's messages of a kind: ``http.response``, or ``websocket.http.response``."""
     headers = [
         (name.lower().encode("latin-1"), value.encode("latin-1"))
         for name, value in response.headers.raw_items()

@@ -43,7 +43,8 @@ class Reply:
 
     Args:
         actions: ``(horizon, action_dim)`` float32 in robot units.
-        timing: the server's ``queue_ms``, ``infer_ms``, ``total_ms``, and how many were in the ``batch``.
+        timing: the server's ``queue_ms``, ``infer_ms``, ``overhead_ms`` and their sum ``total_ms``, and how
+            many robots were in the ``batch``.
         request_id: the observation's name in the server's log.
     """
 

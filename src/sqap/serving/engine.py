@@ -27,14 +27,20 @@ class Done:
     Args:
         jobs: whose observations.
         outcomes: what each came to.
-        began: seconds of `time.monotonic`.
-        seconds: that the step took.
+        free: when the policy had ended the step before; like the next, seconds of `time.monotonic`.
+        began: when it began this one.
+        ended: when it had ended it.
     """
 
     jobs: Sequence[Job]
     outcomes: Sequence[Outcome]
+    free: float
     began: float
-    seconds: float
+    ended: float
+
+    def waited(self, job: Job) -> float:
+        """Seconds for which a job waited while the policy computed for others."""
+        return max(0.0, self.free - job.queued)
 
 
 class Engine:
@@ -55,6 +61,7 @@ class Engine:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
         self._more = asyncio.Event()
         self.began: float | None = None  # of the step that is computed now
+        self._free = time.monotonic()  # when the last one ended
 
     @property
     def idle(self) -> bool:
@@ -74,6 +81,8 @@ class Engine:
         loop = asyncio.get_running_loop()
         while True:
             await self._more.wait()
+            # The last step's answers leave, and what has arrived is read, before the next step competes.
+            await asyncio.sleep(0)
             batch, late = self._line.take()
             if not len(self._line):
                 self._more.clear()
@@ -82,10 +91,16 @@ class Engine:
             for job in batch:
                 job.session.begin(job.request.reset)
             if batch:
-                began = self.began = time.monotonic()
-                outcomes = await loop.run_in_executor(self._thread, act, self._policy, batch)
-                self.began = None
-                self._done(Done(batch, outcomes, began, time.monotonic() - began))
+                self.began = time.monotonic()
+                done = await loop.run_in_executor(self._thread, self._step, batch)
+                self.began, self._free = None, done.ended
+                self._done(done)
+
+    def _step(self, batch: Sequence[Job]) -> Done:
+        """In the policy's thread, as the way there and back is the server's time."""
+        began = time.monotonic()
+        outcomes = act(self._policy, batch)
+        return Done(batch, outcomes, self._free, began, time.monotonic())
 
     def close(self) -> None:
         """Let the thread end when its step has."""

@@ -64,7 +64,7 @@ class Live:
     def acted(
         self, name: str, reset: bool, observation: Observation, step: Step, timing: dict[str, float]
     ) -> None:
-        """A robot got its actions; ``timing`` has queue_ms, infer_ms, total_ms and batch."""
+        """A robot got its actions; ``timing`` is that of the reply."""
         robot = self.robots.get(name)
         if robot is None:
             return

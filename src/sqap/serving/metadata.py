@@ -24,6 +24,18 @@ def action_dim(policy: Policy) -> int:
     return width
 
 
+def action_names(policy: Policy) -> list[str | None]:
+    """``dx``, ``dy`` and ``dz`` displace the gripper, ``gripper`` opens and closes it; None is not known."""
+    names: list[str | None] = [None] * action_dim(policy)
+    units = policy.config.units
+    if units is not None:
+        for dimension, axis in zip(units.translation, "xyz", strict=False):
+            names[dimension] = f"d{axis}"
+        if units.gripper is not None:
+            names[units.gripper] = "gripper"
+    return names
+
+
 def metadata(policy: Policy, settings: ServerSettings) -> dict[str, Any]:
     """Plain data. The names are explained in docs/serve.md."""
     config, head = policy.config, policy.config.model.head
@@ -41,6 +53,7 @@ def metadata(policy: Policy, settings: ServerSettings) -> dict[str, Any]:
         "state_dim": config.state_dim,
         "horizon": head.horizon if settings.ensemble is None else 1,
         "action_dim": action_dim(policy),
+        "action_names": action_names(policy),
         "action_units": None if config.units is None else dataclasses.asdict(config.units),
         "action_low": None if bounds is None else bounds[0].tolist(),
         "action_high": None if bounds is None else bounds[1].tolist(),

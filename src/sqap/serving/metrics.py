@@ -50,10 +50,14 @@ class Metrics:
         )
         self.queue_seconds = Histogram(
             "sqap_queue_seconds",
-            "From an observation's arrival to its step.",
+            "For which an observation waited while the policy computed for others.",
             buckets=SECONDS,
             registry=registry,
         )
+        self.overhead_seconds = Histogram(
+            "sqap_overhead_seconds", "From an observation's arrival to its actions, without queue and step.",
+            buckets=SECONDS, registry=registry,
+        )  # fmt: skip
         self.step_seconds = Histogram(
             "sqap_step_seconds", "Of the policy's steps, of one or several robots.", buckets=SECONDS,
             registry=registry,

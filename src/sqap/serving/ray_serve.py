@@ -18,16 +18,18 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 
 import sqap
 from sqap.checkpoints.choices import Choices
-from sqap.errors import CheckpointError, InputError
+from sqap.errors import CheckpointError, InputError, one_line
 from sqap.files import reason
 from sqap.process import available_cores
 from sqap.serving.asgi import Application
 from sqap.serving.logs import set_up
+from sqap.serving.ray_proxy import ENVIRONMENT
 from sqap.serving.replicas import Replicas, check_cores, deployment_options, http_options
-from sqap.serving.run import signals
+from sqap.serving.run import set_up_process, signals
 from sqap.serving.service import Service
 from sqap.serving.settings import ServerSettings
 
@@ -73,16 +75,20 @@ def run(served: Served, replicas: Replicas, started: Callable[[str], None]) -> N
         started: called with the address when all that there must be are ready.
 
     Raises:
-        InputError: there is no such cluster, it serves something already, or the address is taken.
+        InputError: there is no such cluster, it serves something already, the address is taken, or the
+            proxies do not start.
         CheckpointError: a replica could not be started.
     """
     settings = served.settings
     port = _port(settings)
     with _cluster(replicas):
-        serve.start(
-            proxy_location="HeadOnly" if settings.loopback else "EveryNode",
-            http_options=http_options(settings, port),
-        )
+        try:
+            serve.start(
+                proxy_location="HeadOnly" if settings.loopback else "EveryNode",
+                http_options=http_options(settings, port),
+            )
+        except (RayError, TimeoutError) as problem:
+            raise InputError(f"Ray Serve's proxies cannot be started: {one_line(str(problem))}") from problem
         try:
             serve.run(application(served, replicas), name=NAME, route_prefix="/")
         except RuntimeError as problem:
@@ -105,6 +111,7 @@ def application(served: Served, replicas: Replicas) -> Any:
 def _load(served: Served) -> Application:
     """In a replica's process: the policy in memory, before its service starts."""
     set_up(served.log_requests)
+    set_up_process()
     policy = sqap.load(served.source, **vars(served.choices))
     if policy.fingerprint != served.fingerprint:
         raise CheckpointError(
@@ -122,7 +129,10 @@ def _cluster(replicas: Replicas) -> Iterator[None]:
         check_cores(replicas, available_cores())
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Whoever reaches Ray's dashboard runs programs here.
-    where = {"address": replicas.address} if replicas.address else {"include_dashboard": False}
+    where: dict[str, Any] = (
+        {"address": replicas.address} if replicas.address else {"include_dashboard": False}
+    )
+    where["runtime_env"] = {"env_vars": ENVIRONMENT}  # Ray Serve starts its proxies with it
     try:
         ray.init(**where)
     except Exception as problem:  # Ray raises what it likes, a bare Exception too

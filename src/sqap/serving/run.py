@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from sqap.policy import Policy
+from sqap.process import keep_freed_memory
 from sqap.serving.server import Server
 from sqap.serving.settings import ServerSettings
 
@@ -27,8 +28,14 @@ def run(policy: Policy, settings: ServerSettings, started: Callable[[str], None]
     Raises:
         InputError: as `Server.start`.
     """
-    sys.setswitchinterval(SWITCH_SECONDS)
+    set_up_process()
     asyncio.run(_run(Server(policy, settings), started))
+
+
+def set_up_process() -> None:
+    """Settings of a process that does nothing but serve a policy."""
+    sys.setswitchinterval(SWITCH_SECONDS)
+    keep_freed_memory()
 
 
 async def _run(server: Server, started: Callable[[str], None]) -> None:

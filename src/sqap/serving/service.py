@@ -176,7 +176,8 @@ class Service:
             if (why := self.not_ready()) is not None:
                 raise Refused(why)
             seconds = request.deadline_s or self.settings.deadline_s
-            job = Job(session, request, name, arrived, None if seconds is None else arrived + seconds, answer)
+            deadline = None if seconds is None else arrived + seconds
+            job = Job(session, request, name, arrived, time.monotonic(), deadline, answer)
             self._say_unused(job)
             before = self.line.put(job)
         except SqapError as problem:
@@ -228,7 +229,7 @@ class Service:
 
     def _acted(self, done: Done) -> None:
         """Hand a step's outcomes to their robots."""
-        self._metrics.step_seconds.observe(done.seconds)
+        self._metrics.step_seconds.observe(done.ended - done.began)
         self._metrics.batch.observe(len(done.jobs))
         for job, outcome in zip(done.jobs, done.outcomes, strict=True):
             try:
@@ -244,15 +245,18 @@ class Service:
         session, now = job.session, time.monotonic()
         session.memory = step.memory
         actions = step.chunk if session.ensemble is None else session.ensemble.add(step.chunk)[None]
+        total, waited, computed = now - job.arrived, done.waited(job), done.ended - done.began
         timing: dict[str, float] = {
-            "queue_ms": 1e3 * (done.began - job.arrived),
-            "infer_ms": 1e3 * done.seconds,
-            "total_ms": 1e3 * (now - job.arrived),
+            "queue_ms": 1e3 * waited,
+            "infer_ms": 1e3 * computed,
+            "overhead_ms": 1e3 * (total - waited - computed),
+            "total_ms": 1e3 * total,
             "batch": len(done.jobs),
         }
         self._metrics.answers.labels("acted").inc()
-        self._metrics.queue_seconds.observe(done.began - job.arrived)
-        self._metrics.answer_seconds.observe(now - job.arrived)
+        self._metrics.queue_seconds.observe(waited)
+        self._metrics.overhead_seconds.observe(total - waited - computed)
+        self._metrics.answer_seconds.observe(total)
         self.live.acted(session.name, job.request.reset, job.request.observation, step, timing)
         event(logging.DEBUG, "acted", request=job.name, timing=timing)
         return {"actions": actions, "server_timing": timing, "request_id": job.name}

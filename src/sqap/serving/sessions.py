@@ -98,6 +98,7 @@ class Job:
         request: what is asked.
         name: request id, as logs and replies have it.
         arrived: when its frame was there.
+        queued: when it had been read and began to wait.
         deadline: when it is too late.
         answer: what it comes to.
     """
@@ -106,6 +107,7 @@ class Job:
     request: Request
     name: str
     arrived: float
+    queued: float
     deadline: float | None
     answer: asyncio.Future[Answer]
 
