@@ -1,6 +1,7 @@
 """vla.cpp as a rival of `sqap bench`: PYTHONPATH=benchmarks sqap bench POLICY --vs peers.vla_cpp:q4_0
 
-It gets the policy's weights as a GGUF, and acts through its own Python package.
+It gets the policy's weights as a GGUF, and acts through its own Python package. Of SmolVLA it reads bfloat16
+alone, of OpenVLA-OFT all of `PRECISIONS`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from sqap.benchmark.candidates import Candidate
 from sqap.benchmark.exported import Elsewhere
-from sqap.errors import SqapError
-from sqap.models import ModelInputs
+from sqap.errors import InputError, SqapError
+from sqap.models import FlowHeadConfig, ModelInputs
 from sqap.policy import Policy
 from sqap.processing import ImageSteps, Normalize
 
@@ -41,10 +42,12 @@ class VlaCpp(Elsewhere):
 
     def forward(self, inputs: ModelInputs) -> Tensor:
         assert inputs.proprio is not None
+        tokens, noise = inputs.token_ids[0].tolist(), inputs.noise
         actions = self._model.predict(
             [image.contiguous().numpy() for image in self._images(inputs.pixels[0])],
-            tokens=inputs.token_ids[0, :-1].tolist(),  # it adds the last one itself
+            tokens=tokens[:-1] if noise is None else tokens,  # OpenVLA-OFT's last one it adds itself
             state=inputs.proprio[0].numpy(),
+            noise=None if noise is None else noise.flatten().numpy(),
             pixel_format=self._pixel_format,
         )
         return torch.from_numpy(actions)[None]
@@ -57,20 +60,25 @@ class VlaCpp(Elsewhere):
 
 
 def vla_cpp(policy: Policy, precision: str) -> Policy:
-    """The policy in vla.cpp, nothing pruned, its matrices in one of `PRECISIONS`; it is used up.
+    """The policy, an OpenVLA-OFT or SmolVLA, in vla.cpp, nothing pruned; it is used up.
 
     Raises:
-        InputError: the policy is no OpenVLA-OFT.
+        InputError: the policy is neither, or its weights are not read in this type.
         SqapError: vla.cpp does not load it.
         ImportError: a package is not installed.
     """
     import vla_cpp
-    from peers.vla_cpp_gguf import write
+    from peers import vla_cpp_gguf, vla_cpp_oft, vla_cpp_smolvla
 
+    flow = isinstance(policy.config.model.head, FlowHeadConfig)
+    if flow and precision != "bf16":
+        raise InputError(f"vla.cpp reads SmolVLA's weights in bf16 alone, not in {precision}")
+    contents = (vla_cpp_smolvla if flow else vla_cpp_oft).contents(policy)
     os.environ[THREADS_VARIABLE] = str(torch.get_num_threads())
     with tempfile.TemporaryDirectory() as folder:
         gguf = Path(folder, f"{precision}.gguf")
-        nbytes = write(policy, gguf, precision)
+        nbytes = vla_cpp_gguf.write(contents, gguf, precision)
+        del contents
         policy.model.to("meta")
         try:
             loaded = vla_cpp.load(str(gguf))
