@@ -31,9 +31,9 @@ from sqap.quantization import Partial, quantize_model, share
 from sqap.recipe import Pruning, Recipe
 from sqap.recipe.pruning import SHARED
 
-# Parts that progress is told in, and how many of them, about, each of the two passes that rank tokens takes:
-# measured where weights are rounded to the nearest level, and a part of that where GPTQ takes longer.
-PARTS, RANKING, GPTQ = 1000, 200, 4
+# Parts that progress is told in, and how many of them, about, it takes to rank tokens in full precision and
+# again: measured where weights are rounded to the nearest level, and a part of that where GPTQ takes longer.
+PARTS, RANKING, GPTQ = 1000, (250, 60), 4
 
 
 @defaults()
@@ -120,10 +120,10 @@ def _compress(
 
 def _passes(recipe: Recipe, progress: Progress | None) -> Iterator[Progress | None]:
     """``progress`` of the passes over the model: ranking tokens, quantizing, and ranking them again."""
-    ranking = RANKING if _is_ranked(recipe.pruning) else 0
-    if recipe.quantization is not None and recipe.quantization.rounding == "gptq":
-        ranking //= GPTQ
-    for first, last in pairwise((0, ranking, PARTS - ranking, PARTS)):
+    quantization = recipe.quantization
+    longer = GPTQ if quantization is not None and quantization.rounding == "gptq" else 1
+    ranking, again = (parts // longer for parts in RANKING) if _is_ranked(recipe.pruning) else (0, 0)
+    for first, last in pairwise((0, ranking, PARTS - again, PARTS)):
         yield None if progress is None else _part(progress, first, last)
 
 
