@@ -1,7 +1,8 @@
 """vla.cpp as a rival of `sqap bench`: PYTHONPATH=benchmarks sqap bench POLICY --vs peers.vla_cpp:q4_0
 
-It gets the policy's weights as a GGUF, and acts through its own Python package. Of SmolVLA it reads bfloat16
-alone, of OpenVLA-OFT all of `PRECISIONS`.
+It gets the policy's weights as a GGUF, and acts through its own Python package. OpenVLA-OFT it multiplies in
+any of `PRECISIONS`, SmolVLA in bfloat16 or float32. Which of these its programs are told by an option, but its
+library takes none: float32 needs one in which it is the default.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sqap.policy import Policy
 from sqap.processing import ImageSteps, Normalize
 
 PRECISIONS = ("bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # all the types that it multiplies with
-THREADS_VARIABLE = "VLA_N_THREADS"
+THREADS, LIBRARY, LIBRARY_F32 = "VLA_N_THREADS", "VLA_LIBRARY", "VLA_LIBRARY_F32"
 
 
 class VlaCpp(Elsewhere):
@@ -71,10 +72,16 @@ def vla_cpp(policy: Policy, precision: str) -> Policy:
     from peers import vla_cpp_gguf, vla_cpp_oft, vla_cpp_smolvla
 
     flow = isinstance(policy.config.model.head, FlowHeadConfig)
-    if flow and precision != "bf16":
-        raise InputError(f"vla.cpp reads SmolVLA's weights in bf16 alone, not in {precision}")
+    known = vla_cpp_smolvla.PRECISIONS if flow else PRECISIONS
+    if precision not in known:
+        family = "SmolVLA" if flow else "OpenVLA-OFT"
+        raise InputError(f"vla.cpp multiplies {family}'s weights in {', '.join(known)}, not in {precision}")
+    if precision == "f32":
+        if not os.environ.get(LIBRARY_F32):
+            raise InputError(f"{LIBRARY_F32} must be set: docs/bench.md says to what")
+        os.environ[LIBRARY] = os.environ[LIBRARY_F32]
     contents = (vla_cpp_smolvla if flow else vla_cpp_oft).contents(policy)
-    os.environ[THREADS_VARIABLE] = str(torch.get_num_threads())
+    os.environ[THREADS] = str(torch.get_num_threads())
     with tempfile.TemporaryDirectory() as folder:
         gguf = Path(folder, f"{precision}.gguf")
         nbytes = vla_cpp_gguf.write(contents, gguf, precision)
@@ -88,7 +95,7 @@ def vla_cpp(policy: Policy, precision: str) -> Policy:
     return Policy(model, policy.config, policy.tokenizer)
 
 
-bf16, q8_0, q5_1, q5_0, q4_1, q4_0 = (
+bf16, q8_0, q5_1, q5_0, q4_1, q4_0, f32 = (
     Candidate(f"vla.cpp, {precision}", partial(vla_cpp, precision=precision), False, "vla.cpp", ("cpu",))
-    for precision in PRECISIONS
+    for precision in (*PRECISIONS, "f32")
 )

@@ -54,7 +54,7 @@ class Entry(NamedTuple):
         if not self.matrix:
             return Type.F32
         block, _ = gguf.GGML_QUANT_SIZES[wanted]
-        plain = block > 1 and (self.name == EMBEDDING or self.shape[-1] % block)
+        plain = self.name == EMBEDDING or (block > 1 and self.shape[-1] % block)
         return Type.BF16 if plain else wanted
 
 

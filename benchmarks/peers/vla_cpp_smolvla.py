@@ -1,4 +1,4 @@
-"""A SmolVLA policy as the GGUF that vla.cpp reads; matrices are bfloat16, the only type that it takes."""
+"""A SmolVLA policy as the GGUF that vla.cpp reads; it takes no types of matrices but bfloat16 and float32."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sqap.models import VLA, FlowHeadConfig
 from sqap.models.heads import FlowHead
 from sqap.policy import Policy
 
-ARCHITECTURE = "smolvla"
+ARCHITECTURE, PRECISIONS = "smolvla", ("bf16", "f32")
 # vla.cpp's own, which its file does not say.
 VOCABULARY, NORM_EPS, ROPE_THETA = 49_280, 1e-5, 10_000.0
 LONGEST = 48  # text tokens, to which vla.cpp pads, where the policy has no limit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,9 +31,10 @@ class Fake:
 
     def __init__(self) -> None:
         self.given: dict[str, Any] = {}
+        self.kinds: dict[str, str] = {}
 
     def load(self, path: str) -> Fake:
-        self.kinds = {t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
+        self.kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
         return self
 
     def predict(self, images: list[np.ndarray], **given: Any) -> np.ndarray:
@@ -133,15 +135,20 @@ def test_the_decoder_is_in_the_basis_without_a_rotation(written: Written) -> Non
     close((torch.nn.functional.silu(normed @ gate) * (normed @ up)) @ down, _plain(model, expected), 0.02)
 
 
-def test_it_is_given_what_the_policy_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "f32"])
+def test_it_is_given_what_the_policy_sees(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     fake = Fake()
     monkeypatch.setitem(sys.modules, "vla_cpp", fake)
     policy = random_policy(tiny(), Recipe.w4a8(keep=1))
     seen = example(policy)
     expected = policy.inputs(seen, torch.Generator().manual_seed(3))
-    chunk = vla_cpp(policy, "bf16").act(seen, seed=3)
+    monkeypatch.setenv("VLA_LIBRARY", "one")
+    monkeypatch.setenv("VLA_LIBRARY_F32", "another")
+    chunk = vla_cpp(policy, precision).act(seen, seed=3)
+    assert os.environ["VLA_LIBRARY"] == ("another" if precision == "f32" else "one")
     np.testing.assert_allclose(chunk.ravel(), np.arange(1600) / 1600, atol=1e-6)
-    assert fake.kinds == {"BF16", "F32"}
+    assert fake.kinds["token_embd.weight"] == "BF16"
+    assert fake.kinds["mm.fc.weight"] == precision.upper()
     assert fake.given["tokens"] == expected.token_ids[0].tolist()
     np.testing.assert_array_equal(fake.given["noise"], expected.noise.flatten())
     np.testing.assert_array_equal(fake.given["state"], expected.proprio[0])
@@ -151,8 +158,11 @@ def test_it_is_given_what_the_policy_sees(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_other_types_and_other_decoders_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vla_cpp", Fake())
-    with pytest.raises(InputError, match=r"SmolVLA's weights in bf16 alone, not in q4_0"):
+    with pytest.raises(InputError, match=r"SmolVLA's weights in bf16, f32, not in q4_0"):
         vla_cpp(random_policy(tiny(), Recipe()), "q4_0")
+    monkeypatch.delenv("VLA_LIBRARY_F32", raising=False)
+    with pytest.raises(InputError, match="VLA_LIBRARY_F32 must be set"):
+        vla_cpp(random_policy(tiny(), Recipe()), "f32")
     config = tiny()
     other = replace(config, decoder=replace(config.decoder, vocabulary=40))
     with pytest.raises(InputError, match=r"SmolVLM2's decoder, with 49280 tokens"):
