@@ -1,7 +1,7 @@
 """vla.cpp as a rival of `sqap bench`: PYTHONPATH=benchmarks sqap bench POLICY --vs peers.vla_cpp:q4_0
 
 It gets the policy's weights as a GGUF, and acts through its own Python package. OpenVLA-OFT it multiplies in
-any of `PRECISIONS`, SmolVLA in bfloat16 or float32. Which of these its programs are told by an option, but its
+any of `PRECISIONS`, SmolVLA in bfloat16 or float32. Which of these an option of its programs says, but its
 library takes none: float32 needs one in which it is the default.
 """
 
