@@ -100,6 +100,7 @@ class Finished:
 
     output: str
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
 
 
@@ -117,7 +118,8 @@ def run(*command: str | Path) -> Finished:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(f"{command[0]} ended with status {process.returncode}: {output[-500:]}")
-    return Finished(output, time.perf_counter() - start, usage.ru_maxrss * 1024)
+    used = usage.ru_utime + usage.ru_stime
+    return Finished(output, time.perf_counter() - start, used, usage.ru_maxrss * 1024)
 
 
 def write_frames(root: Path, count: int, cameras: tuple[str, ...]) -> None:
@@ -159,6 +161,7 @@ def measure(
         size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
         found["compress"] = {
             "seconds": compressed.seconds,
+            "cpu_seconds": compressed.cpu_seconds,
             "peak_bytes": compressed.peak_bytes,
             "directory_bytes": size,
             "weight_bytes": json.loads(numbers.read_text())["weight_bytes"],
@@ -190,6 +193,7 @@ def show(results: dict[str, Any]) -> Table:
         "weights, compressed": lambda r: f"{r['compress']['weight_bytes']['after'] / 1e9:.2f} GB",
         "rounding": lambda r: str(r["compress"]["rounding"]),
         "time to compress": lambda r: f"{r['compress']['seconds'] / 60:.0f} min",
+        "processor time to compress": lambda r: f"{r['compress']['cpu_seconds'] / 60:.1f} min",
         "peak memory, compressing": lambda r: f"{r['compress']['peak_bytes'] / 1e9:.2f} GB",
         "time to load": lambda r: f"{r['act']['load_s']:.0f} s",
         "time of a step": lambda r: f"{min(r['act']['step_s']):.1f} s",

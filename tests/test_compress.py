@@ -48,18 +48,8 @@ def test_the_paper_packs_the_decoder_and_nothing_else(policy, frames):
 
 
 def test_an_interrupted_compression_leaves_what_it_has_and_a_finished_one_nothing(policy, frames, tmp_path):
-    seen = []
-
-    def interrupt(done, total):
-        seen.append(done / total)
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-
     place = tmp_path / "partial"
-    with pytest.raises(KeyboardInterrupt):
-        sqap.compress(policy, Recipe.w4a8(), frames, progress=interrupt, resume=place)
-    assert len(list(place.glob("*.safetensors"))) == 2
-    assert 0 < seen[0] < seen[1] < 1
+    assert len(interrupted(policy, frames, place)) == 2
     resumed = sqap.compress(policy, Recipe.w4a8(), frames, resume=place).model.state_dict()
     assert not place.exists()
     whole = sqap.compress(policy, Recipe.w4a8(), frames).model.state_dict()
@@ -68,16 +58,30 @@ def test_an_interrupted_compression_leaves_what_it_has_and_a_finished_one_nothin
 
 def interrupted(policy, frames, place, stages=2, recipe=None):
     """Leave ``stages`` finished ones in ``place``."""
-    seen = []
 
     def interrupt(done, total):
-        seen.append(done)
-        if len(seen) == stages:
+        if len(list(place.glob("*.safetensors"))) == stages:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         sqap.compress(policy, recipe or Recipe.w4a8(), frames, progress=interrupt, resume=place)
     return {path.name: path.read_bytes() for path in place.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("recipe", [Recipe.w4a8(), Recipe.paper(), Recipe.w4a8(keep=1)])
+def test_progress_counts_ranking_tokens_and_quantizing_together(policy, frames, recipe, tmp_path):
+    shares, finished = [], []
+
+    def note(done, total):
+        shares.append(done / total)
+        finished.append(len(list(tmp_path.glob("*.safetensors"))))
+
+    sqap.compress(policy, recipe, frames, progress=note, resume=tmp_path)
+    assert shares == sorted(shares)
+    assert shares[0] > 0
+    assert shares.index(1) == len(shares) - 1
+    ranked = recipe.pruning is not None  # before the first stage is quantized, and behind the last one
+    assert (finished[0] == 0) == (finished[-2] == finished[-1]) == ranked
 
 
 def changed(policy, **config):

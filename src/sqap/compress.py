@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -19,16 +20,20 @@ from sqap.defaults import defaults
 from sqap.errors import InputError
 from sqap.models import VLA, ModelInputs, empty_model
 from sqap.models.stages import fill_around, stages, widen_around
-from sqap.models.storage import Rounded, Weights, check_finite, hash_tensors, round_to_storage
+from sqap.models.storage import Progress, Rounded, Weights, check_finite, hash_tensors, round_to_storage
 from sqap.observation import Observation, hash_frames
 from sqap.policy import Policy
 from sqap.pruning.attention import score_layers, score_queries
 from sqap.pruning.calibration import attention_scores, choose_k, overlap_curve
 from sqap.pruning.check import check_pruning
-from sqap.pruning.lookahead import affordable, choose_layers, later_attention, recall
+from sqap.pruning.lookahead import affordable, choose_layers, later_attention, later_layers, recall
 from sqap.quantization import Partial, quantize_model, share
 from sqap.recipe import Pruning, Recipe
 from sqap.recipe.pruning import SHARED
+
+# Parts that progress is told in, and how many of them, about, it takes to rank tokens in full precision and
+# again: measured where weights are rounded to the nearest level, and a part of that where GPTQ takes longer.
+PARTS, RANKING, GPTQ = 1000, (250, 60), 4
 
 
 @defaults()
@@ -37,7 +42,7 @@ def compress(
     recipe: Recipe,
     frames: Sequence[Observation] = (),
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     resume: str | Path | Partial | None = None,
 ) -> Policy:
     """A compressed copy of ``policy``; the original is left as it is.
@@ -56,7 +61,8 @@ def compress(
         recipe: what to do; `Recipe.w4a8`, `Recipe.w4a4` and `Recipe.paper` are good starts.
         frames: observations to calibrate on, typical of the policy's work. Needed by rounding "gptq" and by
             pruning method "sqap".
-        progress: gets (weights quantized, weights to quantize), part by part.
+        progress: gets (done, all), in parts of about the time that it takes to rank the frames' tokens in
+            full precision, to quantize, and to rank them again.
         resume: a directory of its own for what is finished; the same call, interrupted, goes on from there.
             It is removed at the end. A `Partial` is left to the caller, who removes it when the policy is
             saved.
@@ -77,23 +83,24 @@ def _compress(
     policy: Policy,
     recipe: Recipe,
     frames: Sequence[Observation],
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
     partial: Partial | None,
 ) -> Policy:
     inputs = [model_inputs(policy, frame, seed) for seed, frame in enumerate(frames)]
     weights = policy.weights
+    ranked, quantized, again = _passes(recipe, progress)
     original = policy.model if weights is None else empty_model(policy.config.model)
     check_finite(original, InputError)
     # First, while there is no compressed model in memory.
     pruning, full = recipe.pruning, None
     if frames and _is_ranked(pruning):
-        full = Ranker(original, inputs, weights)(pruning)
+        full = Ranker(original, inputs, weights, ranked)(pruning)
     if recipe.quantization is not None:
         if partial is not None:
             partial.begin(key(recipe, deciding(policy, frames, inputs)))
         quantization = recipe.quantization
         model = quantize_model(
-            original, quantization, inputs, weights=weights, progress=progress, partial=partial
+            original, quantization, inputs, weights=weights, progress=quantized, partial=partial
         )
         left = None
     else:
@@ -106,9 +113,22 @@ def _compress(
     small = Policy(model, config, policy.tokenizer, recipe, weights=left, origin=policy.origin)
     calibration = None
     if frames and recipe != Recipe():
-        calibration = _calibrate(small, frames, Ranker(model, inputs, left), full)
+        calibration = _calibrate(small, frames, Ranker(model, inputs, left, again), full)
     source = policy.fingerprint if weights is None else weights.fingerprint
     return dataclasses.replace(small, calibration=calibration, source=source)
+
+
+def _passes(recipe: Recipe, progress: Progress | None) -> Iterator[Progress | None]:
+    """``progress`` of the passes over the model: ranking tokens, quantizing, and ranking them again."""
+    quantization = recipe.quantization
+    longer = GPTQ if quantization is not None and quantization.rounding == "gptq" else 1
+    ranking, again = (parts // longer for parts in RANKING) if _is_ranked(recipe.pruning) else (0, 0)
+    for first, last in pairwise((0, ranking, PARTS - again, PARTS)):
+        yield None if progress is None else _part(progress, first, last)
+
+
+def _part(progress: Progress, first: int, last: int) -> Progress:
+    return lambda done, total: progress(first + (last - first) * done // total, PARTS)
 
 
 def reprune(
@@ -183,11 +203,18 @@ class Ranker:
         model: the policy's network.
         inputs: one observation each.
         weights: where the model's are, if they are not in it.
+        progress: gets (stages done, stages in all) while the model is run.
     """
 
-    def __init__(self, model: VLA, inputs: Sequence[ModelInputs], weights: Weights | None = None) -> None:
+    def __init__(
+        self,
+        model: VLA,
+        inputs: Sequence[ModelInputs],
+        weights: Weights | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         self._model = share(model) if weights is None else empty_model(model.config)
-        self._inputs, self._weights = inputs, weights
+        self._inputs, self._weights, self._progress = inputs, weights, progress
         self._later: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         widen_around(self._model, [stage for _, stage in stages(self._model)])
         if weights is not None:
@@ -199,7 +226,9 @@ class Ranker:
         if pruning.method != "lookahead":
             queries = score_queries(pruning, config)
             layers_read = score_layers(pruning)
-            return Ranking(attention_scores(self._model, self._inputs, layers_read, queries, self._weights))
+            done = self._counter(max(layers_read))
+            scores = attention_scores(self._model, self._inputs, layers_read, queries, self._weights, done)
+            return Ranking(scores)
         layers = layers or pruning.score_layers
         if layers is not None and self._weights is None:
             return Ranking(self._attention(pruning, layers)[0].mean(0), layers)
@@ -217,10 +246,19 @@ class Ranker:
         """`later_attention`, which the budget has no part in, once for each place of the last cut."""
         key = pruning.last_layer, score_queries(pruning, self._model.config), layers
         if key not in self._later:
+            last = max(layers or later_layers(pruning, self._model.config.decoder))
             self._later[key] = later_attention(
-                self._model, self._inputs, pruning, self._weights, layers=layers
+                self._model, self._inputs, pruning, self._weights, layers=layers, done=self._counter(last)
             )
         return self._later[key]
+
+    def _counter(self, last: int) -> Callable[[], None] | None:
+        """What is to be called behind each stage of a run as far as decoder layer ``last``."""
+        if self._progress is None:
+            return None
+        names = [name for name, _ in stages(self._model)]
+        progress, done, total = self._progress, count(1), names.index(f"decoder.layers.{last}") + 1
+        return lambda: progress(next(done), total)
 
 
 def _is_ranked(pruning: Pruning | None) -> TypeGuard[Pruning]:

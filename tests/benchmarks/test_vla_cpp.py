@@ -64,14 +64,18 @@ def compressed() -> Policy:
     return random_policy(tiny(), Recipe.w4a8(keep=1))
 
 
+def write(policy: Policy, path: Path, precision: str) -> int:
+    from peers import vla_cpp_gguf, vla_cpp_oft
+
+    return vla_cpp_gguf.write(vla_cpp_oft.contents(policy), path, precision)
+
+
 def read(path: Path) -> dict[str, np.ndarray]:
     """The file's tensors, as floats, by name."""
     return {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
 
 
 def test_the_file_holds_the_function_of_the_rotated_decoder(compressed: Policy, tmp_path: Path) -> None:
-    from peers.vla_cpp_gguf import write
-
     nbytes = write(compressed, tmp_path / "p.gguf", "bf16")
     found = read(tmp_path / "p.gguf")
     assert nbytes == sum(t.n_bytes for t in gguf.GGUFReader(tmp_path / "p.gguf").tensors)
@@ -99,8 +103,6 @@ def test_the_file_holds_the_function_of_the_rotated_decoder(compressed: Policy, 
 def test_matrices_are_stored_in_the_type_asked_for(
     compressed: Policy, tmp_path: Path, precision: str, worst: float
 ) -> None:
-    from peers.vla_cpp_gguf import write
-
     for kind in ("bf16", precision):
         write(compressed, tmp_path / f"{kind}.gguf", kind)
     exact, found = read(tmp_path / "bf16.gguf"), read(tmp_path / f"{precision}.gguf")

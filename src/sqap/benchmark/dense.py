@@ -23,9 +23,10 @@ def unpack(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     for name, linear in [*module.named_modules()]:
         parent, _, attribute = name.rpartition(".")
         if isinstance(linear, QuantizedEmbedding):
-            rows, width = linear.weight.shape
-            table = nn.Embedding(rows, width, device="meta")
-            table.weight = nn.Parameter(linear.dequantized().to(dtype), requires_grad=False)
+            weight = linear.dequantized().to(dtype)
+            rows, width = weight.shape
+            # Given its weight: rows drawn on the meta device would import PyTorch's compiler.
+            table = nn.Embedding(rows, width, _weight=weight, _freeze=True)
             setattr(module.get_submodule(parent), attribute, table)
         elif isinstance(linear, QuantizedLinear):
             made = nn.Linear(

@@ -26,12 +26,18 @@ def direct(name: str, stage: nn.Module, states: Sequence[Any], call: Callable[[A
     return [call(stage, state) for state in states]
 
 
-def streamed(weights: Weights | None, dtype: torch.dtype) -> Through:
-    """Runs stages in ``dtype``, each in memory only while it runs if its weights have to be read or cast."""
+def streamed(weights: Weights | None, dtype: torch.dtype, done: Callable[[], None] | None = None) -> Through:
+    """Runs stages in ``dtype``, each in memory only while it runs if its weights have to be read or cast.
+
+    ``done`` is called behind each stage.
+    """
 
     def through(name: str, stage: nn.Module, states: Sequence[Any], call: Callable[..., Any]) -> list[Any]:
         with loaded(name, stage, weights, dtype):
-            return direct(name, stage, states, call)
+            after = direct(name, stage, states, call)
+        if done is not None:
+            done()
+        return after
 
     return through
 

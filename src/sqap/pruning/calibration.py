@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ def attention_scores(
     layers: Collection[int],
     queries: ScoreQueries,
     weights: Weights | None = None,
+    done: Callable[[], None] | None = None,
 ) -> Tensor:
     """The scores that a pruner would use, ``(frames * cameras, tokens of one)``; rows sum to one.
 
@@ -58,6 +59,7 @@ def attention_scores(
         layers: decoder layers, counted from 0, whose attention is averaged; at least one.
         queries: whose attention counts.
         weights: where to read stages that ``model`` has on the meta device, one at a time.
+        done: called behind each stage.
     """
     visual = model.config.visual
     watchers = [
@@ -69,7 +71,7 @@ def attention_scores(
         )
         for given in inputs
     ]
-    through = streamed(weights, model.dtype)
+    through = streamed(weights, model.dtype, done)
     streams = model.streams(inputs, through, watchers, keep=False)
     model.decoder.run(streams, through, max(layers) + 1)
     return torch.cat([watcher.scores for watcher in watchers if watcher.scores is not None])

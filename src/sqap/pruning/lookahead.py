@@ -14,7 +14,7 @@ else those that calibration finds, as many as `affordable` allows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -107,6 +107,7 @@ def later_attention(
     weights: Weights | None = None,
     *,
     layers: Sequence[int] | None = None,
+    done: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Look-ahead scores at the last cut, and the attention that later layers then pay.
 
@@ -116,12 +117,13 @@ def later_attention(
         settings: say where the cut is, and whose attention counts.
         weights: where to read stages that ``model`` has on the meta device, one at a time.
         layers: to look at; all behind the cut by default. Attention is then only read as far as the last.
+        done: called behind each stage.
 
     Returns:
         Both ``(layers, frames * cameras, tokens of one)``, layers ascending.
     """
     wanted = later_layers(settings, model.config.decoder) if layers is None else layers
-    looked, attended = look_and_attend(model, inputs, settings, weights, wanted)
+    looked, attended = look_and_attend(model, inputs, settings, weights, wanted, done)
     shape = len(wanted), len(inputs) * model.config.cameras, -1
     return looked.float().view(shape), attended.float().view(shape)
 

@@ -76,6 +76,7 @@ def look_and_attend(
     settings: Pruning,
     weights: Weights | None,
     layers: Collection[int],
+    done: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`sqap.pruning.lookahead.later_attention` to the visual tokens, ``(layers, frames, visual)`` each."""
     queries, visual = score_queries(settings, model.config), model.config.visual
@@ -93,6 +94,8 @@ def look_and_attend(
             after = [call(stage, stream) for stream in states]
         for source, stream in zip(sources, after, strict=True):
             source.follow(i, stream)
+        if done is not None:
+            done()
         return after
 
     with loaded("head", model.head, weights, model.dtype) if actions else nullcontext():
@@ -106,7 +109,7 @@ def look_and_attend(
                 rows = query_rows(queries, visual, layout.blocks[0].stop)
                 sources.append(TextAttention(rows, layers, visual))
         watchers = [source.watcher for source in sources]
-        streams = model.streams(inputs, streamed(weights, model.dtype), watchers, keep=actions)
+        streams = model.streams(inputs, streamed(weights, model.dtype, done), watchers, keep=actions)
         model.decoder.run(streams, through, max(layers) + 1)
     attended = torch.stack([torch.cat(source.received) for source in sources], dim=1)
     return torch.stack(looked).view_as(attended), attended
