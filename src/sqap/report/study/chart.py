@@ -74,7 +74,7 @@ class Chart:
     width: int
     height: int
     left: int = 56
-    right: int = 16
+    right: int = 20
     top: int = 26
     bottom: int = 46
 
