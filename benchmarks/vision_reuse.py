@@ -44,6 +44,7 @@ from sqap.evaluation.rollout import noise_seed
 from sqap.evaluation.settings import current_settings
 from sqap.files import write_json
 from sqap.frames import collect_frames
+from sqap.kernels import cpu
 from sqap.models.vision import VisionEncoder
 from sqap.observation import Observation
 from sqap.policy import Policy
@@ -130,7 +131,7 @@ def offline(directory: Path, console: Console) -> dict[str, Any]:
             for i, part in enumerate(("features", "actions"))
         }
         result[name] = {**dataclasses.asdict(setting), "noise": noise, "computed": shares, **errors}
-        console.print(f"{name}: {result[name]}")
+        console.print(f"{name}: {shares:.1%} computed, {errors}")
     return {"frames": sum(map(len, episodes)), "settings": result}
 
 
@@ -207,10 +208,21 @@ def encoders(shape: str) -> tuple[list[VisionEncoder], int]:
     return [e for e in policy.model.vision if isinstance(e, VisionEncoder)], policy.config.model.pixel_shuffle
 
 
-@torch.inference_mode()
-def speed(shape: str, repeats: int, console: Console) -> dict[str, Any]:
+def speed(shape: str, repeats: int) -> dict[str, Any]:
     """Milliseconds of the encoders for one image, in turns, by the share of patches that have changed."""
     found, shuffle = encoders(shape)
+    with torch.inference_mode():
+        return {"machine": describe_kernels(), "shares": timed(found, shuffle, repeats)}
+
+
+def describe_kernels() -> dict[str, Any]:
+    """What multiplies, and with how many threads."""
+    told = cpu.describe()
+    return {"processor": told["processor"], "threads": told["threads"], "kernels": cpu.chosen()}
+
+
+def timed(found: list[VisionEncoder], shuffle: int, repeats: int) -> dict[str, Any]:
+    """By the share of patches that have changed and what they attend to; the first of a kind is left out."""
     calls: dict[str, Callable[[], None]] = {"every patch": lambda: _all(found)}
     kept = {"every patch": 0}
     for attend in ("fresh", "all"):
@@ -226,7 +238,7 @@ def speed(shape: str, repeats: int, console: Console) -> dict[str, Any]:
             call()
             times[name].append(1000 * (time.perf_counter() - start))
     whole = times["every patch"][1:]
-    result = {}
+    result: dict[str, Any] = {}
     for name, ms in times.items():
         ratios = sorted(a / b for a, b in zip(whole, ms[1:], strict=True))
         result[name] = {"p50_ms": statistics.median(ms[1:]), "min_ms": min(ms[1:])}
@@ -236,7 +248,6 @@ def speed(shape: str, repeats: int, console: Console) -> dict[str, Any]:
             "from": ratios[0],
             "to": ratios[-1],
         }
-        console.print(f"{shape}: {name}: {result[name]}")
     return result
 
 
@@ -265,6 +276,33 @@ def _each(changed: list[tuple[ReusingEncoder, Tensor]]) -> None:
         encoder(pixels)
 
 
+def table(part: str, found: dict[str, Any]) -> str:
+    """One policy's or shape's numbers as a Markdown table."""
+    if part == "offline":
+        lines = ["| setting | patches computed | features off by | actions off by |", "|---|---|---|---|"]
+        for name, row in found["settings"].items():
+            numbers = (f"{100 * row[key]:.1f} %" for key in ("computed", "features", "actions"))
+            lines.append(f"| {name} | {' | '.join(numbers)} |")
+    elif part == "speed":
+        lines = ["| changed patches | p50 | least | faster by | kept |", "|---|---|---|---|---|"]
+        for name, row in found["shares"].items():
+            ratio = f"{row['faster_by']:.2f} ({row['from']:.2f} to {row['to']:.2f})"
+            kept = f"{row['kept_bytes'] / 1e6:.1f} MB"
+            lines.append(f"| {name} | {row['p50_ms']:.1f} ms | {row['min_ms']:.1f} ms | {ratio} | {kept} |")
+    else:
+        every, reuse = found["every"], found["reuse"]
+        pair = reuse["against_every"]
+        low, high = (f"{100 * bound:+.1f}" for bound in pair["difference_ci95"])
+        lines = [
+            "| episodes | every patch | reuse | patches computed | difference | wins : losses |",
+            "|---|---|---|---|---|---|",
+            f"| {pair['episodes']} | {100 * every['success']:.1f} % | {100 * reuse['success']:.1f} % "
+            f"| {100 * reuse['computed']:.1f} % | {100 * pair['difference']:+.1f} ({low} to {high}) "
+            f"| {pair['wins']}:{pair['losses']}, p = {pair['mcnemar_p']:.2g} |",
+        ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run what the arguments ask for."""
     parser = argparse.ArgumentParser(
@@ -286,13 +324,14 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=20, help="of each timing")
     options = parser.parse_args()
-    console, parts = Console(soft_wrap=True), options.part or ["offline", "closed-loop", "speed"]
+    console, parts = Console(), options.part or ["offline", "closed-loop", "speed"]
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     if options.json is not None and options.json.exists():
         results = json.loads(options.json.read_text())
 
     def keep(part: str, name: str, found: dict[str, Any]) -> None:
+        console.print(f"\n{part}: {name}\n\n{table(part, found)}\n", markup=False, soft_wrap=True)
         results.setdefault(part, {})[name] = {"build": build_id(), **found}
         if options.json is not None:
             write_json(options.json, results)
@@ -304,11 +343,10 @@ def main() -> None:
             directory = compressed(source, options.out)
             loop = directory, options.out, options.workers, options.episodes, options.noise, console
             found = closed_loop(*loop)
-            console.print(found)
             keep(f"closed-loop, noise {options.noise:g}", source, found)
     if "speed" in parts:
         for shape in options.shape or ("reference", "smolvla", "cogact-7b"):
-            keep("speed", shape, speed(shape, options.repeats, console))
+            keep("speed", shape, speed(shape, options.repeats))
 
 
 if __name__ == "__main__":
