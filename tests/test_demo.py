@@ -72,8 +72,8 @@ def check_page(page):
         return
     with Browser(program) as browser:
         browser.open(page.as_uri())
-        browser.wait_for("document.readyState === 'complete' && document.images.length === 1")
+        browser.wait_for("document.readyState === 'complete' && document.images.length === 1", 60)
         assert browser.evaluate("document.images[0].naturalWidth") > 0
-        browser.wait_for("document.querySelector('video').videoWidth > 0")
+        browser.wait_for("document.querySelector('video').videoWidth > 0", 60)
         assert browser.evaluate("document.querySelectorAll('svg.chart').length") == 1
         assert browser.problems == []
