@@ -15,7 +15,7 @@ from sqap.models.stages import stages
 from sqap.models.storage import Rounded
 from sqap.policy import Policy
 from sqap.recipe import Pruning, Recipe
-from tests.families import FAMILIES, family_config
+from tests.families import family_config
 from tests.test_compress import on_disk
 from tests.tiny import tiny_policy
 
@@ -75,10 +75,10 @@ def test_a_second_copy_is_seen(policy: Policy) -> None:
     assert copies
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_counted(family: str) -> None:
+@pytest.mark.parametrize("family", ["diffusion", "pi0.5"])
+def test_a_published_size_is_counted(family: str) -> None:
     pytest.importorskip("triton", reason="Triton is there for Linux alone")
     found = count(family_config(family), Recipe(Recipe.w4a8().quantization, Pruning(0.5, 1)))
     assert found["loading"] == found["weights"] < found["bf16_weights"]
-    assert 0 < found["step"] <= found["unpruned_step"]
+    assert min(found["step"], found["unpruned_step"], found["bf16_step"]) > 0
     assert found["peak"] == found["weights"] + found["step"]
