@@ -222,6 +222,17 @@ def test_a_robot_that_takes_too_long_moves_the_schedule_and_is_counted(observe):
     assert np.allclose(gaps, [1, 1, 1, 1, 3.5, 1, 1, 1, 1]), "no burst makes up for it"
 
 
+def test_the_wall_clock_may_jump(observe, monkeypatch):
+    """Backwards and far ahead: the loop's own clock is monotonic."""
+    robot, walls = Counter(observe), iter([0.0, 1e12] * 1000)
+    monkeypatch.setattr(time, "time", lambda: next(walls))
+    begin = time.monotonic()
+    report = Loop(robot, robot, 200, limits=LIMITS, hold=HOLD, stop_after_s=5.0).run(40)
+    assert report.stopped is None
+    assert report.executed > 0
+    assert time.monotonic() - begin >= 39 / 200
+
+
 def test_memory_goes_from_step_to_step_and_a_run_begins_without(observe):
     seen = []
 
