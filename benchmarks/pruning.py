@@ -52,7 +52,9 @@ def variants(config: ModelConfig) -> dict[str, Pruning | None]:
     return table
 
 
-def run(source: str, out: Path, workers: int, console: Console, only: list[str] | None) -> dict[str, Any]:
+def run(
+    source: str, out: Path, workers: int, console: Console, only: list[str] | None, many: int
+) -> dict[str, Any]:
     """Everything about one policy."""
     policy = sqap.load(source)
     frames = collect_frames(policy, ENV, environments.default_tasks(ENV), FRAMES)
@@ -69,7 +71,7 @@ def run(source: str, out: Path, workers: int, console: Console, only: list[str] 
             small[name].save(directory)
             yield name, directory
 
-    episodes = {name: MANY if name in LONG else FEW for name in chosen}
+    episodes = {name: many if name in LONG else min(FEW, many) for name in chosen}
     runs = run_saved(directories(), episodes=episodes, seed=SEED, out=place, workers=workers, console=console)
     result: dict[str, Any] = {}
     for name, run in runs.items():
@@ -110,11 +112,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--out", type=Path, default=Path("runs/pruning"), help="logs and policies")
     parser.add_argument("--workers", type=int, default=2, help="episodes at a time")
+    parser.add_argument("--episodes", type=int, default=MANY, help="per task, of the headline's criteria")
     options = parser.parse_args()
     console = Console()
     results = {}
     for source in options.policy or POLICIES:
-        results[source] = run(source, options.out, options.workers, console, options.only)
+        results[source] = run(source, options.out, options.workers, console, options.only, options.episodes)
         console.print(f"\n{source}\n\n{table(results[source])}\n", markup=False, soft_wrap=True)
     if options.json is not None:
         settings = {"build": build_id(), "seed": SEED, "keep_ratio": KEEP, "after_layer": AFTER}
