@@ -60,7 +60,8 @@ def test_an_old_gpu_is_one_sentence(card: Any, monkeypatch: pytest.MonkeyPatch) 
 def test_grids_without_a_kernel_are_refused_before_anything_moves(policy: Policy, card: Any) -> None:
     pytest.importorskip("triton", reason="Triton is there for Linux alone")
     card((8, 0))
-    grouped = random_policy(policy.config.model, Recipe(Quantization(Scheme(4, 4, activation_group_size=16))))
+    groups = Scheme(4, 4, activation_granularity="group", activation_group_size=16)
+    grouped = random_policy(policy.config.model, Recipe(Quantization(groups)))
     with pytest.raises(InputError, match="activations with a scale per group of 16 channels have no kernel"):
         grouped.to("cuda")
     assert grouped.device.type == "cpu"
