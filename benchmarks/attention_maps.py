@@ -27,7 +27,7 @@ from variants import ENV, FRAMES
 import sqap
 from sqap import environments
 from sqap.build import build_id
-from sqap.compress import Ranker, model_inputs
+from sqap.compress import model_inputs
 from sqap.environments.metaworld import MetaWorld
 from sqap.files import write_json
 from sqap.frames import collect_frames
@@ -35,6 +35,7 @@ from sqap.observation import Observation
 from sqap.policy import Policy
 from sqap.pruning.calibration import overlap_curve
 from sqap.pruning.geometry import project
+from sqap.pruning.ranking import Ranker
 from sqap.recipe import Pruning, Recipe
 from sqap.report.overlay import heat_map
 from sqap.report.video import write_picture

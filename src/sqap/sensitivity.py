@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from sqap.compress import Ranker, Ranking, compress, model_inputs
+from sqap.compress import compress, model_inputs
 from sqap.config import PolicyConfig
 from sqap.errors import InputError
 from sqap.models.stages import stages
@@ -22,6 +22,7 @@ from sqap.models.storage import Progress, stored_bytes
 from sqap.observation import Observation
 from sqap.policy import Policy
 from sqap.pruning.calibration import overlap_curve
+from sqap.pruning.ranking import Ranker, Ranking
 from sqap.quantization import wanted
 from sqap.recipe import Override, Pruning, Quantization, Recipe, Scheme
 from sqap.recipe.pruning import SHARED

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 import sqap
-from sqap.compress import Ranker, model_inputs
+from sqap.compress import model_inputs
 from sqap.defaults import defaults
 from sqap.errors import SqapError
 from sqap.files import write_json
@@ -19,6 +19,7 @@ from sqap.models.storage import stored_bytes
 from sqap.observation import Observation, hash_frames
 from sqap.policy import Policy
 from sqap.pruning.calibration import overlap_curve
+from sqap.pruning.ranking import Ranker
 from sqap.recipe.pruning import SHARED
 from sqap.sensitivity import action_error
 from sqap.serialization import read_object
