@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+import sqap
 from sqap.cli import app
 from sqap.errors import InputError
 from sqap.evaluation.rollout import Episode
@@ -210,7 +211,7 @@ def test_the_baseline_and_the_best_are_recorded_side_by_side(study, tmp_path, mo
         clip = Clip("", None, 40.0, (frame,), Episode(tasks[0], seed, True, 0, 0.0, ()))
         return [[clip for _ in tasks] for _ in policies]
 
-    monkeypatch.setattr(media.sqap, "load", lambda source, **_: loaded.append(source))
+    monkeypatch.setattr(sqap, "load", lambda source, **_: loaded.append(source))
     monkeypatch.setattr(media, "record_comparison", compare)
     found = record(study, tmp_path, ["drawer-open"])
     others = [tmp_path / cell(study, name)["artefact"] for name in ("w4a8", "w4a8+random-0.25")]
