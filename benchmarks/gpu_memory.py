@@ -91,7 +91,7 @@ class Nothing:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
-    """What a fused attention makes: its result, and a sum for each row, which it frees with its own end."""
+    """The memory of a fused attention: its result, and while it runs a sum for each row."""
     q.new_empty(q.shape[:-1], dtype=torch.float32)
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 

@@ -28,7 +28,7 @@ from sqap.quantization.rotation import RotatedNorm
 
 EMBEDDING = "token_embd.weight"
 
-# What vla.cpp calls the tensors of a decoder layer, and where they are in the layer.
+# Names of a decoder layer's tensors in vla.cpp, and in the layer.
 LAYER_LINEARS = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",

@@ -15,7 +15,7 @@ from sqap.policy import Policy
 ARCHITECTURE = "openvla_oft"
 REGISTERS = 4  # vla.cpp drops a class token and as many registers from its first encoder
 
-# What vla.cpp calls the tensors, and where they are in the model. ``{}`` is a block's or a layer's number.
+# Names of tensors in vla.cpp, and in the model. ``{}`` is a block's or a layer's number.
 TOWERS = {"vis.d": "vision.0", "vis.s": "vision.1"}
 TOWER = {"pos": "pos_embed", "patch.weight": "patch_embed.weight", "patch.bias": "patch_embed.bias"}
 PREFIX = {"cls": "cls_token", "reg": "reg_token"}
@@ -35,7 +35,7 @@ NORMS = {"aex.head.ln1": "head.norm1", "aex.head.ln2": "head.norm2", "lm.output_
 
 
 def contents(policy: Policy) -> Contents:
-    """What is written of the policy, compressed or not.
+    """Tensors and settings of the policy, compressed or not, as the file has them.
 
     Raises:
         InputError: it is no OpenVLA-OFT policy with two encoders and a state.

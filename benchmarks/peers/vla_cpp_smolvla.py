@@ -34,7 +34,7 @@ ARCHITECTURE, PRECISIONS = "smolvla", ("bf16", "f32")
 VOCABULARY, NORM_EPS, ROPE_THETA = 49_280, 1e-5, 10_000.0
 LONGEST = 48  # text tokens, to which vla.cpp pads, where the policy has no limit
 
-# What vla.cpp calls the tensors, and where they are in the model.
+# Names of tensors in vla.cpp, and in the model.
 VISION = {
     "vit.patch_embd.weight": "vision.0.patch_embed.weight",
     "vit.patch_embd.bias": "vision.0.patch_embed.bias",
@@ -57,7 +57,7 @@ NORMS = {
 
 
 def contents(policy: Policy) -> Contents:
-    """What is written of the policy, compressed or not.
+    """Tensors and settings of the policy, compressed or not, as the file has them.
 
     Raises:
         InputError: it is no SmolVLA.

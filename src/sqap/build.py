@@ -28,6 +28,17 @@ def build_id() -> dict[str, str]:
     }
 
 
+def build_and_processor() -> dict[str, str]:
+    """`build_id`, the processor, and the instructions that PyTorch uses on it.
+
+    The processor decides latencies, and by its instructions the order in which floats are added up.
+    """
+    return build_id() | {
+        "processor": cpu.describe()["processor"],
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
 @lru_cache(maxsize=1)
 def package_hash() -> str:
     """SHA-256 over the package's Python files and the native extension that is loaded."""

@@ -71,8 +71,8 @@ def test_episodes_from_the_log_are_counted_and_another_builds_are_not_used(comma
     assert re.search(r"1 of 1 episodes are from the log of \d{4}-\d\d-\d\d \d\d:\d\d UTC", output)
     assert json.loads((tmp_path / "e.json").read_text())["from_log"]["episodes"] == 1
     (log,) = (tmp_path / "runs").iterdir()
-    build = settings.build_id()
-    monkeypatch.setattr(settings, "build_id", lambda: build | {"package": "changed"})
+    build = settings.build_and_processor()
+    monkeypatch.setattr(settings, "build_and_processor", lambda: build | {"package": "changed"})
     code, output = command()
     assert code == 0
     assert "from the log" not in output

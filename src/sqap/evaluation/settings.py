@@ -9,12 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from sqap import environments
-from sqap.build import build_id
+from sqap.build import build_and_processor
 from sqap.checkpoints.choices import Choices
-from sqap.kernels import cpu
 from sqap.process import available_cores
 
 
@@ -82,12 +79,7 @@ def current_settings(
         threads=threads or max(1, available_cores() // workers),
         ensemble=ensemble,
         choices=_told(choices),
-        # The processor decides latencies, and by its instructions the order in which floats are added up.
-        build=build_id()
-        | {
-            "processor": cpu.describe()["processor"],
-            "instructions": torch.backends.cpu.get_cpu_capability(),
-        },
+        build=build_and_processor(),
         simulator=environments.describe(env),
     )
 

@@ -70,6 +70,11 @@ def percentile(values: Sequence[float], q: float) -> float | None:
     return float(np.percentile(values, q)) if values else None
 
 
+def latency_percentiles(milliseconds: Sequence[float]) -> dict[str, float | None]:
+    """``p50``, ``p95`` and ``p99`` of latencies, as reports name them; None of no latencies."""
+    return {f"p{q}": percentile(milliseconds, q) for q in (50, 95, 99)}
+
+
 def mean(values: Sequence[float]) -> float | None:
     """Arithmetic mean; None of no values."""
     return math.fsum(values) / len(values) if values else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sqap.evaluation.executors import Run
-from sqap.evaluation.statistics import mcnemar_exact, mean, paired_difference, percentile, wilson
+from sqap.evaluation.statistics import latency_percentiles, mcnemar_exact, mean, paired_difference, wilson
 
 
 def summarize(run: Run, against: Run | None = None) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def _one(run: Run) -> dict[str, Any]:
         "success_ci95": list(wilson(successes, len(episodes))),
         "completion_steps": mean([episode.steps for episode in episodes if episode.success]),
         "jerk": mean([episode.jerk for episode in episodes if episode.jerk is not None]),
-        "step_latency_ms": {f"p{q}": percentile(latencies, q) for q in (50, 95, 99)},
+        "step_latency_ms": latency_percentiles(latencies),
         "peak_rss_bytes": max(record.peak_rss_bytes for record in run.records),
         "from_log": _from_log(run),
     }

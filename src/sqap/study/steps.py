@@ -14,13 +14,12 @@ from typing import Any
 import torch
 
 import sqap
-from sqap.build import build_id
+from sqap.build import build_and_processor
 from sqap.checkpoints.choices import Choices
 from sqap.errors import InputError
-from sqap.evaluation.statistics import percentile
+from sqap.evaluation.statistics import latency_percentiles
 from sqap.files import write_json
 from sqap.frames import collect_frames
-from sqap.kernels import cpu
 from sqap.policy import Policy
 from sqap.serialization import read_object
 from sqap.study.request import REPLAY_SEED
@@ -66,11 +65,11 @@ def time_steps(
         {
             "steps": rounds,
             "threads": torch.get_num_threads(),
-            "build": {**build_id(), "processor": cpu.describe()["processor"]},
+            "build": build_and_processor(),
             "cells": {
                 cell["name"]: {
                     "fingerprint": cell["fingerprint"],
-                    "step_latency_ms": {f"p{q}": percentile(own, q) for q in (50, 95, 99)},
+                    "step_latency_ms": latency_percentiles(own),
                 }
                 for cell, own in zip(study["cells"], times, strict=True)
             },

@@ -11,7 +11,7 @@ import numpy as np
 from sqap.evaluation.clusters import bootstrap_interval
 from sqap.evaluation.log import Record
 from sqap.evaluation.rollout import Episode
-from sqap.evaluation.statistics import mcnemar_exact, paired_difference, percentile, wilson
+from sqap.evaluation.statistics import latency_percentiles, mcnemar_exact, paired_difference, wilson
 
 Records = Mapping[tuple[str, int], Record]  # by task and seed
 
@@ -44,7 +44,7 @@ def summarize_cell(records: Records, tasks: Sequence[str]) -> dict[str, Any] | N
         "jerk": measure(lambda e: e.jerk),
         "path_length": measure(lambda e: e.path_length),
         "gripper_flips": measure(lambda e: e.gripper_flips),
-        "step_latency_ms": {f"p{q}": percentile(latencies, q) for q in (50, 95, 99)},
+        "step_latency_ms": latency_percentiles(latencies),
         "peak_rss_bytes": max(record.peak_rss_bytes for record in records.values()),
         "processors": dict(Counter(record.processor for record in records.values())),
     }
