@@ -17,6 +17,7 @@ from sqap.defaults import defaults
 from sqap.errors import NonFiniteActionError
 from sqap.given import Given, Outcome
 from sqap.graph import Feed, Graphs, fetch, running
+from sqap.kernels.cpu import release_threads
 from sqap.kernels.gpu.backend import check_device, check_grids, load, reference
 from sqap.models import VLA, ModelInputs
 from sqap.models.stages import stages
@@ -117,7 +118,9 @@ class Policy:
         The same seed gives the same diffusion noise, so that policies can be compared in pairs. The first
         call reads weights that are still on disk: call `load_weights` first where a step must not wait.
         A process that is forked after a step deadlocks in its own first one, since OpenMP's threads are not
-        forked: start processes with multiprocessing's "spawn" or "forkserver".
+        forked: start processes with multiprocessing's "spawn" or "forkserver". Act from one thread: each that
+        computes keeps as many OpenMP threads, and when there are more than cores, every step is slower
+        (`sqap.kernels.cpu.release_threads`).
 
         Raises:
             InputError: the observation lacks an image the policy reads.
@@ -343,6 +346,7 @@ class Policy:
             if progress is not None:
                 progress(total, total)
             self._loaded = True
+        release_threads()  # another thread may be the one that acts
 
     def save(self, directory: str | Path) -> None:
         """Write the policy, whole or not at all; see `sqap.checkpoints.native`.

@@ -14,6 +14,7 @@ from sqap.checkpoints.card import read_license
 from sqap.checkpoints.choices import Bounds, Choices
 from sqap.config import Origin
 from sqap.errors import CheckpointError
+from sqap.kernels.cpu import release_threads
 from sqap.models.storage import Progress
 from sqap.policy import Policy
 
@@ -125,7 +126,9 @@ def load(
             opened = native.open(directory)
         else:
             opened = published.recognise(directory).open(directory, choices)
-    return Policy(**vars(dataclasses.replace(opened, origin=_origin(source, directory))))
+    policy = Policy(**vars(dataclasses.replace(opened, origin=_origin(source, directory))))
+    release_threads()  # another thread may be the one that acts
+    return policy
 
 
 def _origin(source: str | Path, directory: Path) -> Origin:

@@ -14,6 +14,7 @@ import numpy as np
 from sqap.control.plan import ActionLimits, Hold, Plan
 from sqap.errors import InputError, one_line
 from sqap.evaluation.rollout import Actor, noise_seed
+from sqap.kernels.cpu import release_threads
 from sqap.observation import Observation
 from sqap.policy import Step
 from sqap.pruning.memory import Memory
@@ -185,6 +186,7 @@ class Loop:
         own = None
         if self._executor is None:
             own = self._executor = ThreadPoolExecutor(1, thread_name_prefix="policy")
+            release_threads()  # of this thread, which may have used the policy
         try:
             return self._run(ticks, until)
         except BaseException:

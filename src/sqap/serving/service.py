@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from websockets.exceptions import ConnectionClosed
 
 from sqap.errors import InputError, SqapError
+from sqap.kernels.cpu import release_threads
 from sqap.policy import Policy, Step
 from sqap.serving.engine import Done, Engine
 from sqap.serving.http import Http
@@ -89,6 +90,7 @@ class Service:
             SqapError: the policy cannot act, or has no ensemble of the size in the settings.
         """
         check_ensemble(self._policy, self.settings)
+        release_threads()  # of the event loop's thread, which may have used the policy
         began = time.monotonic()
         await self._engine.warm_up()
         event(logging.INFO, "warm", seconds=round(time.monotonic() - began, 3))

@@ -104,6 +104,17 @@ def describe() -> dict[str, Any]:
     }
 
 
+def release_threads() -> None:
+    """End the OpenMP threads that the calling thread has started; its next parallel loop starts them again.
+
+    For a thread that hands the policy over to another one. While all teams of a process together have more
+    threads than the processor has cores, libgomp lets waiting threads sleep at once instead of spinning, and
+    the hundreds of short loops of a step take several times as long.
+    """
+    if _native is not None:
+        _native.release_team()
+
+
 def _difference(path: str) -> str | None:
     from sqap.kernels.cpu.check import difference  # which needs what is defined here
 

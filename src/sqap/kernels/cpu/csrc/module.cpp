@@ -241,6 +241,7 @@ NB_MODULE(_native, module) {
     module.def("paths", paths, "Paths that run on this processor, the fastest first.");
     module.def("compiled", compiled, "Paths that were compiled.");
     module.def("threads", threads, "How many threads a product uses: as many as PyTorch's.");
+    module.def("release_team", sqap::release_team, "Ends the OpenMP threads that the calling thread has started.");
     module.def("matmul", matmul);
     module.def("look", look);
     module.def("pack", pack);

@@ -25,6 +25,7 @@ struct Runtime {
     void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
     int (*max_threads)() = nullptr;
     int (*in_parallel)() = nullptr;
+    int (*pause)(int) = nullptr;  // libgomp's
 };
 
 void note_library(const char* library, std::string& path) {
@@ -66,6 +67,10 @@ Runtime find_runtime() {
     if (found.max_threads != nullptr && found.in_parallel != nullptr) {
         found.parallel = reinterpret_cast<decltype(found.parallel)>(dlsym(library, "GOMP_parallel"));
     }
+    // LLVM's runtime stops the teams of all threads, and has no such limit to spinning.
+    if (path.find("/libgomp") != std::string::npos) {
+        found.pause = reinterpret_cast<int (*)(int)>(dlsym(library, "omp_pause_resource_all"));
+    }
     return found;
 }
 
@@ -99,6 +104,11 @@ void work(void* shared) {
 }  // namespace
 
 int threads() { return runtime().parallel != nullptr ? runtime().max_threads() : 1; }
+
+void release_team() {
+    constexpr int SOFT = 1;  // omp_pause_soft
+    if (runtime().pause != nullptr) runtime().pause(SOFT);  // does nothing inside a loop
+}
 
 void parallel(int64_t tasks, void (*body)(void*, int64_t), void* context) {
     Loop loop{tasks, body, context};

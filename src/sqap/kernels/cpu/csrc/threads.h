@@ -12,6 +12,12 @@ void parallel(int64_t tasks, void (*body)(void* context, int64_t task), void* co
 // How many threads a loop uses.
 int threads();
 
+// Ends the threads that the calling thread's loops have started; its next loop starts them again.
+//
+// While all teams of the process together have more threads than there are cores, libgomp lets a thread that waits
+// for its team sleep at once instead of spinning. So a team that is idle slows down the loops of every other thread.
+void release_team();
+
 template <class Body>
 void parallel(int64_t tasks, Body body) {
     parallel(tasks, [](void* context, int64_t task) { (*static_cast<Body*>(context))(task); }, &body);
