@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from websockets.asyncio.client import ClientConnection, connect
+from websockets.client import ClientProtocol
+from websockets.frames import Frame, Opcode
+from websockets.uri import parse_uri
 
 import sqap
 from sqap.observation import Observation
@@ -64,6 +66,16 @@ class Seen:
     batches: list[int] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)  # of the server, in bytes
     refusals: int = 0
+    processor_ms: float = 0.0  # of the server
+    own_processor_ms: float = 0.0  # of the robots
+
+    def add(self, took: float, timing: dict[str, Any]) -> None:
+        """A round trip, and what the server tells of it."""
+        self.round_trips.append(took)
+        self.overhead.append(timing["overhead_ms"])
+        self.beyond.append(took - timing["queue_ms"] - timing["infer_ms"])
+        self.infer.append(timing["infer_ms"])
+        self.batches.append(int(timing["batch"]))
 
 
 def serve(source: str, candidate: Candidate, robots: int, threads: int, pipe: Connection) -> None:
@@ -126,51 +138,113 @@ class Server:
         self._process.kill()
 
 
-class Stamped(ClientConnection):
-    """Knows when something last arrived, however many robots of this process are served before it is read."""
+@dataclass(frozen=True)
+class Times:
+    """When robots ask, in seconds; ``since`` and ``until`` of `time.monotonic`.
 
-    arrived = 0.0
+    Args:
+        since: from when on what they see is noted.
+        until: when they ask for the last time.
+        period: from one observation to the next; 0 for as soon as there is an answer.
+    """
+
+    since: float
+    until: float
+    period: float
+
+
+class Robot(asyncio.Protocol):
+    """One robot, which asks for actions until its time is over.
+
+    All robots share a process, and often the server's cores. So nothing stands between a socket and the
+    protocol of websockets, and a reply is stamped before anything is done about it.
+    """
+
+    def __init__(self, url: str, frame: bytes, times: Times, seen: Seen) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[None] = self._loop.create_future()
+        self._protocol = ClientProtocol(parse_uri(url), max_size=None)
+        self._frame, self._times, self._seen = frame, times, seen
+        self._due = self._begin = 0.0
+        self._greeted = False
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        self._protocol.send_request(self._protocol.connect())
+        self._flush()
 
     def data_received(self, data: bytes) -> None:
-        self.arrived = time.monotonic()
-        super().data_received(data)
+        now = time.monotonic()
+        self._protocol.receive_data(data)
+        for event in self._protocol.events_received():
+            if isinstance(event, Frame) and event.opcode in (Opcode.BINARY, Opcode.TEXT):
+                self._received(event, now)
+        self._flush()  # answers to pings
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.ended.done():
+            self.ended.set_exception(exc or ConnectionError(f"closed: {self._protocol.close_reason}"))
+
+    def _received(self, frame: Frame, now: float) -> None:
+        if not self._greeted:
+            self._greeted = True
+            self._due = now + self._times.period * random.random()
+        elif frame.opcode is Opcode.TEXT:
+            reply = bytes(frame.data).decode()
+            assert reply.startswith(REFUSED), reply
+            self._seen.refusals += self._begin >= self._times.since
+            self._due = now + 0.01
+        else:
+            if self._begin >= self._times.since:
+                self._seen.add(1e3 * (now - self._begin), unpack(bytes(frame.data))["server_timing"])
+            self._due = max(self._due + self._times.period, now)
+        if (wait := self._due - time.monotonic()) > 0:
+            self._loop.call_later(wait, self._ask)
+        else:
+            self._ask()
+
+    def _ask(self) -> None:
+        if (begin := time.monotonic()) < self._times.until:
+            self._begin = begin
+            self._protocol.send_binary(self._frame)
+            self._flush()
+        elif not self.ended.done():
+            self.ended.set_result(None)
+            self._transport.close()
+
+    def _flush(self) -> None:
+        for data in self._protocol.data_to_send():
+            self._transport.write(data)
 
 
-async def robot(url: str, observation: Observation, until: float, period: float, seen: Seen) -> None:
-    """Ask until a time, every period or as often as it is answered."""
+async def robot(url: str, observation: Observation, times: Times, seen: Seen) -> None:
+    """Ask until it is time."""
     frame = pack(write_request(observation))
-    options: dict[str, Any] = {"compression": None, "max_size": None, "proxy": None, "open_timeout": 60}
-    async with connect(url, create_connection=Stamped, **options) as connection:
-        await connection.recv()  # the greeting
-        await asyncio.sleep(period * random.random())
-        due = time.monotonic()
-        while (begin := time.monotonic()) < until:
-            await connection.send(frame)
-            reply = await connection.recv()
-            if isinstance(reply, str):
-                assert reply.startswith(REFUSED), reply
-                seen.refusals += 1
-                await asyncio.sleep(0.01)
-                continue
-            took, timing = 1e3 * (connection.arrived - begin), unpack(reply)["server_timing"]
-            seen.round_trips.append(took)
-            seen.overhead.append(timing["overhead_ms"])
-            seen.beyond.append(took - timing["queue_ms"] - timing["infer_ms"])
-            seen.infer.append(timing["infer_ms"])
-            seen.batches.append(int(timing["batch"]))
-            due = max(due + period, time.monotonic())
-            if period:
-                await asyncio.sleep(due - time.monotonic())
+    host, port = url.removeprefix("ws://").split(":")
+    _, one = await asyncio.get_running_loop().create_connection(
+        lambda: Robot(url, frame, times, seen), host, int(port)
+    )
+    await one.ended
 
 
-async def load(server: Server, observations: list[Observation], seconds: float, period: float) -> Seen:
-    """All robots at once, while the server's memory is looked at."""
-    seen, until = Seen(), time.monotonic() + seconds
+async def load(
+    server: Server, observations: list[Observation], seconds: float, period: float, warm_up: float = 0.0
+) -> Seen:
+    """All robots at once, while the server's memory is looked at.
+
+    They begin together, which makes a crowd that no later time has: nothing is noted for ``warm_up`` seconds.
+    """
+    seen, since = Seen(), time.monotonic() + warm_up
+    times = Times(since, since + seconds, period)
 
     async def watch() -> None:
+        await asyncio.sleep(warm_up)
+        server_ms, own_ms = server.processor_ms, 1e3 * time.process_time()
         for _ in range(SAMPLES):
             await asyncio.sleep(seconds / SAMPLES)
             seen.memory.append(server.resident)
+        seen.processor_ms = server.processor_ms - server_ms
+        seen.own_processor_ms = 1e3 * time.process_time() - own_ms
 
-    await asyncio.gather(watch(), *(robot(server.url, o, until, period, seen) for o in observations))
+    await asyncio.gather(watch(), *(robot(server.url, o, times, seen) for o in observations))
     return seen

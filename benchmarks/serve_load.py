@@ -51,7 +51,7 @@ from sqap.process import available_cores
 from sqap.serving import PolicyClient
 from sqap.serving.engine import noise
 
-WARM_UP_SECONDS = 1.0
+WARM_UP_SECONDS = 3.0  # some steps for every robot
 HANDSHAKE = (
     b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
@@ -70,16 +70,13 @@ def measure(
     """The row of one candidate and number of robots."""
     observations = [noise(LOCAL, seed) for seed in range(robots)]
     period = 1 / null_hz if candidate.null else 0.0
-    asyncio.run(load(server, observations, WARM_UP_SECONDS, period))
-    used, own, begin = server.processor_ms, time.process_time(), time.monotonic()
-    seen = asyncio.run(load(server, observations, seconds, period))
-    took, own = time.monotonic() - begin, time.process_time() - own
+    seen = asyncio.run(load(server, observations, seconds, period, WARM_UP_SECONDS))
     p50, p99 = np.percentile(seen.round_trips, [50, 99])
     return {
         "candidate": asdict(candidate),
         "robots": robots,
-        "seconds": round(took, 1),
-        "answers_per_second": round(len(seen.round_trips) / took, 1),
+        "seconds": seconds,
+        "answers_per_second": round(len(seen.round_trips) / seconds, 1),
         "p50_ms": round(float(p50), 2),
         "p99_ms": round(float(p99), 2),
         "step_p50_ms": round(float(np.median(seen.infer)), 2),
@@ -87,8 +84,8 @@ def measure(
         "beyond_p50_ms": round(float(np.median(seen.beyond)), 2),
         "beyond_p99_ms": round(float(np.percentile(seen.beyond, 99)), 2),
         "server_p99_ms": round(float(np.percentile(seen.overhead, 99)), 2),
-        "robots_processor_ms": round(1e3 * own / len(seen.round_trips), 2),
-        "processor_ms": round((server.processor_ms - used) / len(seen.round_trips), 2),
+        "robots_processor_ms": round(seen.own_processor_ms / len(seen.round_trips), 2),
+        "processor_ms": round(seen.processor_ms / len(seen.round_trips), 2),
         "robots_a_step": round(float(np.mean(seen.batches)), 2),
         "refusals": seen.refusals,
         "memory_growth_bytes": growth(seen.memory),

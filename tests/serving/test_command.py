@@ -22,8 +22,10 @@ def test_a_served_policy_acts_and_leaves_when_told(saved: Path, observe, tmp_pat
     key = tmp_path / "key"
     key.write_text(KEY)
     key.chmod(0o600)
-    with serving(saved, "--port", 0, "--api-key-file", key, "--log-requests") as (process, url):
+    options = ("--port", 0, "--api-key-file", key, "--log-requests", "--threads", 1)
+    with serving(saved, *options) as (process, url):
         with PolicyClient(url, None, api_key=KEY) as client:
+            assert client.metadata()["threads"] == 1
             actions = client.infer(observe(), seed=3).actions
             process.send_signal(signal.SIGTERM)
             _, log = process.communicate(timeout=20)
@@ -50,6 +52,7 @@ def test_a_served_policy_acts_and_leaves_when_told(saved: Path, observe, tmp_pat
         (["--tls-cert", "/nowhere/c", "--tls-key", "/nowhere/k"], "cannot serve TLS with /nowhere/c"),
         (["--ensemble", "9", "--port", "0"], "an ensemble can be of up to 8 chunks"),
         (["--rate-hz", "0"], "the limit of rate_hz must be positive"),
+        (["--ray", "--threads", "2"], "--threads: a replica has as many as cores; give --cores instead"),
     ],
 )
 @pytest.mark.usefixtures("usual_log")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import typer
 
 from sqap.checkpoints import BUNDLED
@@ -40,6 +41,12 @@ def serve(
         float | None, typer.Option(help="Drop observations that wait longer than this.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Robots that a step is computed for at once.", min=1)] = 16,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="Threads of the policy; all cores if not given. Fewer leave cores to the server.", min=1
+        ),
+    ] = None,
     robots: Annotated[int, typer.Option(help="Robots connected at a time.", min=1)] = 128,
     rate_hz: Annotated[float, typer.Option(help="Observations a second of one robot.")] = 200.0,
     log_requests: Annotated[
@@ -94,6 +101,10 @@ def serve(
             "--cores": cores,
         }
         ray = _replicas(on_ray, {name: value for name, value in asked.items() if value is not None})
+        if threads is not None:
+            if ray is not None:
+                raise InputError("--threads: a replica has as many as cores; give --cores instead")
+            torch.set_num_threads(threads)
         loaded = load_policy(policy, choices)
 
         def started(url: str) -> None:

@@ -48,6 +48,7 @@ def metadata(policy: Policy, settings: ServerSettings) -> dict[str, Any]:
         "recipe": policy.recipe.to_json(),
         "weight_bytes": stored_bytes(policy.model),
         "kernels": cpu.chosen(),
+        "threads": torch.get_num_threads(),
         "device": str(policy.device),
         "cameras": list(config.cameras),
         "state_dim": config.state_dim,
