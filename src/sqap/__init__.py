@@ -1,5 +1,6 @@
 """sqap: quantization and visual token pruning for vision-language-action policies."""
 
+from sqap import openmp as openmp  # before PyTorch
 from sqap.build import __version__ as __version__
 from sqap.checkpoints import load
 from sqap.compress import compress
