@@ -22,6 +22,7 @@ from sqap.serving.settings import ServerSettings
 PING_SECONDS = 20.0  # a robot that does not answer a ping for as long is gone
 OPEN_SECONDS = 10.0  # for a handshake
 LINGER_SECONDS = 1.0  # for the last answers to leave
+BACKLOG = 1024  # connections that the system holds until they are accepted; a further one is tried again in a second
 
 
 class Server:
@@ -57,6 +58,7 @@ class Server:
                 self.service.robot,
                 settings.host,
                 settings.port,
+                backlog=BACKLOG,
                 process_request=self._answer,
                 ssl=tls,
                 compression=None,
