@@ -37,6 +37,7 @@ def test_a_served_policy_acts_and_leaves_when_told(saved: Path, observe, tmp_pat
         "warm", "listening", "connected", "acted", "draining", "stopped"
     ]  # fmt: skip
     assert KEY not in log
+    assert "leaked" not in log  # what the native extension says of objects that are never freed
     (acted,) = [line for line in lines if line["event"] == "acted"]
     assert acted["request"] == "c1-1"
     assert acted["timing"]["infer_ms"] > 0

@@ -42,12 +42,21 @@ def set_up_process() -> None:
 async def _run(server: Server, started: Callable[[str], None]) -> None:
     with signals() as told:
         await server.start()
-        # A full collection looks at all objects of PyTorch's, for up to 150 ms.
-        gc.collect()
-        gc.freeze()
-        started(server.url)
-        await told.wait()
+        with _uncollected():
+            started(server.url)
+            await told.wait()
     await server.stop()
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Leave what there is now out of garbage collection, which stops everything for 60 to 150 ms to visit it."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from sqap.serving.settings import ServerSettings
 PING_SECONDS = 20.0  # a robot that does not answer a ping for as long is gone
 OPEN_SECONDS = 10.0  # for a handshake
 LINGER_SECONDS = 1.0  # for the last answers to leave
-BACKLOG = 1024  # connections that the system holds until they are accepted; a further one is tried again in a second
+BACKLOG = 1024  # connections that wait to be accepted; the system tries a further one again in a second
 
 
 class Server:
