@@ -4,7 +4,8 @@ A step has hundreds of parallel loops, at whose ends OpenMP's threads wait for e
 each way in a process of its own, in turns:
 
 - ``spin``: how long a thread that waits spins before it sleeps (``GOMP_SPINCOUNT``): as sqap sets it, as
-  libgomp does by itself, and not at all; and one thread, which waits for nobody.
+  libgomp does by itself, less, and not at all; and one thread, which waits for nobody.
+- ``pause``: seconds between two steps. After half a second the threads sleep, and caches are cold.
 - ``beside``: nothing, or as many programs as there are cores that compute all the time.
 - ``in``: the thread that loaded the policy, or another one, while the first still has a team of threads
   (``idle team``) or has released it (``released``, as `sqap.serving` and `sqap.control` do).
@@ -34,23 +35,24 @@ from sqap.openmp import SPIN_COUNT
 from sqap.process import available_cores
 
 LIBGOMP = "300000"
+PAUSE = 0.5
 WHERE = ("itself", "idle team", "released")
 BUSY = "while True: pass"
 
 
 def ways(cores: int) -> list[dict[str, Any]]:
     """What is measured."""
-    quiet = [{"spin": SPIN_COUNT, "threads": cores, "beside": 0, "in": where} for where in WHERE]
-    spins = [(SPIN_COUNT, cores), (LIBGOMP, cores), ("0", cores), (SPIN_COUNT, 1)]
-    return quiet + [
-        {"spin": spin, "threads": threads, "beside": beside, "in": "itself"}
-        for beside in (0, cores)
+    spins = [(SPIN_COUNT, cores), (LIBGOMP, cores), ("10000", cores), ("0", cores), (SPIN_COUNT, 1)]
+    surroundings = [(0.0, 0), (PAUSE, 0), (0.0, cores)]
+    found = [
+        {"spin": spin, "threads": threads, "pause": pause, "beside": beside, "in": WHERE[0]}
+        for pause, beside in surroundings
         for spin, threads in spins
-        if (spin, threads, beside) != (SPIN_COUNT, cores, 0)
     ]
+    return found + [found[0] | {"in": where} for where in WHERE[1:]]
 
 
-def steps(source: str, where: str, seconds: float) -> list[float]:
+def steps(source: str, where: str, pause: float, seconds: float) -> list[float]:
     """Milliseconds of a step, over and over, in this process."""
     import torch
 
@@ -65,7 +67,9 @@ def steps(source: str, where: str, seconds: float) -> list[float]:
     def act() -> list[float]:
         warm_up(policy)
         taken, until = [], time.monotonic() + seconds
-        while (begin := time.monotonic()) < until:
+        while time.monotonic() < until:
+            time.sleep(pause)
+            begin = time.monotonic()
             policy.step(observation, seed=0)
             taken.append(1e3 * (time.monotonic() - begin))
         return taken
@@ -97,7 +101,8 @@ def measure(source: str, way: dict[str, Any], seconds: float) -> list[float]:
     """Milliseconds of a step in one way, in a process of its own."""
     environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
     environment |= {"GOMP_SPINCOUNT": way["spin"], "OMP_NUM_THREADS": str(way["threads"])}
-    command = [sys.executable, __file__, "--policy", source, "--in", way["in"], "--seconds", str(seconds)]
+    how = ["--in", way["in"], "--pause", str(way["pause"]), "--seconds", str(seconds)]
+    command = [sys.executable, __file__, "--policy", source, *how]
     with busy(way["beside"]):
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     taken: list[float] = json.loads(done.stdout)
@@ -113,15 +118,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="of steps, for each way and round")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--in", dest="where", choices=WHERE, help=argparse.SUPPRESS)
+    parser.add_argument("--pause", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.where is not None:  # a process of `measure`
-        print(json.dumps(steps(options.policy, options.where, options.seconds)))
+        print(json.dumps(steps(options.policy, options.where, options.pause, options.seconds)))
         return
     rows = [way | {"steps_ms": []} for way in ways(available_cores())]
     for _ in range(options.rounds):
         for row in rows:
             row["steps_ms"].append(measure(options.policy, row, options.seconds))
-    table = Table("threads", "spin", "beside", "in", "p50 ms", "by round", "p99", "slowest")
+    table = Table("threads", "spin", "pause", "beside", "in", "p50 ms", "by round", "p99", "slowest")
     for row in rows:
         rounds = [float(np.median(taken)) for taken in row["steps_ms"]]
         every = np.concatenate(row.pop("steps_ms"))
@@ -135,6 +141,7 @@ def main() -> None:
         table.add_row(
             str(row["threads"]),
             row["spin"],
+            f"{row['pause']:g}",
             str(row["beside"]),
             row["in"],
             f"{row['p50_ms']:.1f}",

@@ -1,17 +1,18 @@
 """How long OpenMP's threads spin before they sleep; imported before PyTorch, whose OpenMP reads it.
 
-A step has hundreds of short parallel loops. By default, libgomp's threads spin for milliseconds while they
-wait for the next loop or for each other. Where other programs want the cores too, a thread that they have
-displaced is then waited for at every loop, and a step takes ten times as long. Shorter spinning still
-outlasts the time between two loops. A program that sets the variable itself, or ``OMP_WAIT_POLICY``, or
-imports PyTorch first, is left as it is.
+A step has hundreds of short parallel loops. Where other programs want the cores too, a thread that they have
+displaced is waited for at every loop, and with libgomp's own count a step takes up to ten times as long. A
+third of it outlasts the time between two loops, and the time that a system needs to move a thread which it has
+woken on the core of another. Still less is better on a busy machine alone: after every pause both threads of a
+step then share a core (`benchmarks/contention.py`). A program that sets the variable itself, or
+``OMP_WAIT_POLICY``, or imports PyTorch first, is left as it is.
 """
 
 from __future__ import annotations
 
 import os
 
-SPIN_COUNT = "10000"  # 0.1 to 0.5 ms, by the processor; 300000 is libgomp's own
+SPIN_COUNT = "100000"  # 1 to 5 ms, by the processor; 300000 is libgomp's own
 
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)

@@ -102,7 +102,7 @@ import sqap
 @pytest.mark.parametrize(
     ("given", "found"),
     [
-        ({}, "10000"),
+        ({}, "100000"),
         ({"GOMP_SPINCOUNT": "7"}, "7"),
         ({"OMP_WAIT_POLICY": "passive"}, "None"),
     ],
