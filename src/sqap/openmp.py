@@ -1,11 +1,11 @@
 """How long OpenMP's threads spin before they sleep; imported before PyTorch, whose OpenMP reads it.
 
 A step has hundreds of short parallel loops. Where other programs want the cores too, a thread that they have
-displaced is waited for at every loop, and with libgomp's own count a step takes up to ten times as long. A
-third of it outlasts the time between two loops, and the time that a system needs to move a thread which it has
-woken on the core of another. Still less is better on a busy machine alone: after every pause both threads of a
-step then share a core (`benchmarks/contention.py`). A program that sets the variable itself, or
-``OMP_WAIT_POLICY``, or imports PyTorch first, is left as it is.
+displaced is waited for at every loop, and with libgomp's own count a step takes twenty times as long. A third
+of it outlasts the time between two loops, and the time that a system needs to move a thread which it has woken
+on the core of another. With still less, both threads of a step share a core after every pause
+(`benchmarks/contention.py`). A program that sets the variable itself, or ``OMP_WAIT_POLICY``, or imports
+PyTorch first, is left as it is.
 """
 
 from __future__ import annotations
