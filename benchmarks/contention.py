@@ -115,7 +115,7 @@ def main() -> None:
     )
     parser.add_argument("--policy", default="reference")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of steps, for each way and round")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of steps, for each way and round")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--in", dest="where", choices=WHERE, help=argparse.SUPPRESS)
     parser.add_argument("--pause", type=float, help=argparse.SUPPRESS)

@@ -2,9 +2,8 @@
 
 A step has hundreds of short parallel loops. Where other programs want the cores too, a thread that they have
 displaced is waited for at every loop, and with libgomp's own count a step takes twenty times as long. A third
-of it outlasts the time between two loops, and the time that a system needs to move a thread which it has woken
-on the core of another. With still less, both threads of a step share a core after every pause
-(`benchmarks/contention.py`). A program that sets the variable itself, or ``OMP_WAIT_POLICY``, or imports
+of it outlasts the time between two loops. With still less, the threads of a step share a core after every
+pause (`benchmarks/contention.py`). A program that sets the variable itself, or ``OMP_WAIT_POLICY``, or imports
 PyTorch first, is left as it is.
 """
 
