@@ -3,8 +3,8 @@
 A step has hundreds of short parallel loops. Where other programs want the cores too, a thread that they have
 displaced is waited for at every loop, and with libgomp's own count a step takes twenty times as long. A third
 of it outlasts the time between two loops. With still less, the threads of a step share a core after every
-pause (`benchmarks/contention.py`). A program that sets the variable itself, or ``OMP_WAIT_POLICY``, or imports
-PyTorch first, is left as it is.
+pause (`benchmarks/contention.py`). A program that sets the variable itself, or ``OMP_WAIT_POLICY``, or
+imports PyTorch first, is left as it is.
 """
 
 from __future__ import annotations
