@@ -50,7 +50,7 @@ async def _run(server: Server, started: Callable[[str], None]) -> None:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Leave what there is now out of garbage collection, which stops robots for 60 to 150 ms to visit it."""
+    """Leave what there is now, all of PyTorch's objects, out of garbage collection: robots wait for it."""
     gc.collect()
     gc.freeze()
     try:
