@@ -1,4 +1,4 @@
-"""What competes for the cores with a step: python benchmarks/contention.py --policy DIR --json FILE
+"""Competition for the cores of a step: python benchmarks/contention.py --policy DIR --json FILE
 
 A step has hundreds of parallel loops, at whose ends OpenMP's threads wait for each other. Times of a step,
 each way in a process of its own, in turns:
@@ -26,13 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
+import sqap
 from sqap.build import build_id
 from sqap.files import write_json
+from sqap.kernels.cpu import release_threads
 from sqap.openmp import SPIN_COUNT
 from sqap.process import available_cores
+from sqap.serving.engine import noise, warm_up
 
 LIBGOMP = "300000"
 PAUSE = 0.5
@@ -41,7 +45,7 @@ BUSY = "while True: pass"
 
 
 def ways(cores: int) -> list[dict[str, Any]]:
-    """What is measured."""
+    """The ways to compute a step that are compared, each as a row of the results."""
     spins = [(SPIN_COUNT, cores), (LIBGOMP, cores), ("10000", cores), ("0", cores), (SPIN_COUNT, 1)]
     surroundings = [(0.0, 0), (PAUSE, 0), (0.0, cores)]
     found = [
@@ -54,12 +58,6 @@ def ways(cores: int) -> list[dict[str, Any]]:
 
 def steps(source: str, where: str, pause: float, seconds: float) -> list[float]:
     """Milliseconds of a step, over and over, in this process."""
-    import torch
-
-    import sqap
-    from sqap.kernels.cpu import release_threads
-    from sqap.serving.engine import noise, warm_up
-
     policy = sqap.load(source)
     policy.load_weights()
     observation = noise(policy)
@@ -109,6 +107,37 @@ def measure(source: str, way: dict[str, Any], seconds: float) -> list[float]:
     return taken
 
 
+def summary(rounds: list[list[float]]) -> dict[str, Any]:
+    """Numbers of one way, from the milliseconds of its steps in every round."""
+    every = np.concatenate(rounds)
+    return {
+        "p50_ms": round(float(np.median(every)), 2),
+        "rounds_p50_ms": [round(float(np.median(taken)), 2) for taken in rounds],
+        "p99_ms": round(float(np.percentile(every, 99)), 2),
+        "slowest_ms": round(float(every.max()), 2),
+        "steps": len(every),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """A line for each way."""
+    shown = Table("threads", "spin", "pause", "beside", "in", "p50 ms", "by round", "p99", "slowest")
+    for row in rows:
+        rounds = row["rounds_p50_ms"]
+        shown.add_row(
+            str(row["threads"]),
+            row["spin"],
+            f"{row['pause']:g}",
+            str(row["beside"]),
+            row["in"],
+            f"{row['p50_ms']:.1f}",
+            f"{min(rounds):.1f} to {max(rounds):.1f}",
+            f"{row['p99_ms']:.1f}",
+            f"{row['slowest_ms']:.0f}",
+        )
+    return shown
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -123,33 +152,13 @@ def main() -> None:
     if options.where is not None:  # a process of `measure`
         print(json.dumps(steps(options.policy, options.where, options.pause, options.seconds)))
         return
-    rows = [way | {"steps_ms": []} for way in ways(available_cores())]
+    compared = ways(available_cores())
+    taken: list[list[list[float]]] = [[] for _ in compared]
     for _ in range(options.rounds):
-        for row in rows:
-            row["steps_ms"].append(measure(options.policy, row, options.seconds))
-    table = Table("threads", "spin", "pause", "beside", "in", "p50 ms", "by round", "p99", "slowest")
-    for row in rows:
-        rounds = [float(np.median(taken)) for taken in row["steps_ms"]]
-        every = np.concatenate(row.pop("steps_ms"))
-        row |= {
-            "p50_ms": round(float(np.median(every)), 2),
-            "rounds_p50_ms": [round(value, 2) for value in rounds],
-            "p99_ms": round(float(np.percentile(every, 99)), 2),
-            "slowest_ms": round(float(every.max()), 2),
-            "steps": len(every),
-        }
-        table.add_row(
-            str(row["threads"]),
-            row["spin"],
-            f"{row['pause']:g}",
-            str(row["beside"]),
-            row["in"],
-            f"{row['p50_ms']:.1f}",
-            f"{min(rounds):.1f} to {max(rounds):.1f}",
-            f"{row['p99_ms']:.1f}",
-            f"{row['slowest_ms']:.0f}",
-        )
-    Console().print(table)
+        for way, rounds in zip(compared, taken, strict=True):
+            rounds.append(measure(options.policy, way, options.seconds))
+    rows = [way | summary(rounds) for way, rounds in zip(compared, taken, strict=True)]
+    Console(width=max(Console().width, 100)).print(table(rows))  # columns need room in a file too
     if options.json is not None:
         settings = {key: getattr(options, key) for key in ("policy", "rounds", "seconds")}
         write_json(options.json, {"build": build_id(), "settings": settings, "rows": rows})

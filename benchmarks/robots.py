@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from websockets.client import ClientProtocol
 from websockets.frames import Frame, Opcode
-from websockets.uri import parse_uri
+from websockets.uri import WebSocketURI, parse_uri
 
 import sqap
 from sqap.observation import Observation
@@ -160,10 +160,10 @@ class Robot(asyncio.Protocol):
     protocol of websockets, and a reply is stamped before anything is done about it.
     """
 
-    def __init__(self, url: str, frame: bytes, times: Times, seen: Seen) -> None:
+    def __init__(self, address: WebSocketURI, frame: bytes, times: Times, seen: Seen) -> None:
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[None] = self._loop.create_future()
-        self._protocol = ClientProtocol(parse_uri(url), max_size=None)
+        self._protocol = ClientProtocol(address, max_size=None)
         self._frame, self._times, self._seen = frame, times, seen
         self._due = self._begin = 0.0
         self._greeted = False
@@ -220,9 +220,9 @@ class Robot(asyncio.Protocol):
 async def robot(url: str, observation: Observation, times: Times, seen: Seen) -> None:
     """Ask until it is time."""
     frame = pack(write_request(observation))
-    host, port = url.removeprefix("ws://").split(":")
+    address = parse_uri(url)
     _, one = await asyncio.get_running_loop().create_connection(
-        lambda: Robot(url, frame, times, seen), host, int(port)
+        lambda: Robot(address, frame, times, seen), address.host, address.port
     )
     await one.ended
 

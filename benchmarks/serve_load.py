@@ -11,8 +11,8 @@ Printed for each: answers a second, the round trip's p50 and p99, and
 
 - ``step`` and ``alone``: medians of a step's time under this load, and in the same process before any robot
   was there.
-- ``beyond``: the p99 of the round trip without the step and without waiting for steps of others. The round
-  trip of a robot ends when its answer arrives, not when the robots' one process has time to read it.
+- ``beyond``: the p99 of the round trip without the step and without waiting for steps of others. A round trip
+  ends when the robots' process, one for all of them, reads the answer from its socket.
 - ``server``: the p99 of the part of ``beyond`` that the server itself saw, from a frame that is read to an
   answer that is ready.
 - ``CPU``: processor time an answer, of the server and of the robots.
@@ -42,6 +42,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 from robots import Candidate, Server, load
+from websockets.uri import parse_uri
 
 import sqap
 from sqap.build import build_id
@@ -51,7 +52,7 @@ from sqap.process import available_cores
 from sqap.serving import PolicyClient
 from sqap.serving.engine import noise
 
-WARM_UP_SECONDS = 3.0  # some steps for every robot
+WARM_UP_SECONDS = 3.0  # some steps for every robot, of which nothing is noted
 HANDSHAKE = (
     b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
@@ -105,12 +106,12 @@ def batching(rows: list[dict[str, Any]]) -> dict[int, float]:
 
 def connect_often(server: Server, count: int) -> dict[str, Any]:
     """Open and leave ``count`` connections."""
-    host, port = server.url.removeprefix("ws://").split(":")
+    address = parse_uri(server.url)
     before, refused, begin = server.resident, 0, time.monotonic()
     grown = []
     for i in range(count):
         try:
-            with socket.create_connection((host, int(port)), timeout=10) as connection:
+            with socket.create_connection((address.host, address.port), timeout=10) as connection:
                 if i % 3 == 0:
                     connection.sendall(HANDSHAKE)
         except OSError:

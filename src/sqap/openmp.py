@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 
-SPIN_COUNT = "100000"  # 1 to 5 ms, by the processor; 300000 is libgomp's own
+SPIN_COUNT = "100000"  # about 1 ms by libgomp's own estimate; its default is 300000
 
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)

@@ -21,7 +21,6 @@ def threads():
     return len(os.listdir("/proc/self/task"))
 
 def team():  # of the calling thread, all of which then exists
-    torch.set_num_threads(2)
     before = threads()
     torch.ones(2**20).mul_(2)
     return threads() - before
@@ -87,22 +86,26 @@ Loop(Counting(), Still(), rate_hz=1000, limits=ActionLimits(-np.ones(4), np.ones
 
 
 def test_a_server_releases_the_threads_of_its_event_loop() -> None:
-    code = """
+    before, after = in_a_process(
+        """
 import asyncio
 from sqap.serving import ServerSettings
 from sqap.serving.engine import warm_up
 from sqap.serving.service import Service
 
 policy = sqap.load("reference")
-USE
+alone = threads()
+warm_up(policy)
+print(threads() - alone)
 
 async def start():
     await Service(policy, ServerSettings()).start()
-    print(threads())
+    print(threads() - alone)  # the thread that acts, and its team
 
 asyncio.run(start())
 """
-    assert in_a_process(code.replace("USE", "warm_up(policy)")) == in_a_process(code.replace("USE", ""))
+    )
+    assert (before, after) == (1, 2)
 
 
 SPIN_WHEN_PYTORCH_LOADS = """

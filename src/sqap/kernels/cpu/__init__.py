@@ -118,7 +118,9 @@ def release_threads() -> None:
 def _difference(path: str) -> str | None:
     from sqap.kernels.cpu.check import difference  # which needs what is defined here
 
-    return difference(path)
+    found = difference(path)
+    release_threads()  # whoever asks first, which may be a thread that does not act
+    return found
 
 
 class CpuLinear:
